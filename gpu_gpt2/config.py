@@ -1,0 +1,133 @@
+"""What a run is: the sizes of a model and the settings of its training, checked when made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Final
+
+from gpu_gpt2.errors import ConfigError
+
+GPT2_VOCAB_SIZE: Final = 50257
+VOCAB_PADDING: Final = 128  # rows of wte are padded to a multiple of this: aligned rows, full tiles
+MAX_HEAD_SIZE: Final = 256  # what kernels/attention.cu can hold in registers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Sizes of a GPT-2, under the names that Hugging Face's config.json uses."""
+
+    vocab_size: int = GPT2_VOCAB_SIZE
+    n_positions: int = 1024  # longest context
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{field.name} must be a whole number >= 1, not {value!r}")
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"n_embd {self.n_embd} does not divide into n_head {self.n_head} equal heads; "
+                f"choose a multiple of n_head"
+            )
+        if self.head_size > MAX_HEAD_SIZE:
+            raise ConfigError(
+                f"head size {self.head_size} (n_embd / n_head) is above {MAX_HEAD_SIZE}, the most "
+                f"that the attention kernel holds; use more heads"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / VOCAB_PADDING) * VOCAB_PADDING
+
+
+# GPT-2's own sizes (Radford et al. 2019, table 2) under llm.c's names, then small ones.
+MODELS: Final[Mapping[str, ModelConfig]] = {
+    "d12": ModelConfig(),  # 124M
+    "d24": ModelConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
+    "d36": ModelConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "d48": ModelConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+    "d6": ModelConfig(n_layer=6, n_head=6, n_embd=384),  # 30M
+    "mini": ModelConfig(n_layer=4, n_head=4, n_embd=128, n_positions=128),  # an hour of a laptop
+    "nano": ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32),  # for the emulator
+}
+
+
+def model_config(name: str, vocab_size: int) -> ModelConfig:
+    """The sizes of `name` in `MODELS` with the vocabulary of the tokenizer in use."""
+    if name not in MODELS:
+        raise ConfigError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+    return replace(MODELS[name], vocab_size=vocab_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Settings of a training run, all resolved: what is saved beside every checkpoint."""
+
+    data: str
+    model: str
+    device: str
+    dtype: str  # "fp32" or "bf16"
+    tokenizer: str  # "gpt2", "bytes" or "bpe:N"
+    steps: int
+    batch_size: int  # sequences in one micro-batch
+    seq_len: int
+    total_batch_tokens: int  # tokens in one optimizer step, over all micro-batches
+    lr: float
+    warmup_steps: int
+    weight_decay: float
+    eval_every: int  # steps; 0 = only at the end
+    sample_every: int  # steps; 0 = only at the end
+    seed: int
+    run_dir: str
+    final_lr_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "total_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "eval_every", "sample_every", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigError(f"lr must be a positive number, not {self.lr}")
+        if not math.isfinite(self.weight_decay):
+            raise ConfigError(f"weight_decay must be a finite number, not {self.weight_decay}")
+        if self.dtype not in ("fp32", "bf16"):
+            raise ConfigError(f"dtype must be fp32 or bf16, not {self.dtype!r}")
+        micro = self.batch_size * self.seq_len
+        if self.total_batch_tokens % micro:
+            raise ConfigError(
+                f"total_batch_tokens {self.total_batch_tokens} is not a multiple of batch_size x "
+                f"seq_len = {micro}; use {math.ceil(self.total_batch_tokens / micro) * micro}"
+            )
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Micro-batches in one optimizer step."""
+        return self.total_batch_tokens // (self.batch_size * self.seq_len)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Rebuilds a saved configuration; unknown and missing keys are refused by name."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown training settings: {', '.join(unknown)}")
+        if missing := sorted(known - set(values)):
+            raise ConfigError(f"missing training settings: {', '.join(missing)}")
+        return cls(**values)

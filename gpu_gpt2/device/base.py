@@ -1,0 +1,90 @@
+"""What every device offers: memory, copies, matrix products and kernel launches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Final, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from gpu_gpt2.device.launch import Dim3, check_launch
+from gpu_gpt2.device.source import KernelSource
+
+# A NumPy array on the CPU and in the emulator, a CuPy array on a GPU; both slice and reshape alike.
+Array: TypeAlias = Any
+
+FLOAT32: Final = np.dtype(np.float32)
+INT32: Final = np.dtype(np.int32)
+BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
+
+
+class Device(ABC):
+    """One place where tensors live and kernels run."""
+
+    name: str
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """A new C-contiguous array with undefined contents."""
+
+    @abstractmethod
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """A new C-contiguous array of zeros."""
+
+    @abstractmethod
+    def upload(self, dst: Array, src: npt.NDArray[Any]) -> None:
+        """Copies a host array into `dst` of this device: same shape, same dtype."""
+
+    @abstractmethod
+    def download(self, src: Array) -> npt.NDArray[Any]:
+        """A host copy of `src`, complete when this returns."""
+
+    @abstractmethod
+    def fill_zero(self, dst: Array) -> None:
+        """Sets a C-contiguous array to zeros."""
+
+    @abstractmethod
+    def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
+        """out (M, N) = a (M, K) @ b (K, N), or += with `accumulate`.
+
+        a and b are float32 or both bfloat16, C-contiguous or transposed views of such; out is
+        C-contiguous, float32 or the inputs' dtype. Sums are kept in float32.
+        """
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Waits until everything launched so far has run."""
+
+    def launch(
+        self,
+        source: KernelSource,
+        name: str,
+        grid: Dim3,
+        block: Dim3,
+        args: tuple[Any, ...],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Starts kernel `name` of `source` after checking every argument against its signature.
+
+        Arrays are passed as pointers, Python ints and floats as the scalar type the signature
+        names; `shared_bytes` is dynamic shared memory per block. Raises LaunchError.
+        """
+        check_launch(source, name, grid, block, args, shared_bytes, owns=self.owns)
+        self._launch(source, name, grid, block, args, shared_bytes)
+
+    @abstractmethod
+    def owns(self, value: object) -> bool:
+        """Whether `value` is an array in this device's memory."""
+
+    @abstractmethod
+    def _launch(
+        self,
+        source: KernelSource,
+        name: str,
+        grid: Dim3,
+        block: Dim3,
+        args: tuple[Any, ...],
+        shared_bytes: int,
+    ) -> None: ...

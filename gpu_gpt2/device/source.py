@@ -1,0 +1,123 @@
+"""The text of a kernel file as every compiler gets it, and the signatures found in it.
+
+A source is `common.cuh` and one `.cu` file, joined with `#line` marks: compile errors name the
+real file and line, and a compiler cache keyed by the text can never serve a stale header.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gpu_gpt2.errors import LaunchError
+
+HEADER: Final = "common.cuh"
+SCALARS: Final = ("int", "long long", "float")
+POINTEES: Final = ("float", "floatX", "bf16", "int")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a kernel: `const float* x` is (name "x", ctype "float", pointer, const)."""
+
+    name: str
+    ctype: str
+    pointer: bool
+    const: bool
+
+    def __str__(self) -> str:
+        star = "*" if self.pointer else ""
+        return f"{'const ' if self.const else ''}{self.ctype}{star} {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSource:
+    """One kernel file with the values of its compile-time names.
+
+    `defines` always holds FLOATX_IS_BF16 (0 or 1), which gives `floatX` its type.
+    """
+
+    file: str
+    defines: tuple[tuple[str, int], ...]
+
+    @property
+    def text(self) -> str:
+        return _joined_text(self.file)
+
+    @property
+    def signatures(self) -> dict[str, tuple[Parameter, ...]]:
+        return _signatures(self.file)
+
+    @property
+    def floatx_is_bf16(self) -> bool:
+        return dict(self.defines)["FLOATX_IS_BF16"] == 1
+
+    def parameters(self, kernel: str) -> tuple[Parameter, ...]:
+        if kernel not in self.signatures:
+            raise LaunchError(
+                f"{self.file} has no kernel {kernel!r}; it has {', '.join(self.signatures)}"
+            )
+        return self.signatures[kernel]
+
+    def options(self) -> tuple[str, ...]:
+        """The -D options for any compiler."""
+        return tuple(f"-D{name}={value}" for name, value in self.defines)
+
+
+def kernel_source(file: str, *, bf16: bool, **defines: int) -> KernelSource:
+    """The kernels of `file` with activations in bfloat16 or float32."""
+    return KernelSource(file, (("FLOATX_IS_BF16", int(bf16)), *sorted(defines.items())))
+
+
+@functools.cache
+def kernels_dir() -> Path:
+    """Where the .cu files are: inside the installed package, else beside it in a source tree."""
+    package = Path(__file__).resolve().parent.parent
+    for candidate in (package / "kernels", package.parent / "kernels"):
+        if (candidate / HEADER).is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"no kernels: looked for {HEADER} in {package / 'kernels'} and {package.parent / 'kernels'}"
+        f"; install gpu-gpt2 again"
+    )
+
+
+def kernel_files() -> tuple[str, ...]:
+    """The names of all kernel files, sorted."""
+    return tuple(sorted(path.name for path in kernels_dir().glob("*.cu")))
+
+
+@functools.cache
+def _joined_text(file: str) -> str:
+    parts = [f'#line 1 "{name}"\n{(kernels_dir() / name).read_text()}' for name in (HEADER, file)]
+    return "\n".join(parts)
+
+
+@functools.cache
+def _signatures(file: str) -> dict[str, tuple[Parameter, ...]]:
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", (kernels_dir() / file).read_text(), flags=re.DOTALL)
+    heads = re.finditer(
+        r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(([^)]*)\)',
+        text,
+    )
+    return {
+        head[1]: tuple(_parameter(file, head[1], part) for part in head[2].split(","))
+        for head in heads
+    }
+
+
+def _parameter(file: str, kernel: str, text: str) -> Parameter:
+    words = text.replace("*", " * ").replace("__restrict__", " ").split()
+    name = words.pop()
+    pointer = "*" in words
+    const = "const" in words
+    ctype = " ".join(word for word in words if word not in ("*", "const"))
+    if ctype not in (POINTEES if pointer else SCALARS) or words.count("*") > 1:
+        raise LaunchError(
+            f"{file}: {kernel}: cannot pass parameter '{text.strip()}'; pointers are to "
+            f"{', '.join(POINTEES)} and scalars are {', '.join(SCALARS)}"
+        )
+    return Parameter(name, ctype, pointer, const)
