@@ -1,4 +1,4 @@
-"""The exceptions a user can meet. Their text says what is wrong and what to do next, in one line."""
+"""The exceptions a user can meet: each says in one line what is wrong and what to do next."""
 
 
 class UserError(Exception):
@@ -29,5 +29,5 @@ class LaunchError(TypeError):
     """A kernel was called with arguments its signature does not allow: a bug in the caller."""
 
 
-class KernelFault(RuntimeError):
+class KernelError(RuntimeError):
     """The emulator caught a kernel doing what the hardware would not forgive."""

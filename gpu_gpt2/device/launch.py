@@ -63,13 +63,22 @@ def pointer_dtype(parameter: Parameter, source: KernelSource) -> np.dtype[Any]:
     ctype = parameter.ctype
     if ctype == "floatX":
         ctype = "bf16" if source.floatx_is_bf16 else "float"
-    return np.dtype({"float": np.float32, "int": np.int32, "bf16": ml_dtypes.bfloat16}[ctype])
+    dtypes: dict[str, Any] = {
+        "float": np.float32,
+        "int": np.int32,
+        "bf16": ml_dtypes.bfloat16,
+    }
+    return np.dtype(dtypes[ctype])
 
 
 def scalar_value(parameter: Parameter, value: Any) -> np.generic:
     """A Python number as the exact type of the scalar parameter."""
-    dtype = {"int": np.int32, "long long": np.int64, "float": np.float32}[parameter.ctype]
-    return dtype(value)
+    dtypes: dict[str, type[np.generic]] = {
+        "int": np.int32,
+        "long long": np.int64,
+        "float": np.float32,
+    }
+    return dtypes[parameter.ctype](value)  # type: ignore[call-arg]
 
 
 def _check_dims(name: str, what: str, dims: Dim3, limits: tuple[int, int, int]) -> None:
@@ -77,7 +86,9 @@ def _check_dims(name: str, what: str, dims: Dim3, limits: tuple[int, int, int]) 
         raise LaunchError(f"{name}: {what} {dims} must have 1 to 3 sizes")
     for size, limit in zip(dims, limits, strict=False):
         if not 1 <= size <= limit:
-            raise LaunchError(f"{name}: {what} {dims}: each size must be 1 to {limits[: len(dims)]}")
+            raise LaunchError(
+                f"{name}: {what} {dims}: each size must be 1 to {limits[: len(dims)]}"
+            )
 
 
 def _check_array(

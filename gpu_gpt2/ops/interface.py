@@ -153,9 +153,7 @@ class Ops(ABC):
     # --- fused classifier: kernels/classifier.cu ---
 
     @abstractmethod
-    def classifier_fwd(
-        self, losses: Array, logits: Array, targets: Array, vocab_size: int
-    ) -> None:
+    def classifier_fwd(self, losses: Array, logits: Array, targets: Array, vocab_size: int) -> None:
         """losses (N,) float32 += -log softmax(logits[:, :V])[target].
 
         logits (N, Vp) X, whose columns from V on are never read; targets (N,) int32 in [0, V).
