@@ -68,17 +68,18 @@ def pointer_dtype(parameter: Parameter, source: KernelSource) -> np.dtype[Any]:
         "int": np.int32,
         "bf16": ml_dtypes.bfloat16,
     }
-    return np.dtype(dtypes[ctype])
+    dtype: np.dtype[Any] = np.dtype(dtypes[ctype])
+    return dtype
 
 
 def scalar_value(parameter: Parameter, value: Any) -> np.generic:
     """A Python number as the exact type of the scalar parameter."""
-    dtypes: dict[str, type[np.generic]] = {
+    types: dict[str, Callable[[Any], np.generic]] = {
         "int": np.int32,
         "long long": np.int64,
         "float": np.float32,
     }
-    return dtypes[parameter.ctype](value)  # type: ignore[call-arg]
+    return types[parameter.ctype](value)
 
 
 def _check_dims(name: str, what: str, dims: Dim3, limits: tuple[int, int, int]) -> None:

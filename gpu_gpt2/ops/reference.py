@@ -1,0 +1,366 @@
+"""Every op in NumPy: the definition that kernels are checked against, and the CPU trainer.
+
+Works in the dtype of its arrays, float32 or float64. Each op is the formula of its docstring in
+`interface`, applied to blocks of rows small enough to stay in cache, on all cores. Blocks depend
+on sizes only and partial sums are added in order, so results do not depend on the thread count.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu_gpt2.device.host import HostDevice
+from gpu_gpt2.ops.interface import AdamWStep, Ops
+
+NDArray = npt.NDArray[Any]
+Result = TypeVar("Result")
+
+LAYERNORM_EPS: Final = 1e-5
+GELU_SCALE: Final = math.sqrt(2.0 / math.pi)
+GELU_CUBIC: Final = 0.044715
+BLOCK_ELEMENTS: Final = 1 << 16  # of one array; a handful of such blocks fit into a core's L2
+SCORE_ELEMENTS: Final = 1 << 19  # of attention scores held at once
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="reference-ops")
+
+
+def _by_blocks(rows: int, row_size: int, work: Callable[[slice], Result]) -> list[Result]:
+    """work(block) for consecutive blocks of rows, in parallel; results in order.
+
+    NumPy releases the interpreter lock inside each array operation, so threads do help.
+    """
+    step = max(1, BLOCK_ELEMENTS // row_size)
+    blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+    if len(blocks) <= 1:
+        return [work(block) for block in blocks]
+    return list(_pool().map(work, blocks))
+
+
+def _by_rows(x: NDArray, work: Callable[[slice], Result]) -> list[Result]:
+    """work(block) for consecutive blocks of rows of a matrix."""
+    return _by_blocks(x.shape[0], x.shape[1], work)
+
+
+def _flat(*arrays: NDArray) -> list[NDArray]:
+    return [array.reshape(-1) for array in arrays]
+
+
+@functools.lru_cache(maxsize=8)
+def _future(T: int, dtype: np.dtype[Any]) -> NDArray:
+    """(T, T): -inf where the key is later than the query, else 0."""
+    return np.triu(np.full((T, T), -np.inf, dtype), k=1)
+
+
+class ReferenceOps(Ops):
+    """The ops on NumPy arrays."""
+
+    def __init__(self, device: HostDevice | None = None) -> None:
+        self.device = device or HostDevice()
+
+    # --- embedding ---
+
+    def embedding_fwd(self, x: NDArray, tokens: NDArray, wte: NDArray, wpe: NDArray) -> None:
+        np.add(wte[tokens], wpe[: tokens.shape[1]], out=x)
+
+    def embedding_bwd(
+        self, dwte: NDArray, dwpe: NDArray, dx: NDArray, tokens: NDArray, order: NDArray
+    ) -> None:
+        dwpe[: dx.shape[1]] += dx.sum(axis=0)
+        in_order = tokens.reshape(-1)[order]
+        starts = np.flatnonzero(np.diff(in_order, prepend=-1))
+        rows = dx.reshape(-1, dx.shape[2])[order]
+        dwte[in_order[starts]] += np.add.reduceat(rows, starts, axis=0)
+
+    # --- layernorm ---
+
+    def layernorm_fwd(
+        self, y: NDArray, mean: NDArray, rstd: NDArray, x: NDArray, w: NDArray, b: NDArray
+    ) -> None:
+        def work(i: slice) -> None:
+            np.mean(x[i], axis=1, out=mean[i])
+            np.subtract(x[i], mean[i, None], out=y[i])
+            variance = np.einsum("nc,nc->n", y[i], y[i]) / x.shape[1]
+            rstd[i] = 1.0 / np.sqrt(variance + LAYERNORM_EPS)
+            y[i] *= rstd[i, None]
+            y[i] *= w
+            y[i] += b
+
+        _by_rows(x, work)
+
+    def residual_layernorm_fwd(
+        self,
+        r: NDArray,
+        y: NDArray,
+        mean: NDArray,
+        rstd: NDArray,
+        x1: NDArray,
+        x2: NDArray,
+        w: NDArray,
+        b: NDArray,
+    ) -> None:
+        np.add(x1, x2, out=r)
+        self.layernorm_fwd(y, mean, rstd, r, w, b)
+
+    def layernorm_bwd(
+        self,
+        dx: NDArray,
+        dw: NDArray,
+        db: NDArray,
+        dy: NDArray,
+        x: NDArray,
+        w: NDArray,
+        mean: NDArray,
+        rstd: NDArray,
+    ) -> None:
+        def work(i: slice) -> tuple[NDArray, NDArray]:
+            normed = x[i] - mean[i, None]
+            normed *= rstd[i, None]
+            g = dy[i] * w
+            g_mean = g.mean(axis=1, keepdims=True)
+            g_normed_mean = np.einsum("nc,nc->n", g, normed)[:, None] / x.shape[1]
+            g -= g_mean
+            g -= normed * g_normed_mean
+            g *= rstd[i, None]
+            dx[i] += g
+            normed *= dy[i]
+            return normed.sum(axis=0), dy[i].sum(axis=0)
+
+        for dw_part, db_part in _by_rows(x, work):
+            dw += dw_part
+            db += db_part
+
+    # --- attention ---
+
+    def attention_fwd(self, y: NDArray, lse: NDArray, qkv: NDArray) -> None:
+        q, k, v = _heads(qkv)
+        y_heads = y.transpose(0, 2, 1, 3)  # (B, H, T, D)
+
+        def work(part: tuple[slice, slice]) -> None:
+            p = _scores(q[part], k[part])
+            largest = p.max(axis=-1, keepdims=True)
+            p -= largest
+            np.exp(p, out=p)
+            total = p.sum(axis=-1, keepdims=True)
+            lse[part] = (largest + np.log(total))[..., 0]
+            p /= total
+            y_heads[part] = p @ v[part]
+
+        _by_heads(q.shape, work)
+
+    def attention_bwd(
+        self, dqkv: NDArray, delta: NDArray, dy: NDArray, qkv: NDArray, y: NDArray, lse: NDArray
+    ) -> None:
+        q, k, v = _heads(qkv)
+        dq, dk, dv = _heads(dqkv)
+        dy_heads = dy.transpose(0, 2, 1, 3)
+        delta[...] = np.einsum("bthd,bthd->bht", dy, y)
+        scale = 1.0 / math.sqrt(q.shape[-1])
+
+        def work(part: tuple[slice, slice]) -> None:
+            p = _scores(q[part], k[part])
+            p -= lse[part][..., None]
+            np.exp(p, out=p)
+            dv[part] = p.swapaxes(-1, -2) @ dy_heads[part]
+            dp = dy_heads[part] @ v[part].swapaxes(-1, -2)
+            dp -= delta[part][..., None]
+            dp *= p
+            dp *= scale
+            dq[part] = dp @ k[part]
+            dk[part] = dp.swapaxes(-1, -2) @ q[part]
+
+        _by_heads(q.shape, work)
+
+    # --- softmax ---
+
+    def softmax_fwd(self, y: NDArray, x: NDArray) -> None:
+        def work(i: slice) -> None:
+            np.subtract(x[i], x[i].max(axis=1, keepdims=True), out=y[i])
+            np.exp(y[i], out=y[i])
+            y[i] /= y[i].sum(axis=1, keepdims=True)
+
+        _by_rows(x, work)
+
+    def softmax_bwd(self, dx: NDArray, dy: NDArray, y: NDArray) -> None:
+        def work(i: slice) -> None:
+            inner = np.einsum("nv,nv->n", dy[i], y[i])
+            np.subtract(dy[i], inner[:, None], out=dx[i])
+            dx[i] *= y[i]
+
+        _by_rows(y, work)
+
+    # --- GELU ---
+
+    def gelu_fwd(self, y: NDArray, x: NDArray) -> None:
+        y, x = _flat(y, x)
+
+        def work(i: slice) -> None:
+            t = _gelu_tanh(x[i])
+            t += 1.0
+            t *= x[i]
+            np.multiply(t, 0.5, out=y[i])
+
+        _by_blocks(x.size, 1, work)
+
+    def gelu_bwd(self, dx: NDArray, dy: NDArray, x: NDArray) -> None:
+        dx, dy, x = _flat(dx, dy, x)
+
+        def work(i: slice) -> None:
+            # d/dx 0.5 x (1 + t) = 0.5 (1 + t) + 0.5 x (1 - t^2) u', and u' = s (1 + 3 c x^2)
+            t = _gelu_tanh(x[i])
+            slope = x[i] * x[i]
+            slope *= 3.0 * GELU_CUBIC * GELU_SCALE
+            slope += GELU_SCALE
+            slope *= x[i]
+            slope *= 1.0 - t * t
+            slope += t
+            slope += 1.0
+            slope *= 0.5
+            np.multiply(dy[i], slope, out=dx[i])
+
+        _by_blocks(x.size, 1, work)
+
+    # --- bias ---
+
+    def bias_fwd(self, y: NDArray, b: NDArray) -> None:
+        def work(i: slice) -> None:
+            y[i] += b
+
+        _by_rows(y, work)
+
+    def bias_bwd(self, db: NDArray, dy: NDArray) -> None:
+        for part in _by_rows(dy, lambda i: dy[i].sum(axis=0)):
+            db += part
+
+    # --- fused classifier ---
+
+    def classifier_fwd(
+        self, losses: NDArray, logits: NDArray, targets: NDArray, vocab_size: int
+    ) -> None:
+        def work(i: slice) -> None:
+            _add_losses(losses[i], logits[i, :vocab_size].copy(), targets[i])
+
+        _by_rows(logits, work)
+
+    def classifier_fwd_bwd(
+        self, losses: NDArray, logits: NDArray, targets: NDArray, vocab_size: int, dloss: float
+    ) -> None:
+        def work(i: slice) -> None:
+            x = logits[i, :vocab_size]
+            total = _add_losses(losses[i], x, targets[i])
+            x *= dloss / total[:, None]
+            x[np.arange(len(x)), targets[i]] -= dloss
+            logits[i, vocab_size:] = 0.0
+
+        _by_rows(logits, work)
+
+    # --- optimizer ---
+
+    def squared_norm(self, out: NDArray, x: NDArray) -> None:
+        out[0] = sum(_by_blocks(x.size, 1, lambda i: float(np.dot(x[i], x[i]))))
+
+    def adamw(
+        self,
+        master: NDArray,
+        m: NDArray,
+        v: NDArray,
+        param: NDArray,
+        grad: NDArray,
+        grad_sq: NDArray,
+        decayed: int,
+        hyper: AdamWStep,
+    ) -> None:
+        norm = math.sqrt(float(grad_sq[0])) if np.isfinite(grad_sq[0]) else math.inf
+        if not math.isfinite(norm):
+            return
+        clip = hyper.max_grad_norm / norm if norm > hyper.max_grad_norm else 1.0
+        # lr * m_hat / (sqrt(v_hat) + eps), with both bias corrections moved into constants
+        step_size = hyper.lr / (1.0 - hyper.beta1**hyper.step)
+        root_scale = 1.0 / math.sqrt(1.0 - hyper.beta2**hyper.step)
+
+        def work(i: slice, decay: float) -> None:
+            g, m_i, v_i, w = grad[i], m[i], v[i], master[i]
+            m_i *= hyper.beta1
+            t = g * (clip * (1.0 - hyper.beta1))
+            m_i += t
+            np.multiply(g, g, out=t)
+            t *= clip * clip * (1.0 - hyper.beta2)
+            v_i *= hyper.beta2
+            v_i += t
+            np.sqrt(v_i, out=t)
+            t *= root_scale
+            t += hyper.eps
+            np.divide(m_i, t, out=t)
+            t *= step_size
+            if decay != 1.0:
+                w *= decay
+            w -= t
+            if param is not master:
+                param[i] = w
+
+        decay = 1.0 - hyper.lr * hyper.weight_decay
+        _by_blocks(decayed, 1, lambda i: work(i, decay))
+        rest = master.size - decayed
+        _by_blocks(rest, 1, lambda i: work(slice(decayed + i.start, decayed + i.stop), 1.0))
+
+    # --- casts ---
+
+    def cast(self, y: NDArray, x: NDArray) -> None:
+        y[...] = x
+
+
+def _heads(qkv: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """q, k, v as (B, H, T, D) views of (B, T, 3, H, D)."""
+    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def _by_heads(shape: tuple[int, ...], work: Callable[[tuple[slice, slice]], None]) -> None:
+    """work((batches, heads)) in parallel over parts whose (T, T) scores stay near the cache."""
+    B, H, T, _ = shape
+    heads = min(H, max(1, SCORE_ELEMENTS // (T * T)))
+    batches = max(1, min(B, SCORE_ELEMENTS // (T * T * H)))
+    parts = [
+        (slice(b, b + batches), slice(h, h + heads))
+        for b in range(0, B, batches)
+        for h in range(0, H, heads)
+    ]
+    list(_pool().map(work, parts))
+
+
+def _scores(q: NDArray, k: NDArray) -> NDArray:
+    """Scaled and masked scores (b, h, T, T) of q, k (b, h, T, D)."""
+    s: NDArray = q @ k.swapaxes(-1, -2)
+    s *= 1.0 / math.sqrt(q.shape[-1])
+    s += _future(q.shape[-2], q.dtype)
+    return s
+
+
+def _gelu_tanh(x: NDArray) -> NDArray:
+    """tanh(sqrt(2 / pi) (x + 0.044715 x^3)) as a new array."""
+    u = x * x
+    u *= GELU_CUBIC * GELU_SCALE
+    u += GELU_SCALE
+    u *= x
+    np.tanh(u, out=u)
+    return u
+
+
+def _add_losses(losses: NDArray, x: NDArray, targets: NDArray) -> NDArray:
+    """losses (n,) += cross-entropy of logits x (n, V); x becomes exp(x - max); returns its sums."""
+    x -= x.max(axis=1, keepdims=True)
+    picked = x[np.arange(len(x)), targets]  # a copy: the next line overwrites x
+    np.exp(x, out=x)
+    total: NDArray = x.sum(axis=1)
+    losses += np.log(total) - picked
+    return total

@@ -1,0 +1,205 @@
+"""The whole model against PyTorch: loss, every gradient, ten optimizer steps."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from gpu_gpt2 import layout
+from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.model import GPT2, initial_weights
+from gpu_gpt2.ops.interface import AdamWStep
+from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.optimizer import AdamW
+
+CONFIG = ModelConfig(vocab_size=1027, n_positions=40, n_embd=96, n_layer=3, n_head=4)
+B, T = 3, 33
+TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}  # Hugging Face's Conv1D holds (in, out)
+LAYER_NAMES = {
+    "ln1w": "ln_1.weight", "ln1b": "ln_1.bias",
+    "qkvw": "attn.c_attn.weight", "qkvb": "attn.c_attn.bias",
+    "attprojw": "attn.c_proj.weight", "attprojb": "attn.c_proj.bias",
+    "ln2w": "ln_2.weight", "ln2b": "ln_2.bias",
+    "fcw": "mlp.c_fc.weight", "fcb": "mlp.c_fc.bias",
+    "fcprojw": "mlp.c_proj.weight", "fcprojb": "mlp.c_proj.bias",
+}  # fmt: skip
+TOP_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
+
+
+def weights(seed: int = 0) -> np.ndarray:
+    """Initial weights with biases and layernorms moved off 0 and 1, so that every term counts."""
+    arena = initial_weights(CONFIG, seed)
+    rng = np.random.default_rng(seed + 1)
+    arena[layout.decayed_count(CONFIG) :] += 0.1 * rng.standard_normal(
+        arena.size - layout.decayed_count(CONFIG), dtype=np.float32
+    )
+    return arena
+
+
+def batch(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    tokens, targets = rng.integers(0, CONFIG.vocab_size, (2, B, T)).astype(np.int32)
+    tokens[:, ::3] = tokens[0, 0]  # some tokens often, so that their gradients add up
+    return tokens, targets, np.argsort(tokens.reshape(-1), kind="stable").astype(np.int32)
+
+
+def our_model(arena: np.ndarray) -> GPT2:
+    model = GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=B, max_seq_len=T)
+    model.load(arena)
+    return model
+
+
+def torch_model(arena: np.ndarray, dtype: torch.dtype) -> transformers.GPT2LMHeadModel:
+    config = transformers.GPT2Config(
+        vocab_size=CONFIG.vocab_size, n_positions=CONFIG.n_positions, n_embd=CONFIG.n_embd,
+        n_layer=CONFIG.n_layer, n_head=CONFIG.n_head, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).to(dtype)
+    ours = layout.flat_views(layout.parameters(CONFIG), arena)
+    with torch.no_grad():
+        for _, theirs, array in paired(model, ours):
+            theirs.copy_(torch.from_numpy(np.ascontiguousarray(array)))
+    return model
+
+
+def paired(model: transformers.GPT2LMHeadModel, ours: SimpleNamespace):
+    """(our name, their parameter, our array in their shape) for every parameter tensor."""
+    theirs = dict(model.transformer.named_parameters())
+    for name, their_name in TOP_NAMES.items():
+        array = getattr(ours, name)
+        yield name, theirs[their_name], array[: CONFIG.vocab_size] if name == "wte" else array
+    for name, their_name in LAYER_NAMES.items():
+        for l in range(CONFIG.n_layer):
+            array = getattr(ours, name)[l]
+            yield (
+                f"{name}[{l}]",
+                theirs[f"h.{l}.{their_name}"],
+                array.T if name in TRANSPOSED else array,
+            )
+
+
+def torch_loss(model: transformers.GPT2LMHeadModel, tokens, targets) -> torch.Tensor:
+    logits = model(torch.from_numpy(tokens).long()).logits
+    flat = torch.from_numpy(targets).long().reshape(-1)
+    return torch.nn.functional.cross_entropy(logits.reshape(-1, CONFIG.vocab_size), flat)
+
+
+def test_loss_and_every_gradient_match_pytorch() -> None:
+    arena, (tokens, targets, order) = weights(), batch()
+    ours = our_model(arena)
+    ours.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
+    single, double = torch_model(arena, torch.float32), torch_model(arena, torch.float64)
+    losses = [torch_loss(m, tokens, targets) for m in (single, double)]
+    for loss in losses:
+        loss.backward()
+    assert abs(ours.acts.losses.mean() - losses[0].item()) < 1e-5
+    assert abs(ours.acts.losses.mean() - losses[1].item()) < 1e-5
+    # Bound: relative to the largest gradient of the tensor, as float32 sums lose in the smallest.
+    exact = dict(double.transformer.named_parameters())
+    names = {id(p): n for n, p in single.transformer.named_parameters()}
+    for name, theirs, grad in paired(single, ours.grads):
+        expected = exact[names[id(theirs)]].grad.numpy()
+        worst = np.abs(grad - expected).max() / np.abs(expected).max()
+        assert worst < 1e-5, f"{name}: {worst:.2e} of the largest gradient"
+        beside = np.abs(grad - theirs.grad.numpy()).max() / np.abs(expected).max()
+        assert beside < 2e-5, f"{name}: {beside:.2e} from PyTorch's float32"
+    assert not ours.grads.wte[CONFIG.vocab_size :].any()
+
+
+def test_ten_adamw_steps_match_pytorch() -> None:
+    arena = weights()
+    ours, theirs = our_model(arena), torch_model(arena, torch.float32)
+    optimizer = AdamW(ours)
+    matrices = [p for p in theirs.parameters() if p.dim() >= 2]
+    others = [p for p in theirs.parameters() if p.dim() < 2]
+    torch_optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for step in range(1, 11):
+        tokens, targets, order = batch(step % 3)
+        ours.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
+        hyper = AdamWStep(
+            step=step, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
+        )
+        optimizer.step(hyper)
+        torch_optimizer.zero_grad()
+        loss = torch_loss(theirs, tokens, targets)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        torch_optimizer.step()
+        assert abs(ours.acts.losses.mean() - loss.item()) < 1e-5, f"step {step}"
+        assert abs(np.sqrt(optimizer.grad_sq[0]) - norm.item()) < 1e-4 * norm.item()
+    for name, theirs_p, array in paired(theirs, ours.params):
+        worst = np.abs(array - theirs_p.detach().numpy()).max()
+        assert worst < 2e-5, f"{name}: {worst:.2e} after ten steps of 1e-3"
+
+
+def test_micro_batches_add_up_to_the_whole_batch() -> None:
+    arena, (tokens, targets, order) = weights(), batch()
+    whole, parts = our_model(arena), our_model(arena)
+    whole.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
+    for i in range(B):
+        part = slice(i, i + 1)
+        order = np.argsort(tokens[i], kind="stable").astype(np.int32)
+        parts.forward_backward(tokens[part], targets[part], order, micro_step=i, micro_steps=B)
+    np.testing.assert_allclose(parts.acts.losses.sum(), whole.acts.losses.sum(), rtol=1e-6)
+    worst = np.abs(parts.grad_arena - whole.grad_arena).max()
+    assert worst < 1e-6 * np.abs(whole.grad_arena).max()
+
+
+def test_a_second_step_starts_its_gradients_afresh() -> None:
+    model = our_model(weights())
+    grads = []
+    for _ in range(2):
+        model.forward_backward(*batch(), micro_step=0, micro_steps=1)
+        grads.append(model.grad_arena.copy())
+    np.testing.assert_array_equal(grads[0], grads[1])
+
+
+def test_smaller_batches_reuse_the_memory() -> None:
+    arena, (tokens, _, _) = weights(), batch()
+    big = our_model(arena)
+    small = GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=9, training=False)
+    small.load(arena)
+    big.forward(tokens)
+    np.testing.assert_allclose(
+        big.forward(tokens[:1, :9]).copy(), small.forward(tokens[:1, :9]), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_overfits_one_batch() -> None:
+    model = our_model(initial_weights(CONFIG, 0))
+    optimizer = AdamW(model)
+    tokens, targets, order = batch()
+    losses = []
+    for step in range(1, 61):
+        model.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
+        losses.append(model.acts.losses.mean())
+        optimizer.step(
+            AdamWStep(step=step, lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0,
+                      max_grad_norm=1.0)
+        )  # fmt: skip
+    assert losses[0] > 6.5  # ln 1027 = 6.93
+    assert losses[-1] < 0.1
+
+
+def test_a_context_beyond_the_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="longer than the model's context of 40"):
+        GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=41)
+
+
+def test_initial_weights_follow_the_table() -> None:
+    arena = initial_weights(CONFIG, 7)
+    p = layout.flat_views(layout.parameters(CONFIG), arena)
+    np.testing.assert_array_equal(arena, initial_weights(CONFIG, 7))
+    assert not p.wte[CONFIG.vocab_size :].any()
+    assert abs(p.wte[: CONFIG.vocab_size].std() - 0.02) < 1e-3
+    assert abs(p.fcprojw.std() - 0.02 / np.sqrt(6)) < 1e-3
+    assert (p.ln1w == 1).all()
+    assert not p.qkvb.any()

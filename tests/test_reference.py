@@ -1,0 +1,236 @@
+"""The NumPy ops against finite differences in float64: the root of all other evidence."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpu_gpt2.ops.interface import AdamWStep
+from gpu_gpt2.ops.reference import ReferenceOps
+
+OPS = ReferenceOps()
+SHAPES = [(1, 1, 1), (2, 7, 3), (3, 5, 31)]  # (B, T, C); C also serves as V and O
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def numeric_gradient(f: Callable[[], np.ndarray], x: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """d sum(f() * dy) / dx by central differences, f reading x in place."""
+    grad = np.empty_like(x)
+    for i in np.ndindex(x.shape):
+        kept, h = x[i], 1e-5
+        x[i] = kept + h
+        above = (f() * dy).sum()
+        x[i] = kept - h
+        below = (f() * dy).sum()
+        x[i] = kept
+        grad[i] = (above - below) / (2 * h)
+    return grad
+
+
+def assert_near(name: str, actual: np.ndarray, expected: np.ndarray) -> None:
+    worst = np.abs(actual - expected).max()
+    scale = max(1.0, np.abs(expected).max())
+    assert worst <= 1e-7 * scale, f"{name}: worst error {worst:.2e} at scale {scale:.2e}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_embedding(shape: tuple[int, int, int]) -> None:
+    B, T, C = shape
+    wte, wpe, dy = (rng(i).normal(size=s) for i, s in enumerate([(4, C), (T + 2, C), (B, T, C)]))
+    tokens = rng(3).integers(0, 4, (B, T)).astype(np.int32)
+
+    def forward() -> np.ndarray:
+        x = np.empty((B, T, C))
+        OPS.embedding_fwd(x, tokens, wte, wpe)
+        return x
+
+    dwte, dwpe = np.ones_like(wte), np.ones_like(wpe)
+    order = np.argsort(tokens.reshape(-1), kind="stable").astype(np.int32)
+    OPS.embedding_bwd(dwte, dwpe, dy, tokens, order)
+    assert_near("dwte", dwte, 1 + numeric_gradient(forward, wte, dy))
+    assert_near("dwpe", dwpe, 1 + numeric_gradient(forward, wpe, dy))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layernorm(shape: tuple[int, int, int], fused: bool) -> None:
+    N, C = shape[0] * shape[1], shape[2]
+    x, x2, dy, w, b = (rng(i).normal(size=s) for i, s in enumerate([(N, C)] * 3 + [(C,)] * 2))
+    mean, rstd, r = np.empty(N), np.empty(N), x
+
+    def forward() -> np.ndarray:
+        nonlocal r
+        y = np.empty((N, C))
+        if fused:
+            r = np.empty((N, C))
+            OPS.residual_layernorm_fwd(r, y, mean, rstd, x, x2, w, b)
+        else:
+            OPS.layernorm_fwd(y, mean, rstd, x, w, b)
+        return y
+
+    forward()
+    dx, dw, db = np.ones((N, C)), np.ones(C), np.ones(C)
+    OPS.layernorm_bwd(dx, dw, db, dy, r, w, mean, rstd)
+    # A row of one channel is constant after normalising, and 1e-5 in the variance dominates.
+    assert_near("dx", dx, 1 + numeric_gradient(forward, x, dy))
+    assert_near("dw", dw, 1 + numeric_gradient(forward, w, dy))
+    assert_near("db", db, 1 + numeric_gradient(forward, b, dy))
+    if fused:
+        assert_near("dx2", dx, 1 + numeric_gradient(forward, x2, dy))
+
+
+@pytest.mark.parametrize("B_T_H_D", [(1, 1, 1, 1), (2, 5, 2, 3), (1, 9, 3, 4)])
+def test_attention(B_T_H_D: tuple[int, int, int, int]) -> None:
+    B, T, H, D = B_T_H_D
+    qkv, dy = rng(0).normal(size=(B, T, 3, H, D)), rng(1).normal(size=(B, T, H, D))
+    lse, y = np.empty((B, H, T)), np.empty((B, T, H, D))
+
+    def forward() -> np.ndarray:
+        OPS.attention_fwd(y, lse, qkv)
+        return y
+
+    forward()
+    dqkv, delta = np.empty_like(qkv), np.empty_like(lse)
+    OPS.attention_bwd(dqkv, delta, dy, qkv, y, lse)
+    assert_near("dqkv", dqkv, numeric_gradient(forward, qkv, dy))
+
+
+def test_attention_forward_reads_like_the_formula() -> None:
+    B, T, H, D = 2, 6, 2, 3
+    qkv = rng(0).normal(size=(B, T, 3, H, D))
+    y, lse = np.empty((B, T, H, D)), np.empty((B, H, T))
+    OPS.attention_fwd(y, lse, qkv)
+    for b, t, h in np.ndindex(B, T, H):
+        scores = np.array([qkv[b, t, 0, h] @ qkv[b, s, 1, h] for s in range(t + 1)]) / math.sqrt(D)
+        weights = np.exp(scores) / np.exp(scores).sum()
+        expected = sum(weights[s] * qkv[b, s, 2, h] for s in range(t + 1))
+        np.testing.assert_allclose(y[b, t, h], expected, rtol=1e-12)
+        np.testing.assert_allclose(lse[b, h, t], np.log(np.exp(scores).sum()), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_softmax(shape: tuple[int, int, int]) -> None:
+    N, V = shape[0] * shape[1], shape[2]
+    x, dy = rng(0).normal(size=(N, V)), rng(1).normal(size=(N, V))
+
+    def forward() -> np.ndarray:
+        y = np.empty_like(x)
+        OPS.softmax_fwd(y, x)
+        return y
+
+    y = forward()
+    np.testing.assert_allclose(y, np.exp(x) / np.exp(x).sum(1, keepdims=True), rtol=1e-12)
+    dx = np.empty_like(x)
+    OPS.softmax_bwd(dx, dy, y)
+    assert_near("dx", dx, numeric_gradient(forward, x, dy))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gelu(shape: tuple[int, int, int]) -> None:
+    x, dy = 2 * rng(0).normal(size=shape), rng(1).normal(size=shape)
+
+    def forward() -> np.ndarray:
+        y = np.empty_like(x)
+        OPS.gelu_fwd(y, x)
+        return y
+
+    expected = [0.5 * u * (1 + math.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+                for u in x.flat]  # fmt: skip
+    np.testing.assert_allclose(forward().reshape(-1), expected, rtol=1e-12, atol=1e-15)
+    dx = np.empty_like(x)
+    OPS.gelu_bwd(dx, dy, x)
+    assert_near("dx", dx, numeric_gradient(forward, x, dy))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bias(shape: tuple[int, int, int]) -> None:
+    N, O = shape[0] * shape[1], shape[2]
+    x, b, dy = (rng(i).normal(size=s) for i, s in enumerate([(N, O), (O,), (N, O)]))
+
+    def forward() -> np.ndarray:
+        y = x.copy()
+        OPS.bias_fwd(y, b)
+        return y
+
+    db = np.ones(O)
+    OPS.bias_bwd(db, dy)
+    assert_near("db", db, 1 + numeric_gradient(forward, b, dy))
+
+
+@pytest.mark.parametrize(("N", "V", "Vp"), [(1, 1, 1), (5, 7, 7), (6, 31, 40)])
+def test_classifier(N: int, V: int, Vp: int) -> None:
+    logits = rng(0).normal(size=(N, Vp))
+    logits[:, V:] = np.nan  # must never be read
+    targets = rng(1).integers(0, V, N).astype(np.int32)
+    dloss = 0.37
+
+    def forward() -> np.ndarray:
+        losses = np.zeros(N)
+        before = logits.copy()
+        OPS.classifier_fwd(losses, logits, targets, V)
+        np.testing.assert_array_equal(logits, before)
+        return losses
+
+    expected = [-np.log(np.exp(row[t]) / np.exp(row[:V]).sum())
+                for row, t in zip(logits, targets, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(forward(), expected, rtol=1e-12, atol=1e-15)
+    used = logits[:, :V]
+    gradient = numeric_gradient(forward, used, np.full(N, dloss))
+    losses = np.ones(N)
+    OPS.classifier_fwd_bwd(losses, logits, targets, V, dloss)
+    np.testing.assert_allclose(losses, 1 + np.array(expected), rtol=1e-12)
+    assert_near("dlogits", logits[:, :V], gradient)
+    np.testing.assert_array_equal(logits[:, V:], 0.0)
+
+
+def hyper(**changes: Any) -> AdamWStep:
+    settings = {
+        "step": 1, "lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.2,
+        "max_grad_norm": 1.0,
+    }  # fmt: skip
+    return AdamWStep(**{**settings, **changes})
+
+
+def test_adamw_reads_like_the_paper() -> None:
+    n, decayed = 1000, 333
+    w, m, v, g = (rng(i).normal(size=n) for i in range(4))
+    v = v**2
+    h = hyper(step=5)
+    norm = math.sqrt((g**2).sum())
+    clipped = g / norm  # the norm is far above 1
+    m2 = 0.9 * m + 0.1 * clipped
+    v2 = 0.95 * v + 0.05 * clipped**2
+    update = (m2 / (1 - 0.9**5)) / (np.sqrt(v2 / (1 - 0.95**5)) + 1e-8)
+    expected = w - 0.1 * (update + 0.2 * w * (np.arange(n) < decayed))
+    grad_sq = np.empty(1)
+    OPS.squared_norm(grad_sq, g)
+    np.testing.assert_allclose(grad_sq[0], norm**2, rtol=1e-14)
+    OPS.adamw(w, m, v, w, g, grad_sq, decayed, h)
+    np.testing.assert_allclose(m, m2, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(v, v2, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(w, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_adamw_leaves_everything_alone_when_the_gradient_is_not_finite(bad: float) -> None:
+    w, m, v, g = (rng(i).uniform(size=9) for i in range(4))
+    before = [a.copy() for a in (w, m, v)]
+    OPS.adamw(w, m, v, w, g, np.array([bad]), 9, hyper())
+    for array, kept in zip((w, m, v), before, strict=True):
+        np.testing.assert_array_equal(array, kept)
+
+
+def test_results_do_not_depend_on_blocks_or_threads() -> None:
+    """Many blocks in parallel give the same bits again and again."""
+    x = rng(0).normal(size=(700, 300)).astype(np.float32)
+    sums = []
+    for _ in range(5):
+        db = np.zeros(300, np.float32)
+        OPS.bias_bwd(db, x)
+        sums.append(db.tobytes())
+    assert len(set(sums)) == 1
