@@ -131,3 +131,24 @@ class TrainConfig:
         if missing := sorted(known - set(values)):
             raise ConfigError(f"missing training settings: {', '.join(missing)}")
         return cls(**values)
+
+
+# What `gpu-gpt2 train` does without options: something worth watching on each device. The CPU's
+# run takes about a minute on two cores; see docs/log.md for how it was chosen.
+TRAIN_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "cuda": {
+        "model": "d12", "tokenizer": "gpt2", "steps": 300, "batch_size": 4, "seq_len": 1024,
+        "total_batch_tokens": 8192, "lr": 4e-4, "warmup_steps": 30, "weight_decay": 0.1,
+        "eval_every": 50, "sample_every": 100,
+    },
+    "cpu": {
+        "model": "mini", "tokenizer": "bpe:1024", "steps": 700, "batch_size": 16, "seq_len": 64,
+        "total_batch_tokens": 1024, "lr": 2e-3, "warmup_steps": 50, "weight_decay": 0.1,
+        "eval_every": 200, "sample_every": 0,
+    },
+    "emulator": {
+        "model": "nano", "tokenizer": "bytes", "steps": 5, "batch_size": 2, "seq_len": 16,
+        "total_batch_tokens": 32, "lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.1,
+        "eval_every": 0, "sample_every": 0,
+    },
+}  # fmt: skip

@@ -84,8 +84,11 @@ class GPT2:
         """Sets all weights from a float32 parameter arena (n,) on the host, rounded to X."""
         self.ops.device.upload(self.param_arena, weights.astype(self.dtype, copy=False))
 
-    def forward(self, tokens: npt.NDArray[np.int32]) -> Array:
-        """Logits (B * T, Vp) X of tokens (B, T) int32 on the host, each in [0, V)."""
+    def forward(self, tokens: npt.NDArray[np.int32], *, last_only: bool = False) -> Array:
+        """Logits (B * T, Vp) X of tokens (B, T) int32 on the host, each in [0, V).
+
+        With `last_only`, which is for generating, B is 1 and only the last token's (1, Vp).
+        """
         B, T = tokens.shape
         c, p, o, a = self.config, self.params, self.ops, self._reshape(B, T)
         N, C = B * T, c.n_embd
@@ -109,19 +112,23 @@ class GPT2:
                 a.res_att[l], a.branch, *self._norm_weights_after(l),
             )  # fmt: skip
             residual = a.res_mlp[l]
-        o.matmul(a.logits, a.lnf, p.wte.T)  # (N, Vp)
-        return a.logits
+        rows = slice(N - 1, N) if last_only else slice(0, N)
+        o.matmul(a.logits[rows], a.lnf[rows], p.wte.T)  # (N, Vp)
+        return a.logits[rows]
 
-    def add_losses(self, tokens: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> Array:
-        """Adds the loss of each token to `acts.losses` (B * T,) and returns that; no gradients.
+    def losses(
+        self, tokens: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        """Cross-entropy (B * T,) float32 in nats of each target, on the host; no gradients.
 
         tokens, targets (B, T) int32 on the host, each in [0, V).
         """
         self.forward(tokens)
         o, a = self.ops, self.acts
+        o.device.fill_zero(a.losses)
         o.device.upload(a.targets, targets.reshape(-1))
         o.classifier_fwd(a.losses, a.logits, a.targets, self.config.vocab_size)
-        return a.losses
+        return o.device.download(a.losses)
 
     def forward_backward(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -61,3 +63,7 @@ class AdamW:
             self.decayed,
             hyper,
         )
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient before clipping; waits for the device."""
+        return math.sqrt(float(self.model.ops.device.download(self.grad_sq)[0]))

@@ -8,8 +8,10 @@ on sizes only and partial sums are added in order, so results do not depend on t
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -21,12 +23,13 @@ from gpu_gpt2.device.host import HostDevice
 from gpu_gpt2.ops.interface import AdamWStep, Ops
 
 NDArray = npt.NDArray[Any]
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 LAYERNORM_EPS: Final = 1e-5
 GELU_SCALE: Final = math.sqrt(2.0 / math.pi)
 GELU_CUBIC: Final = 0.044715
-BLOCK_ELEMENTS: Final = 1 << 16  # of one array; a handful of such blocks fit into a core's L2
+BLOCK_ELEMENTS: Final = 1 << 17  # of one array: hides the interpreter lock, still fits into L2
 SCORE_ELEMENTS: Final = 1 << 19  # of attention scores held at once
 
 
@@ -42,14 +45,44 @@ def _by_blocks(rows: int, row_size: int, work: Callable[[slice], Result]) -> lis
     """
     step = max(1, BLOCK_ELEMENTS // row_size)
     blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
-    if len(blocks) <= 1:
-        return [work(block) for block in blocks]
-    return list(_pool().map(work, blocks))
+    return _in_parallel(blocks, work)
+
+
+def _in_parallel(items: list[Item], work: Callable[[Item], Result]) -> list[Result]:
+    """[work(item) for item in items], each thread taking one run of consecutive items."""
+    threads = min(os.cpu_count() or 1, len(items))
+    if threads <= 1:
+        return [work(item) for item in items]
+    cuts = [len(items) * i // threads for i in range(threads + 1)]
+    runs = [items[start:stop] for start, stop in itertools.pairwise(cuts)]
+    results = _pool().map(lambda run: [work(item) for item in run], runs)
+    return list(itertools.chain.from_iterable(results))
 
 
 def _by_rows(x: NDArray, work: Callable[[slice], Result]) -> list[Result]:
     """work(block) for consecutive blocks of rows of a matrix."""
     return _by_blocks(x.shape[0], x.shape[1], work)
+
+
+class _Scratch(threading.local):
+    """Buffers of one thread for what an op needs in between, used again by the next op.
+
+    Allocating each afresh costs more than the arithmetic: the system zeroes every new page.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, np.dtype[Any]], NDArray] = {}
+
+    def __call__(self, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
+        """An uninitialised array; one `slot` number is one array at a time."""
+        size = math.prod(shape)
+        buffer = self._buffers.get((slot, dtype))
+        if buffer is None or buffer.size < size:
+            buffer = self._buffers[slot, dtype] = np.empty(size, dtype)
+        return buffer[:size].reshape(shape)
+
+
+_scratch = _Scratch()
 
 
 def _flat(*arrays: NDArray) -> list[NDArray]:
@@ -88,7 +121,8 @@ class ReferenceOps(Ops):
         self, y: NDArray, mean: NDArray, rstd: NDArray, x: NDArray, w: NDArray, b: NDArray
     ) -> None:
         def work(i: slice) -> None:
-            np.mean(x[i], axis=1, out=mean[i])
+            np.add.reduce(x[i], axis=1, out=mean[i])
+            mean[i] /= x.shape[1]
             np.subtract(x[i], mean[i, None], out=y[i])
             variance = np.einsum("nc,nc->n", y[i], y[i]) / x.shape[1]
             rstd[i] = 1.0 / np.sqrt(variance + LAYERNORM_EPS)
@@ -124,17 +158,19 @@ class ReferenceOps(Ops):
         rstd: NDArray,
     ) -> None:
         def work(i: slice) -> tuple[NDArray, NDArray]:
-            normed = x[i] - mean[i, None]
+            normed, g, t = (_scratch(slot, x[i].shape, x.dtype) for slot in range(3))
+            np.subtract(x[i], mean[i, None], out=normed)
             normed *= rstd[i, None]
-            g = dy[i] * w
-            g_mean = g.mean(axis=1, keepdims=True)
+            np.multiply(dy[i], w, out=g)
+            g_mean = np.add.reduce(g, axis=1, keepdims=True) / x.shape[1]
             g_normed_mean = np.einsum("nc,nc->n", g, normed)[:, None] / x.shape[1]
             g -= g_mean
-            g -= normed * g_normed_mean
+            np.multiply(normed, g_normed_mean, out=t)
+            g -= t
             g *= rstd[i, None]
             dx[i] += g
             normed *= dy[i]
-            return normed.sum(axis=0), dy[i].sum(axis=0)
+            return np.add.reduce(normed, axis=0), np.add.reduce(dy[i], axis=0)
 
         for dw_part, db_part in _by_rows(x, work):
             dw += dw_part
@@ -154,7 +190,7 @@ class ReferenceOps(Ops):
             total = p.sum(axis=-1, keepdims=True)
             lse[part] = (largest + np.log(total))[..., 0]
             p /= total
-            y_heads[part] = p @ v[part]
+            np.matmul(p, v[part], out=y_heads[part])
 
         _by_heads(q.shape, work)
 
@@ -171,13 +207,14 @@ class ReferenceOps(Ops):
             p = _scores(q[part], k[part])
             p -= lse[part][..., None]
             np.exp(p, out=p)
-            dv[part] = p.swapaxes(-1, -2) @ dy_heads[part]
-            dp = dy_heads[part] @ v[part].swapaxes(-1, -2)
+            np.matmul(p.swapaxes(-1, -2), dy_heads[part], out=dv[part])
+            dp = _scratch(1, p.shape, p.dtype)
+            np.matmul(dy_heads[part], v[part].swapaxes(-1, -2), out=dp)
             dp -= delta[part][..., None]
             dp *= p
             dp *= scale
-            dq[part] = dp @ k[part]
-            dk[part] = dp.swapaxes(-1, -2) @ q[part]
+            np.matmul(dp, k[part], out=dq[part])
+            np.matmul(dp.swapaxes(-1, -2), q[part], out=dk[part])
 
         _by_heads(q.shape, work)
 
@@ -218,11 +255,15 @@ class ReferenceOps(Ops):
         def work(i: slice) -> None:
             # d/dx 0.5 x (1 + t) = 0.5 (1 + t) + 0.5 x (1 - t^2) u', and u' = s (1 + 3 c x^2)
             t = _gelu_tanh(x[i])
-            slope = x[i] * x[i]
+            slope = _scratch(1, t.shape, t.dtype)
+            np.multiply(x[i], x[i], out=slope)
             slope *= 3.0 * GELU_CUBIC * GELU_SCALE
             slope += GELU_SCALE
             slope *= x[i]
-            slope *= 1.0 - t * t
+            rest = _scratch(2, t.shape, t.dtype)
+            np.multiply(t, t, out=rest)
+            np.subtract(1.0, rest, out=rest)
+            slope *= rest
             slope += t
             slope += 1.0
             slope *= 0.5
@@ -239,7 +280,7 @@ class ReferenceOps(Ops):
         _by_rows(y, work)
 
     def bias_bwd(self, db: NDArray, dy: NDArray) -> None:
-        for part in _by_rows(dy, lambda i: dy[i].sum(axis=0)):
+        for part in _by_rows(dy, lambda i: np.add.reduce(dy[i], axis=0)):
             db += part
 
     # --- fused classifier ---
@@ -248,7 +289,10 @@ class ReferenceOps(Ops):
         self, losses: NDArray, logits: NDArray, targets: NDArray, vocab_size: int
     ) -> None:
         def work(i: slice) -> None:
-            _add_losses(losses[i], logits[i, :vocab_size].copy(), targets[i])
+            x = logits[i, :vocab_size]
+            kept = _scratch(0, x.shape, x.dtype)
+            np.copyto(kept, x)
+            _add_losses(losses[i], kept, targets[i])
 
         _by_rows(logits, work)
 
@@ -285,21 +329,21 @@ class ReferenceOps(Ops):
             return
         clip = hyper.max_grad_norm / norm if norm > hyper.max_grad_norm else 1.0
         # lr * m_hat / (sqrt(v_hat) + eps), with both bias corrections moved into constants
-        step_size = hyper.lr / (1.0 - hyper.beta1**hyper.step)
-        root_scale = 1.0 / math.sqrt(1.0 - hyper.beta2**hyper.step)
+        root = math.sqrt(1.0 - hyper.beta2**hyper.step)
+        step_size = hyper.lr * root / (1.0 - hyper.beta1**hyper.step)
 
         def work(i: slice, decay: float) -> None:
             g, m_i, v_i, w = grad[i], m[i], v[i], master[i]
             m_i *= hyper.beta1
-            t = g * (clip * (1.0 - hyper.beta1))
+            t = _scratch(0, g.shape, g.dtype)
+            np.multiply(g, clip * (1.0 - hyper.beta1), out=t)
             m_i += t
             np.multiply(g, g, out=t)
             t *= clip * clip * (1.0 - hyper.beta2)
             v_i *= hyper.beta2
             v_i += t
             np.sqrt(v_i, out=t)
-            t *= root_scale
-            t += hyper.eps
+            t += hyper.eps * root
             np.divide(m_i, t, out=t)
             t *= step_size
             if decay != 1.0:
@@ -335,20 +379,22 @@ def _by_heads(shape: tuple[int, ...], work: Callable[[tuple[slice, slice]], None
         for b in range(0, B, batches)
         for h in range(0, H, heads)
     ]
-    list(_pool().map(work, parts))
+    _in_parallel(parts, work)
 
 
 def _scores(q: NDArray, k: NDArray) -> NDArray:
-    """Scaled and masked scores (b, h, T, T) of q, k (b, h, T, D)."""
-    s: NDArray = q @ k.swapaxes(-1, -2)
+    """Scaled and masked scores (b, h, T, T) of q, k (b, h, T, D), in scratch 0."""
+    s = _scratch(0, (*q.shape[:-1], q.shape[-2]), q.dtype)
+    np.matmul(q, k.swapaxes(-1, -2), out=s)
     s *= 1.0 / math.sqrt(q.shape[-1])
     s += _future(q.shape[-2], q.dtype)
     return s
 
 
 def _gelu_tanh(x: NDArray) -> NDArray:
-    """tanh(sqrt(2 / pi) (x + 0.044715 x^3)) as a new array."""
-    u = x * x
+    """tanh(sqrt(2 / pi) (x + 0.044715 x^3)), in scratch 0."""
+    u = _scratch(0, x.shape, x.dtype)
+    np.multiply(x, x, out=u)
     u *= GELU_CUBIC * GELU_SCALE
     u += GELU_SCALE
     u *= x

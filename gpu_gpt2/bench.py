@@ -1,0 +1,140 @@
+"""Speed of a whole training step, ours and PyTorch's, measured in one run."""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from gpu_gpt2 import layout
+from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, model_config
+from gpu_gpt2.device.base import FLOAT32
+from gpu_gpt2.device.select import choose_dtype, open_device
+from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.model import DTYPES, GPT2, initial_weights
+from gpu_gpt2.ops.interface import AdamWStep
+from gpu_gpt2.ops.select import ops_for
+from gpu_gpt2.optimizer import AdamW
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """The median time of a training step."""
+
+    name: str
+    step_ms: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBench:
+    """What `gpu-gpt2 bench step` found."""
+
+    title: str
+    ours: StepTime
+    torch: StepTime | None
+    planned_bytes: int  # weights, gradients, moments, activations
+    peak_bytes: int | None  # of this process after our steps; on the CPU only
+
+
+def training_step(
+    device: str, dtype: str, model: str, batch_size: int, seq_len: int, steps: int
+) -> StepBench:
+    """Times `steps` steps on random tokens after one to warm up, then PyTorch's the same way."""
+    if min(batch_size, seq_len) < 1 or steps < 5:
+        raise ConfigError("batch size and sequence length must be at least 1, steps at least 5")
+    config = model_config(model, GPT2_VOCAB_SIZE)
+    place = open_device(device)
+    dtype = choose_dtype(dtype, place)
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, config.vocab_size, (2, batch_size, seq_len), dtype=np.int32)
+    ours = _timed("gpu-gpt2", _our_step(config, place.name, dtype, tokens, targets), tokens, steps)
+    peak = _peak_bytes() if place.name == "cpu" else None
+    torch_time = None
+    if importlib.util.find_spec("torch") and place.name != "emulator":
+        from gpu_gpt2.peers import torch_step
+
+        torch_time = _timed(
+            "PyTorch eager", torch_step(config, place.name, dtype, tokens, targets), tokens, steps
+        )
+    return StepBench(
+        title=f"{model}, batch {batch_size} x {seq_len}, {dtype}, {place.name}: median of {steps}",
+        ours=ours,
+        torch=torch_time,
+        planned_bytes=planned_bytes(config, dtype, batch_size, seq_len),
+        peak_bytes=peak,
+    )
+
+
+def planned_bytes(config: ModelConfig, dtype: str, batch_size: int, seq_len: int) -> int:
+    """Weights, gradients, two moments, master weights if separate, and activations."""
+    x = DTYPES[dtype]
+    per_parameter = x.itemsize + 3 * FLOAT32.itemsize + (FLOAT32.itemsize if x != FLOAT32 else 0)
+    acts = layout.bytes_of(layout.activations(config, batch_size, seq_len), x)
+    return layout.parameter_count(config) * per_parameter + acts
+
+
+def render(bench: StepBench) -> Table:
+    """The result as a table, the ratio to PyTorch included."""
+    table = Table("", "ms per step", "tokens/s", title=bench.title, title_justify="left")
+    for row in filter(None, (bench.ours, bench.torch)):
+        table.add_row(row.name, f"{row.step_ms:.1f}", f"{row.tokens_per_s:,.0f}")
+    if bench.torch:
+        ratio = bench.torch.step_ms / bench.ours.step_ms
+        table.add_row("ratio", f"{ratio:.2f} x PyTorch's speed", "")
+    planned = bench.planned_bytes / 2**20
+    if bench.peak_bytes:
+        peak = bench.peak_bytes / 2**20
+        memory = f"{peak:,.0f} MiB at most, {peak / planned:.2f} of the {planned:,.0f} MiB planned"
+    else:
+        memory = f"{planned:,.0f} MiB planned"
+    table.caption = f"memory: {memory}"
+    table.caption_justify = "left"
+    return table
+
+
+def _timed(name: str, step: Callable[[], None], tokens: Tokens, steps: int) -> StepTime:
+    step()
+    times = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    median = statistics.median(times)
+    return StepTime(name=name, step_ms=median * 1000, tokens_per_s=tokens.size / median)
+
+
+def _our_step(
+    config: ModelConfig, device: str, dtype: str, tokens: Tokens, targets: Tokens
+) -> Callable[[], None]:
+    B, T = tokens.shape
+    ops = ops_for(open_device(device), dtype, layout.widest(config))
+    model = GPT2(config, ops, dtype=dtype, max_batch=B, max_seq_len=T)
+    optimizer = AdamW(model)
+    optimizer.load(initial_weights(config, 0))
+    order = np.argsort(tokens, axis=None, kind="stable").astype(np.int32)
+    hyper = AdamWStep(
+        step=1, lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
+    )
+
+    def step() -> None:
+        model.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
+        optimizer.step(hyper)
+        optimizer.grad_norm()  # waits for the device
+
+    return step
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts in bytes

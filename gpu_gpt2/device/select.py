@@ -1,0 +1,47 @@
+"""From the name of a device to the device and the ops that run on it."""
+
+from __future__ import annotations
+
+from gpu_gpt2.device.base import Device
+from gpu_gpt2.device.cupy_device import CupyDevice, gpu_count
+from gpu_gpt2.device.emulator import EmulatorDevice
+from gpu_gpt2.device.host import HostDevice
+from gpu_gpt2.errors import ConfigError, DeviceError
+
+DEVICES = ("auto", "cuda", "cpu", "emulator")
+BF16_CAPABILITY = 80  # tensor cores take bfloat16 from Ampere on
+
+
+def open_device(name: str) -> Device:
+    """The device called `name`; "auto" is the GPU where there is one, else the CPU.
+
+    Raises DeviceError for a GPU that is not here, ConfigError for an unknown name.
+    """
+    if name == "auto":
+        name = "cuda" if has_gpu() else "cpu"
+    if name == "cuda":
+        return CupyDevice()
+    if name == "cpu":
+        return HostDevice()
+    if name == "emulator":
+        return EmulatorDevice()
+    raise ConfigError(f"unknown device {name!r}; choose one of {', '.join(DEVICES)}")
+
+
+def has_gpu() -> bool:
+    try:
+        return gpu_count() > 0
+    except DeviceError:
+        return False
+
+
+def choose_dtype(name: str, device: Device) -> str:
+    """ "fp32" or "bf16" for `name`, where "auto" is bf16 on a GPU whose tensor cores take it."""
+    if name == "auto":
+        fast = isinstance(device, CupyDevice) and device.compute_capability >= BF16_CAPABILITY
+        return "bf16" if fast else "fp32"
+    if name not in ("fp32", "bf16"):
+        raise ConfigError(f"unknown dtype {name!r}; choose one of auto, fp32, bf16")
+    if name == "bf16" and device.name == "cpu":
+        raise ConfigError("the CPU trains in fp32 only; leave out --dtype bf16")
+    return name

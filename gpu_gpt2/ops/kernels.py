@@ -1,0 +1,432 @@
+"""Every op as launches of the files in kernels/, on a GPU or in the emulator.
+
+All that has to agree with a kernel's text is decided in this one file: compile-time names, grid,
+block, and the size of scratch memory. Blocks and chunks follow from tensor sizes alone, never from
+the GPU, so sums are made in one order everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Final
+
+from gpu_gpt2.config import MAX_HEAD_SIZE
+from gpu_gpt2.device.base import FLOAT32, Array, Device
+from gpu_gpt2.device.launch import MAX_GRID, MAX_THREADS, Dim3
+from gpu_gpt2.device.source import KernelSource, kernel_files, kernel_source
+from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.ops.interface import AdamWStep, Ops
+
+WARP: Final = 32
+THREADS: Final = 256  # of a block, where nothing asks for another number
+MAX_SIZE: Final = 2**30  # of each dimension and of rows, so that int counters cannot overflow
+
+# Sums down columns (kernels/bias.cu): rows are cut into chunks, each summed by itself.
+MIN_CHUNK_ROWS: Final = 64
+MAX_CHUNKS: Final = 64
+COLUMN_WARPS: Final = 8
+
+NORM_BLOCKS: Final = 1024  # partial sums of squared_norm
+
+# Attention (kernels/attention.cu): 16 numbers a lane keep the backward pass within registers, and
+# two tiles of 16 rows of the largest head stay under the 48 KiB of shared memory every GPU has.
+ATTENTION_THREADS: Final = 128
+ATTENTION_TILE: Final = 16
+NUMBERS_PER_LANE: Final = 16
+
+
+def attention_defines(head_size: int) -> dict[str, int]:
+    """The compile-time names of kernels/attention.cu for heads of `head_size` numbers."""
+    if not 1 <= head_size <= MAX_HEAD_SIZE:
+        raise ConfigError(
+            f"head size {head_size}: kernels/attention.cu takes 1 to {MAX_HEAD_SIZE}; "
+            f"use another number of heads"
+        )
+    lanes = 1
+    while lanes * NUMBERS_PER_LANE < head_size:
+        lanes *= 2  # a power of two: lanes of one position sum by pairs within a warp
+    return {
+        "HEAD_SIZE": head_size,
+        "LANES": lanes,
+        "TILE": ATTENTION_TILE,
+        "THREADS": ATTENTION_THREADS,
+    }
+
+
+def scratch_floats(widest: int) -> int:
+    """Elements of the float32 scratch array: partial sums of the widest column sum or norm."""
+    return max(MAX_CHUNKS * widest, NORM_BLOCKS)
+
+
+class KernelOps(Ops):
+    """The ops as kernel launches, with X = float32 ("fp32") or bfloat16 ("bf16").
+
+    `widest` is the largest number of columns that `bias_bwd` will sum, and at least twice that of
+    `layernorm_bwd`: 4 C for a GPT-2. It sizes the scratch array, the only memory allocated here.
+    """
+
+    def __init__(self, device: Device, dtype: str, *, widest: int) -> None:
+        if dtype not in ("fp32", "bf16"):
+            raise ConfigError(f"kernels run in fp32 or bf16, not {dtype!r}")
+        self.device = device
+        self.dtype = dtype
+        self._widest = widest
+        self._scratch = device.empty((scratch_floats(widest),), FLOAT32)
+
+    # --- embedding ---
+
+    def embedding_fwd(self, x: Array, tokens: Array, wte: Array, wpe: Array) -> None:
+        B, T, C = _sizes(
+            "embedding_fwd",
+            "BTC",
+            x=(x, "BTC"),
+            tokens=(tokens, "BT"),
+            wte=(wte, "VC"),
+            wpe=(wpe, "PC"),
+        )
+        _at_most("embedding_fwd", "T", T, wpe.shape[0])
+        args = (x, tokens, wte, wpe, T, C)
+        self._launch("embedding_fwd", (B * T,), (_row_threads(C, THREADS),), args)
+
+    def embedding_bwd(
+        self, dwte: Array, dwpe: Array, dx: Array, tokens: Array, order: Array
+    ) -> None:
+        B, T, C = _sizes(
+            "embedding_bwd",
+            "BTC",
+            dwte=(dwte, "VC"),
+            dwpe=(dwpe, "PC"),
+            dx=(dx, "BTC"),
+            tokens=(tokens, "BT"),
+            order=(order, "N"),
+        )
+        N = B * T
+        _at_most("embedding_bwd", "T", T, dwpe.shape[0])
+        _at_most("embedding_bwd", "C", C, MAX_GRID[1] * THREADS)
+        if order.shape[0] != N:
+            raise ValueError(f"embedding_bwd: order is {order.shape}, expected ({N},) for B * T")
+        columns = _blocks(C, THREADS)
+        self._launch("embedding_bwd_wpe", (T, columns), (THREADS,), (dwpe, dx, B, T, C))
+        self._launch("embedding_bwd_wte", (N, columns), (THREADS,), (dwte, dx, tokens, order, N, C))
+
+    # --- layernorm ---
+
+    def layernorm_fwd(
+        self, y: Array, mean: Array, rstd: Array, x: Array, w: Array, b: Array
+    ) -> None:
+        N, C = _sizes(
+            "layernorm_fwd",
+            "NC",
+            y=(y, "NC"),
+            mean=(mean, "N"),
+            rstd=(rstd, "N"),
+            x=(x, "NC"),
+            w=(w, "C"),
+            b=(b, "C"),
+        )
+        self._launch_by_warps("layernorm_fwd", N, (y, mean, rstd, x, w, b, N, C))
+
+    def residual_layernorm_fwd(
+        self,
+        r: Array,
+        y: Array,
+        mean: Array,
+        rstd: Array,
+        x1: Array,
+        x2: Array,
+        w: Array,
+        b: Array,
+    ) -> None:
+        N, C = _sizes(
+            "residual_layernorm_fwd",
+            "NC",
+            r=(r, "NC"),
+            y=(y, "NC"),
+            mean=(mean, "N"),
+            rstd=(rstd, "N"),
+            x1=(x1, "NC"),
+            x2=(x2, "NC"),
+            w=(w, "C"),
+            b=(b, "C"),
+        )
+        self._launch_by_warps("residual_layernorm_fwd", N, (r, y, mean, rstd, x1, x2, w, b, N, C))
+
+    def layernorm_bwd(
+        self,
+        dx: Array,
+        dw: Array,
+        db: Array,
+        dy: Array,
+        x: Array,
+        w: Array,
+        mean: Array,
+        rstd: Array,
+    ) -> None:
+        N, C = _sizes(
+            "layernorm_bwd",
+            "NC",
+            dx=(dx, "NC"),
+            dw=(dw, "C"),
+            db=(db, "C"),
+            dy=(dy, "NC"),
+            x=(x, "NC"),
+            w=(w, "C"),
+            mean=(mean, "N"),
+            rstd=(rstd, "N"),
+        )
+        self._launch_by_warps("layernorm_bwd_dx", N, (dx, dy, x, w, mean, rstd, N, C))
+        rows, chunks = _chunks(N)
+        dw_partial, db_partial = self._partials("layernorm_bwd", chunks, C, count=2)
+        self._launch(
+            "layernorm_bwd_partial",
+            (_blocks(C, WARP), chunks),
+            (WARP, COLUMN_WARPS),
+            (dw_partial, db_partial, dy, x, mean, rstd, N, C, rows),
+        )
+        self._add_column_sums(dw, dw_partial, chunks)
+        self._add_column_sums(db, db_partial, chunks)
+
+    # --- attention ---
+
+    def attention_fwd(self, y: Array, lse: Array, qkv: Array) -> None:
+        B, T, H, D = _sizes(
+            "attention_fwd", "BTHD", y=(y, "BTHD"), lse=(lse, "BHT"), qkv=(qkv, "BT3HD")
+        )
+        self._launch_attention("attention_fwd", (B, T, H, D), (y, lse, qkv))
+
+    def attention_bwd(
+        self, dqkv: Array, delta: Array, dy: Array, qkv: Array, y: Array, lse: Array
+    ) -> None:
+        B, T, H, D = _sizes(
+            "attention_bwd",
+            "BTHD",
+            dqkv=(dqkv, "BT3HD"),
+            delta=(delta, "BHT"),
+            dy=(dy, "BTHD"),
+            qkv=(qkv, "BT3HD"),
+            y=(y, "BTHD"),
+            lse=(lse, "BHT"),
+        )
+        rows = _at_most("attention_bwd", "B * T * H", B * T * H, MAX_SIZE)
+        defines = attention_defines(D)
+        self._launch_by_warps("attention_delta", rows, (delta, dy, y, B, T, H), **defines)
+        args = (dqkv, dy, qkv, lse, delta)
+        self._launch_attention("attention_bwd_dq", (B, T, H, D), args)
+        self._launch_attention("attention_bwd_dkv", (B, T, H, D), args)
+
+    # --- softmax ---
+
+    def softmax_fwd(self, y: Array, x: Array) -> None:
+        N, V = _sizes("softmax_fwd", "NV", y=(y, "NV"), x=(x, "NV"))
+        self._launch("softmax_fwd", (N,), (_row_threads(V, MAX_THREADS),), (y, x, V))
+
+    def softmax_bwd(self, dx: Array, dy: Array, y: Array) -> None:
+        N, V = _sizes("softmax_bwd", "NV", dx=(dx, "NV"), dy=(dy, "NV"), y=(y, "NV"))
+        self._launch("softmax_bwd", (N,), (_row_threads(V, MAX_THREADS),), (dx, dy, y, V))
+
+    # --- GELU ---
+
+    def gelu_fwd(self, y: Array, x: Array) -> None:
+        self._launch_by_elements("gelu_fwd", y=y, x=x)
+
+    def gelu_bwd(self, dx: Array, dy: Array, x: Array) -> None:
+        self._launch_by_elements("gelu_bwd", dx=dx, dy=dy, x=x)
+
+    # --- bias ---
+
+    def bias_fwd(self, y: Array, b: Array) -> None:
+        N, O = _sizes("bias_fwd", "NO", y=(y, "NO"), b=(b, "O"))
+        self._launch("bias_fwd", (N,), (_row_threads(O, THREADS),), (y, b, O))
+
+    def bias_bwd(self, db: Array, dy: Array) -> None:
+        N, O = _sizes("bias_bwd", "NO", db=(db, "O"), dy=(dy, "NO"))
+        rows, chunks = _chunks(N)
+        (partial,) = self._partials("bias_bwd", chunks, O, count=1)
+        self._launch(
+            "bias_bwd_partial",
+            (_blocks(O, WARP), chunks),
+            (WARP, COLUMN_WARPS),
+            (partial, dy, N, O, rows),
+        )
+        self._add_column_sums(db, partial, chunks)
+
+    # --- fused classifier ---
+
+    def classifier_fwd(self, losses: Array, logits: Array, targets: Array, vocab_size: int) -> None:
+        self._launch_classifier("classifier_fwd", losses, logits, targets, vocab_size)
+
+    def classifier_fwd_bwd(
+        self, losses: Array, logits: Array, targets: Array, vocab_size: int, dloss: float
+    ) -> None:
+        self._launch_classifier("classifier_fwd_bwd", losses, logits, targets, vocab_size, dloss)
+
+    # --- optimizer ---
+
+    def squared_norm(self, out: Array, x: Array) -> None:
+        _sizes("squared_norm", "", out=(out, "1"))
+        blocks = min(_blocks(x.size, THREADS), NORM_BLOCKS)
+        partial = self._scratch[:blocks]
+        self._launch("squared_norm_partial", (blocks,), (THREADS,), (partial, x, x.size))
+        self._launch("squared_norm_total", (1,), (THREADS,), (out, partial, blocks))
+
+    def adamw(
+        self,
+        master: Array,
+        m: Array,
+        v: Array,
+        param: Array,
+        grad: Array,
+        grad_sq: Array,
+        decayed: int,
+        hyper: AdamWStep,
+    ) -> None:
+        n = _one_shape("adamw", master=master, m=m, v=v, param=param, grad=grad)
+        _sizes("adamw", "", grad_sq=(grad_sq, "1"))
+        if not 0 <= decayed <= n:
+            raise ValueError(f"adamw: decayed {decayed} is not within 0 to {n} elements")
+        scalars = (
+            hyper.lr,
+            1.0 - hyper.beta1,
+            1.0 - hyper.beta2,
+            hyper.eps,
+            hyper.weight_decay,
+            hyper.max_grad_norm,
+            1.0 - hyper.beta1**hyper.step,
+            1.0 - hyper.beta2**hyper.step,
+        )
+        args = (master, m, v, param, grad, grad_sq, n, decayed, *scalars)
+        self._launch("adamw", (_blocks(n, THREADS),), (THREADS,), args)
+
+    # --- casts ---
+
+    def cast(self, y: Array, x: Array) -> None:
+        if x.dtype == y.dtype:
+            _one_shape("cast", y=y, x=x)
+            y[...] = x
+        else:
+            name = "bf16_to_float" if y.dtype == FLOAT32 else "float_to_bf16"
+            self._launch_by_elements(name, y=y, x=x)
+
+    # --- launches ---
+
+    def _launch(
+        self, name: str, grid: Dim3, block: Dim3, args: tuple[Any, ...], **defines: int
+    ) -> None:
+        source = _source(name, self.dtype == "bf16", **defines)
+        self.device.launch(source, name, grid, block, args)
+
+    def _launch_by_elements(self, name: str, **tensors: Array) -> None:
+        """One thread per element; tensors of one shape in the kernel's order."""
+        n = _one_shape(name, **tensors)
+        self._launch(name, (_blocks(n, THREADS),), (THREADS,), (*tensors.values(), n))
+
+    def _launch_by_warps(self, name: str, rows: int, args: tuple[Any, ...], **defines: int) -> None:
+        """One warp per row."""
+        self._launch(name, (_blocks(rows, THREADS // WARP),), (THREADS,), args, **defines)
+
+    def _launch_attention(
+        self, name: str, sizes: tuple[int, int, int, int], tensors: tuple[Array, ...]
+    ) -> None:
+        B, T, H, D = sizes
+        defines = attention_defines(D)
+        rows = defines["THREADS"] // defines["LANES"]
+        _at_most(name, "B * H", B * H, MAX_SIZE)
+        _at_most(name, "T", T, MAX_GRID[1] * rows)
+        grid = (B * H, _blocks(T, rows))
+        self._launch(name, grid, (defines["THREADS"],), (*tensors, T, H), **defines)
+
+    def _launch_classifier(
+        self,
+        name: str,
+        losses: Array,
+        logits: Array,
+        targets: Array,
+        vocab_size: int,
+        *scalars: float,
+    ) -> None:
+        N, Vp = _sizes(
+            name, "NP", losses=(losses, "N"), logits=(logits, "NP"), targets=(targets, "N")
+        )
+        if not 1 <= vocab_size <= Vp:
+            raise ValueError(f"{name}: vocab_size {vocab_size} is not within 1 to {Vp} columns")
+        args = (losses, logits, targets, vocab_size, Vp, *scalars)
+        self._launch(name, (N,), (_row_threads(vocab_size, MAX_THREADS),), args)
+
+    def _partials(self, op: str, chunks: int, columns: int, *, count: int) -> list[Array]:
+        """`count` arrays (chunks * columns,) in the scratch memory."""
+        _at_most(op, f"{count} x {columns} columns", count * columns, self._widest)
+        size = chunks * columns
+        return [self._scratch[i * size : (i + 1) * size] for i in range(count)]
+
+    def _add_column_sums(self, out: Array, partial: Array, chunks: int) -> None:
+        columns = out.shape[0]
+        grid = (_blocks(columns, THREADS),)
+        self._launch("add_column_sums", grid, (THREADS,), (out, partial, chunks, columns))
+
+
+@functools.cache
+def _source(kernel: str, bf16: bool, **defines: int) -> KernelSource:
+    return kernel_source(_files()[kernel], bf16=bf16, **defines)
+
+
+@functools.cache
+def _files() -> dict[str, str]:
+    """The file of each kernel."""
+    return {
+        kernel: file
+        for file in kernel_files()
+        for kernel in kernel_source(file, bf16=False).signatures
+    }
+
+
+def _blocks(size: int, per_block: int) -> int:
+    return math.ceil(size / per_block)
+
+
+def _row_threads(columns: int, limit: int) -> int:
+    """Threads of a block that works on one row: whole warps, at most `limit`."""
+    return min(_blocks(columns, WARP) * WARP, limit)
+
+
+def _chunks(rows: int) -> tuple[int, int]:
+    """(rows in each chunk, number of chunks) for sums down columns."""
+    per_chunk = max(MIN_CHUNK_ROWS, _blocks(rows, MAX_CHUNKS))
+    return per_chunk, _blocks(rows, per_chunk)
+
+
+def _sizes(op: str, wanted: str, **tensors: tuple[Array, str]) -> list[int]:
+    """The sizes named by the letters `wanted`, once all shapes agree.
+
+    x=(array, "BT3") says that array is (B, T, 3). Raises ValueError naming op and tensor.
+    """
+    found: dict[str, int] = {}
+    for name, (array, letters) in tensors.items():
+        expected = tuple(
+            int(letter) if letter.isdigit() else found.setdefault(letter, size)
+            for letter, size in zip(letters, array.shape, strict=False)
+        )
+        if array.shape != expected or len(letters) != len(expected):
+            known = ", ".join(f"{letter} = {size}" for letter, size in found.items())
+            raise ValueError(
+                f"{op}: {name} is {array.shape}, expected ({', '.join(letters)}) with {known}"
+            )
+    for letter, size in found.items():
+        _at_most(op, letter, size, MAX_SIZE)
+    return [found[letter] for letter in wanted]
+
+
+def _one_shape(op: str, **tensors: Array) -> int:
+    """The number of elements of tensors that must all have one shape."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{op}: expected one shape, got {listed}")
+    return math.prod(next(iter(shapes.values())))
+
+
+def _at_most(op: str, name: str, size: int, limit: int) -> int:
+    """`size`, if it is from 1 to `limit`; else raises ConfigError naming both."""
+    if not 1 <= size <= limit:
+        raise ConfigError(f"{op}: {name} = {size} must be 1 to {limit}")
+    return size

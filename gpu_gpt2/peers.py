@@ -1,0 +1,77 @@
+"""The same training step in PyTorch eager, to be timed beside ours. Needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from gpu_gpt2.config import ModelConfig
+
+
+class Block(nn.Module):  # type: ignore[misc]
+    """One transformer layer."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.heads = c.n_head
+        self.ln1, self.ln2 = nn.LayerNorm(c.n_embd), nn.LayerNorm(c.n_embd)
+        self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd)
+        self.attproj = nn.Linear(c.n_embd, c.n_embd)
+        self.fc = nn.Linear(c.n_embd, 4 * c.n_embd)
+        self.fcproj = nn.Linear(4 * c.n_embd, c.n_embd)
+
+    def forward(self, x: Any) -> Any:
+        B, T, C = x.shape
+        qkv = self.qkv(self.ln1(x)).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attproj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.fcproj(nn.functional.gelu(self.fc(self.ln2(x)), approximate="tanh"))
+
+
+class TorchGPT2(nn.Module):  # type: ignore[misc]
+    """GPT-2 with the loss at the end."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(c.padded_vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(c.n_positions, c.n_embd)
+        self.blocks = nn.Sequential(*(Block(c) for _ in range(c.n_layer)))
+        self.lnf = nn.LayerNorm(c.n_embd)
+
+    def forward(self, tokens: Any, targets: Any) -> Any:
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        logits = nn.functional.linear(self.lnf(self.blocks(x)), self.wte.weight)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def torch_step(
+    config: ModelConfig,
+    device: str,
+    dtype: str,
+    tokens: npt.NDArray[np.int32],
+    targets: npt.NDArray[np.int32],
+) -> Callable[[], None]:
+    """A function that does one step on "cpu" or "cuda": forward, backward, clipping, AdamW.
+
+    tokens, targets (B, T) int32. dtype "bf16" is torch's autocast, weights stay float32.
+    """
+    model = TorchGPT2(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
+    x, y = (torch.from_numpy(a).long().to(device) for a in (tokens, targets))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
+            loss = model(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+
+    return step
