@@ -80,18 +80,21 @@ def planned_bytes(config: ModelConfig, dtype: str, batch_size: int, seq_len: int
     """Weights, gradients, two moments, master weights if separate, and activations."""
     x = DTYPES[dtype]
     per_parameter = x.itemsize + 3 * FLOAT32.itemsize + (FLOAT32.itemsize if x != FLOAT32 else 0)
-    acts = layout.bytes_of(layout.activations(config, batch_size, seq_len), x)
-    return layout.parameter_count(config) * per_parameter + acts
+    activations = layout.activations(config, batch_size, seq_len)
+    return int(layout.parameter_count(config) * per_parameter + layout.bytes_of(activations, x))
 
 
 def render(bench: StepBench) -> Table:
     """The result as a table, the ratio to PyTorch included."""
-    table = Table("", "ms per step", "tokens/s", title=bench.title, title_justify="left")
+    table = Table(title=bench.title, title_justify="left", box=None)
+    table.add_column()
+    for column in ("ms per step", "tokens/s"):
+        table.add_column(column, justify="right")
     for row in filter(None, (bench.ours, bench.torch)):
         table.add_row(row.name, f"{row.step_ms:.1f}", f"{row.tokens_per_s:,.0f}")
     if bench.torch:
         ratio = bench.torch.step_ms / bench.ours.step_ms
-        table.add_row("ratio", f"{ratio:.2f} x PyTorch's speed", "")
+        table.add_row("ratio", f"{ratio:.2f} x")
     planned = bench.planned_bytes / 2**20
     if bench.peak_bytes:
         peak = bench.peak_bytes / 2**20

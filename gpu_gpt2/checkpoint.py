@@ -141,6 +141,19 @@ def latest(path: Path) -> Path:
     )
 
 
+def trained_seq_len(folder: Path, model: ModelConfig) -> int:
+    """The longest text the model has seen: beyond it, its position embeddings are untrained.
+
+    A folder that is no checkpoint of ours does not tell; then it is the model's whole context.
+    """
+    if not os.path.isfile(folder / TRAINING_FILE):
+        return model.n_positions
+    seq_len = read_json(folder / TRAINING_FILE).get("train", {}).get("seq_len")
+    if type(seq_len) is not int or not 1 <= seq_len <= model.n_positions:
+        raise CheckpointError(f"{folder / TRAINING_FILE}: seq_len is {seq_len!r}")
+    return seq_len
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest step first."""
     found: dict[int, Path] = {}

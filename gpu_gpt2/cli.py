@@ -137,7 +137,7 @@ def generate(
         ops_for(place, dtype, layout.widest(config)),
         dtype=dtype,
         max_batch=1,
-        max_seq_len=config.n_positions,
+        max_seq_len=checkpoint.trained_seq_len(folder, config),
         training=False,
     )
     model.load(weights)
@@ -175,7 +175,7 @@ def check_ops(device: Device = "auto", dtype: Dtype = "auto") -> None:
     widest = check.widest_column_sum(check.CASES)
     results = []
     for result in track(
-        check.run_checks(lambda x: ops_for(place, x, widest), dtypes),
+        check.run_checks(lambda x: ops_for(place, x, widest), dtypes, check.CASES),
         description=f"checking on {place.name}",
         total=None,
         console=console,

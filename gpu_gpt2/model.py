@@ -38,6 +38,15 @@ def initial_weights(config: ModelConfig, seed: int) -> npt.NDArray[np.float32]:
     return arena
 
 
+def check_seq_len(T: int, config: ModelConfig) -> None:
+    """Raises ConfigError if a sequence of T tokens is longer than the model's context."""
+    if T > config.n_positions:
+        raise ConfigError(
+            f"sequence length {T} is longer than the model's context of {config.n_positions}; "
+            f"use --seq-len {config.n_positions} or less"
+        )
+
+
 class GPT2:
     """Weights and activations of one model on one device.
 
@@ -56,11 +65,7 @@ class GPT2:
         max_seq_len: int,
         training: bool = True,
     ) -> None:
-        if max_seq_len > config.n_positions:
-            raise ConfigError(
-                f"sequence length {max_seq_len} is longer than the model's context of "
-                f"{config.n_positions}; use --seq-len {config.n_positions} or less"
-            )
+        check_seq_len(max_seq_len, config)
         self.config = config
         self.ops = ops
         self.dtype = DTYPES[dtype]
@@ -232,8 +237,7 @@ class GPT2:
     def _reshape(self, B: int, T: int) -> SimpleNamespace:
         """The activations as views for a batch of (B, T), kept until another size comes."""
         if (B, T) != self._shape:
-            if T > self.config.n_positions:
-                raise ConfigError(f"{T} tokens are more than the context {self.config.n_positions}")
+            check_seq_len(T, self.config)
             specs = layout.activations(self.config, B, T)
             self.acts = layout.views(specs, self.dtype, self._act_arena)
             self._shape = (B, T)

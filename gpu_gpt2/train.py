@@ -22,12 +22,13 @@ from gpu_gpt2.device.select import open_device
 from gpu_gpt2.errors import CheckpointError, TrainingError
 from gpu_gpt2.evaluate import validation_loss
 from gpu_gpt2.generate import generate
-from gpu_gpt2.model import GPT2, initial_weights
+from gpu_gpt2.model import GPT2, check_seq_len, initial_weights
 from gpu_gpt2.ops.interface import AdamWStep
 from gpu_gpt2.ops.select import ops_for
 from gpu_gpt2.optimizer import AdamW
 from gpu_gpt2.runlog import RunLog
 from gpu_gpt2.schedule import warmup_cosine
+from gpu_gpt2.tokenizer import vocab_size_of
 
 SAMPLE_TOKENS: Final = 160
 
@@ -50,8 +51,9 @@ def train(
     is wrong with the data, the sizes, the device or the disk.
     """
     run_dir = Path(config.run_dir)
+    sizes = model_config(config.model, vocab_size_of(config.tokenizer))
+    check_seq_len(config.seq_len, sizes)
     data = prepare(config.data, config.tokenizer)
-    sizes = resumed.model if resumed else model_config(config.model, data.tokenizer.vocab_size)
     loader = BatchLoader(data.train, config.batch_size, config.seq_len, config.seed)
     model, optimizer = _build(config, sizes, resumed)
     step = resumed.step if resumed else 0

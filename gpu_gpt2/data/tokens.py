@@ -55,8 +55,6 @@ def read_tokens(path: Path) -> Tokens:
             f"{path}: {count} tokens at offset 8 would make {HEADER_BYTES + 2 * count} bytes, "
             f"but the file holds {size}; it was cut off or damaged, so write it again"
         )
-    if count == 0:  # nothing to map
-        return np.empty(0, np.uint16)
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(count,))
 
 

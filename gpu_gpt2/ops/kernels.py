@@ -85,6 +85,7 @@ class KernelOps(Ops):
             wte=(wte, "VC"),
             wpe=(wpe, "PC"),
         )
+        _at_most("embedding_fwd", "B * T", B * T, MAX_SIZE)
         _at_most("embedding_fwd", "T", T, wpe.shape[0])
         args = (x, tokens, wte, wpe, T, C)
         self._launch("embedding_fwd", (B * T,), (_row_threads(C, THREADS),), args)
@@ -101,7 +102,7 @@ class KernelOps(Ops):
             tokens=(tokens, "BT"),
             order=(order, "N"),
         )
-        N = B * T
+        N = _at_most("embedding_bwd", "B * T", B * T, MAX_SIZE)
         _at_most("embedding_bwd", "T", T, dwpe.shape[0])
         _at_most("embedding_bwd", "C", C, MAX_GRID[1] * THREADS)
         if order.shape[0] != N:
@@ -331,7 +332,7 @@ class KernelOps(Ops):
         B, T, H, D = sizes
         defines = attention_defines(D)
         rows = defines["THREADS"] // defines["LANES"]
-        _at_most(name, "B * H", B * H, MAX_SIZE)
+        _at_most(name, "B * T * H", B * T * H, MAX_SIZE)
         _at_most(name, "T", T, MAX_GRID[1] * rows)
         grid = (B * H, _blocks(T, rows))
         self._launch(name, grid, (defines["THREADS"],), (*tensors, T, H), **defines)
@@ -422,7 +423,8 @@ def _one_shape(op: str, **tensors: Array) -> int:
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"{op}: expected one shape, got {listed}")
-    return math.prod(next(iter(shapes.values())))
+    n = math.prod(next(iter(shapes.values())))
+    return _at_most(op, "elements", n, MAX_GRID[0] * THREADS)
 
 
 def _at_most(op: str, name: str, size: int, limit: int) -> int:

@@ -1,0 +1,5 @@
+"""`python -m gpu_gpt2` is the command gpu-gpt2."""
+
+from gpu_gpt2.cli import main
+
+main()

@@ -1,0 +1,172 @@
+"""Builds the runtime and the kernels with the host's C++ compiler, and keeps the results on disk.
+
+A file in the cache is named by the hash of all that went into it, so it never needs refreshing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from gpu_gpt2.device.source import KernelSource, Parameter
+from gpu_gpt2.errors import DeviceError, KernelError
+
+HERE: Final = Path(__file__).resolve().parent
+SHIM: Final = HERE / "shim.h"
+RUNTIME: Final = HERE / "runtime"
+CALL_PREFIX: Final = "emulator_call_"
+
+# Optimisation stops short of anything that adds, moves or widens memory accesses: every access
+# that is judged is one that the text makes.
+KERNEL_FLAGS: Final = (
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-gdwarf-4",
+    "-w",
+    "-fPIC",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-stack-protector",
+    "-fvisibility=hidden",
+    "-Werror=return-type",
+)
+GCC_FLAGS: Final = (
+    "-fno-gnu-unique",  # else equal helpers of two kernel files would share their variables
+    "-fno-toplevel-reorder",  # keeps the guard of a shared variable in front of it
+    "-fno-tree-loop-im",
+    "-fno-tree-cselim",
+    "-fno-tree-vectorize",
+)
+CHECKED_FLAGS: Final = ("-fsanitize=thread,alignment,bounds,integer-divide-by-zero",)
+SANITIZED_FLAGS: Final = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+)
+RUNTIME_FLAGS: Final = (
+    "-std=c++17",
+    "-O2",
+    "-w",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-fno-exceptions",
+    "-shared",
+)
+
+
+class Compiler:
+    """The host's C++ compiler: $CXX, else g++, else clang++. Raises DeviceError without one."""
+
+    def __init__(self) -> None:
+        if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "aarch64"):
+            raise DeviceError(
+                f"the emulator runs on Linux on x86-64 and aarch64, this is {sys.platform} on "
+                f"{platform.machine()}; use --device cpu"
+            )
+        named = shlex.split(os.environ.get("CXX", ""))
+        candidates = [named] if named else [["g++"], ["clang++"]]
+        found = [words for words in candidates if shutil.which(words[0])]
+        if not found:
+            looked = f"$CXX is {' '.join(named)!r}, which is not there" if named else "found none"
+            raise DeviceError(
+                f"the emulator needs a C++ compiler: {looked}; install g++ (Debian and Ubuntu: "
+                f"apt install g++) or clang++"
+            )
+        self.words = found[0]
+        self.version = self.run("--version").stdout
+
+    def run(self, *arguments: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
+        """Runs the compiler with `text` on its standard input."""
+        command = [*self.words, *map(str, arguments)]
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+
+    def runtime(self) -> Path:
+        """The shared library of runtime/."""
+        text = "".join(file.read_text() for file in sorted(RUNTIME.iterdir()))
+        path = cache_dir() / f"runtime-{_digest(self.version, *RUNTIME_FLAGS, text)}.so"
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                built = Path(folder) / "built.so"
+                result = self.run(*RUNTIME_FLAGS, RUNTIME / "runtime.cpp", "-o", built)
+                if result.returncode:
+                    raise DeviceError(f"{self.words[0]} cannot build the emulator: {result.stderr}")
+                os.replace(built, path)
+        return path
+
+    def kernels(self, source: KernelSource, *, sanitize: bool) -> Path:
+        """The shared library of a kernel file, with one emulator_call_<kernel> for each kernel.
+
+        Raises KernelError with the compiler's lines, which name the .cu file, if it does not build.
+        """
+        sanitizers = SANITIZED_FLAGS if sanitize else CHECKED_FLAGS
+        flags = (*KERNEL_FLAGS, *(() if "clang" in self.version else GCC_FLAGS), *sanitizers)
+        runtime = self.runtime()
+        calls = [_call(kernel, parameters) for kernel, parameters in source.signatures.items()]
+        text = "\n".join([source.text, '#line 1 "emulator calls"', *calls, ""])
+        key = _digest(self.version, *flags, *source.options(), str(runtime), SHIM.read_text(), text)
+        path = cache_dir() / f"{Path(source.file).stem}-{key}.so"
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                compiled, linked = Path(folder) / "compiled.o", Path(folder) / "linked.so"
+                compile_line = (*flags, *source.options(), "-include", SHIM, "-x", "c++", "-c", "-")
+                result = self.run(*compile_line, "-o", compiled, text=text)
+                if result.returncode == 0:
+                    # Linked without the thread sanitizer's library: the runtime takes its place.
+                    link_line = (
+                        "-shared",
+                        "-nostartfiles",
+                        "-Wl,-Bsymbolic,-z,now",
+                        compiled,
+                        runtime,
+                    )
+                    libraries = sanitizers if sanitize else ("-Wl,-z,defs,--wrap=memcpy,--wrap=memset",)
+                    result = self.run(*link_line, *libraries, "-lm", "-o", linked)
+                if result.returncode:
+                    raise KernelError(f"{source.file} does not compile:\n{result.stderr.strip()}")
+                os.replace(linked, path)
+        return path
+
+    def library_file(self, name: str) -> str:
+        """Where the compiler keeps one of its own libraries."""
+        return self.run(f"-print-file-name={name}").stdout.strip()
+
+
+def cache_dir() -> Path:
+    """The folder of built kernels, which may be deleted at any time."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "gpu-gpt2" / "emulator"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeviceError(
+            f"cannot make the folder {folder} for built kernels ({error.strerror}); "
+            f"set XDG_CACHE_HOME to one that can be written"
+        ) from None
+    return folder
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _call(kernel: str, parameters: tuple[Parameter, ...]) -> str:
+    """A function that calls the kernel with arguments from an array of their addresses."""
+    arguments = ", ".join(
+        f"*({'const ' if p.const else ''}{p.ctype}{'*' if p.pointer else ''}*)arguments[{i}]"
+        for i, p in enumerate(parameters)
+    )
+    return (
+        f'extern "C" __attribute__((visibility("default"), no_sanitize_thread)) '
+        f"void {CALL_PREFIX}{kernel}(void** arguments) {{ {kernel}({arguments}); }}"
+    )

@@ -1,0 +1,82 @@
+"""Finds the shared variables of a built kernel: the static variables in its ELF symbol table."""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+SYMBOL_TABLE: Final = 2  # section types, of the ELF specification's figure 4-9
+NO_BITS: Final = 8
+OBJECT: Final = 1  # symbol type
+LOADED: Final = 1  # program header type
+SECTION: Final = struct.Struct("<IIQQQQIIQQ")
+SEGMENT: Final = struct.Struct("<IIQQQQQQ")
+SYMBOL: Final = struct.Struct("<IBBHQQ")
+
+GUARD_PREFIX: Final = "emulator_guard_"  # of shim.h
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    name: str
+    start: int  # address before loading
+    size: int  # in bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What the emulator must know of a shared library, in addresses before loading."""
+
+    size: int
+    bss: tuple[int, int]  # first byte, and the one after the last
+    variables: tuple[Variable, ...]
+    symbols: dict[str, int]  # every named function and variable
+
+
+def read_image(path: Path) -> Image:
+    """The layout of a 64-bit little-endian shared library that was not stripped."""
+    data = path.read_bytes()
+    if data[:6] != b"\x7fELF\x02\x01":
+        raise ValueError(f"{path} is not a 64-bit little-endian ELF file")
+    segments_at, sections_at = struct.unpack_from("<QQ", data, 32)
+    segment_count, _, section_count = struct.unpack_from("<HHH", data, 56)
+    segments = [
+        SEGMENT.unpack_from(data, segments_at + i * SEGMENT.size) for i in range(segment_count)
+    ]
+    sections = [
+        SECTION.unpack_from(data, sections_at + i * SECTION.size) for i in range(section_count)
+    ]
+    end = max(segment[3] + segment[6] for segment in segments if segment[0] == LOADED)
+    bss = [(s[3], s[3] + s[5]) for s in sections if s[1] == NO_BITS]
+    table = next(s for s in sections if s[1] == SYMBOL_TABLE)
+    names_at = sections[table[6]][4]
+
+    variables, symbols = [], {}
+    for offset in range(table[4], table[4] + table[5], SYMBOL.size):
+        name_at, info, _, section, value, size = SYMBOL.unpack_from(data, offset)
+        name = data[names_at + name_at : data.index(b"\0", names_at + name_at)].decode()
+        if not 0 < section < section_count:
+            continue
+        symbols[name] = value
+        variable = unmangled(name)
+        uninitialised = info & 15 == OBJECT and sections[section][1] == NO_BITS and size
+        if uninitialised and not variable.startswith(GUARD_PREFIX):
+            variables.append(Variable(variable, value, size))
+    return Image(
+        size=end,
+        bss=(min(b[0] for b in bss), max(b[1] for b in bss)) if bss else (0, 0),
+        variables=tuple(sorted(variables, key=lambda v: v.start)),
+        symbols=symbols,
+    )
+
+
+def unmangled(symbol: str) -> str:
+    """`tile` of `_ZZ9transposeE4tile_0`: a variable's own name (Itanium C++ ABI, 5.1)."""
+    for match in re.finditer(r"(?:E|_ZL|_Z)(\d+)(?=\D)", symbol):
+        stop = match.end() + int(match[1])
+        if re.fullmatch(r"(_\d+)?", symbol[stop:]) and stop <= len(symbol):
+            return symbol[match.end() : stop]
+    return symbol

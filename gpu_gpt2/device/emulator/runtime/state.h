@@ -1,0 +1,212 @@
+// What a launch is made of, and the one launch in progress.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#if !defined(__linux__) || !(defined(__x86_64__) || defined(__aarch64__))
+#error "the emulator runs on Linux on x86-64 and aarch64"
+#endif
+
+extern "C" {
+// Present only in a process that AddressSanitizer watches.
+__attribute__((weak)) void __sanitizer_start_switch_fiber(void**, const void*, size_t);
+__attribute__((weak)) void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
+__attribute__((weak)) void __asan_poison_memory_region(const volatile void*, size_t);
+__attribute__((weak)) void __asan_unpoison_memory_region(const volatile void*, size_t);
+
+struct Index3 {
+    uint32_t x, y, z;
+};
+
+Index3 emulator_thread_index, emulator_block_index, emulator_block_size, emulator_grid_size;
+
+// The next four structures are declared again in device.py.
+
+struct Parameter {      // a pointer parameter of the kernel
+    const char* name;
+    const char* type;   // of an element
+    uint8_t* data;      // the caller's array
+    uint64_t bytes;
+    void** argument;    // where the kernel finds the pointer
+    uint32_t itemsize;
+    uint32_t constant;  // 1 for `const T*`
+};
+
+struct Variable {  // a __shared__ variable
+    const char* name;
+    uintptr_t start;
+    uint64_t bytes;
+};
+
+struct Image {  // the kernel's shared library in memory
+    uintptr_t start, end;
+    uintptr_t bss_start, bss_end;  // holds the shared variables and the gaps between them
+    const Variable* variables;
+    uint32_t variable_count;
+};
+
+struct Launch {
+    void (*entry)(void**);
+    void** arguments;
+    const Parameter* parameters;
+    const Image* image;
+    uint64_t seed;
+    uint32_t parameter_count;
+    uint32_t grid[3], block[3];
+    uint32_t shared_bytes;
+    uint32_t order;           // enum Order
+    uint32_t access_limit;    // of one thread without a barrier
+    uint32_t sanitized;       // the accesses are judged by AddressSanitizer instead
+    uint32_t shared_granule;  // in and out: log2 of the bytes that one record of shared memory covers
+};
+
+void emulator_switch(void** save, void* load);
+}
+
+#define COLD __attribute__((noinline, cold))
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define UNLIKELY(condition) __builtin_expect((condition), 0)
+
+namespace {
+
+enum Order { ASCENDING, DESCENDING, RANDOM };
+enum Kind { SHFL, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, SYNCWARP };
+const char* const KIND_NAMES[] = {"__shfl_sync",   "__shfl_up_sync", "__shfl_down_sync",
+                                  "__shfl_xor_sync", "__ballot_sync", "__any_sync",
+                                  "__all_sync",    "__syncwarp"};
+enum State : uint8_t { READY, AT_BARRIER, AT_COLLECTIVE, DONE };
+enum Outcome { FINE, FAULT, FINER_GRANULE };
+enum Access { READ, WRITE, ATOMIC };
+
+constexpr uint32_t WARP = 32;
+constexpr uint32_t MAX_THREADS = 1024;
+constexpr uint16_t ATOMIC_THREAD = 0xffff;  // as the writer of a record: any number of threads
+constexpr size_t STACK = 256 << 10;
+constexpr size_t STACK_RESERVE = 32 << 10;  // left for the calls that nobody counts
+constexpr size_t PAGE = 4096;
+constexpr size_t GUARD = 16 << 20;  // address space, not memory, between two arrays
+constexpr size_t CHUNK = 64 << 10;  // of the table that finds the region of an address
+constexpr size_t ALIGNMENT = 256;   // what cudaMalloc gives
+constexpr uint32_t MANY_STAMPS = 1u << 31;
+
+// What an untouched array or shared variable holds: as float32, bfloat16 or float64 a NaN, and as
+// int32 an unlikely number. Also in device.py.
+constexpr uint16_t POISON = 0x7ffb;
+
+// The last write and up to two reads of one element. Two reads are enough to find a conflict of
+// any later write with any earlier read; see remember_read.
+struct Record {
+    uint32_t stamp[3];
+    uint32_t place[3];  // the instruction, as an offset in the image
+    uint16_t thread[3];
+    uint16_t unused;
+};
+
+struct Region {
+    uintptr_t start;  // of the copy
+    uint64_t bytes;
+    uint8_t* original;
+    Record* records;
+    uint32_t granule;  // log2 of the bytes that one record covers
+    bool writable;     // at least one parameter is not const
+    bool mixed;        // some bytes belong to const parameters only
+    bool one_type;     // all elements have one size, so that poison can be told from data
+};
+
+struct Fiber {
+    void* stack_pointer;
+    void* sanitizer_stack;
+    State state;
+    uint8_t kind;
+    uint16_t thread;
+    Index3 index;
+    uint32_t mask;
+    int32_t operand, width;
+    int32_t line;
+    const char* file;
+    uint64_t value, result;
+};
+
+struct BlockStart {
+    uint32_t stamp;
+    uint64_t block;
+};
+
+// Grows, and is all zeros after growing.
+struct ZeroedMemory {
+    uint8_t* data = nullptr;
+    size_t size = 0;
+
+    bool reserve(size_t wanted) {
+        if (wanted <= size) return true;
+        release();
+        wanted = (wanted + PAGE - 1) / PAGE * PAGE;
+        void* memory = mmap(nullptr, wanted, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) return false;
+        data = static_cast<uint8_t*>(memory);
+        size = wanted;
+        return true;
+    }
+    void release() {
+        if (data) munmap(data, size);
+        data = nullptr;
+        size = 0;
+    }
+};
+
+// --- the one launch in progress ---
+
+// What the hooks need at every access, together.
+uintptr_t arena_start;
+size_t arena_bytes;
+Region* regions;
+const uint16_t* region_of_chunk;
+uintptr_t bss_start;
+size_t bss_bytes;
+uintptr_t dynamic_start;
+size_t dynamic_bytes;  // with the guard after it
+uintptr_t stack_start;
+uint32_t launch_stamp;  // the last stamp of earlier launches
+uint32_t block_stamp;   // the first of this block
+uint32_t phase_stamp;   // the first since the last __syncthreads
+uint32_t warp_stamp;    // the first since the last collective of this warp
+uint32_t budget;
+uint16_t thread;
+uint32_t shared_granule;
+Record* shared_records;
+uintptr_t image_start;
+Record* dynamic_records;
+const uint16_t* variable_of_byte;  // of the bss: number of the shared variable, from 1
+
+Launch* launch;
+std::vector<Region> region_list;
+std::vector<uint16_t> chunk_table, variable_table;
+std::vector<BlockStart> block_starts;
+ZeroedMemory arena, global_record_memory, shared_record_memory, dynamic_memory, stacks;
+std::vector<void*> sanitized_memory;
+Fiber fibers[MAX_THREADS];
+Fiber* current;
+uint32_t thread_count, warp_count;
+uint32_t warp_stamps[MAX_THREADS / WARP];
+uint32_t arrived[MAX_THREADS / WARP];  // lanes that wait in a collective
+uint32_t last_stamp;
+uint32_t phase;
+uint64_t block_number;
+void* scheduler_stack_pointer;
+const void* scheduler_stack_bottom;
+size_t scheduler_stack_size;
+Outcome outcome;
+char* message;
+size_t message_left;
+uint64_t random_state;
+
+}  // namespace

@@ -1,0 +1,173 @@
+"""The command line: every mistake is one line and exit code 1; help, info, check and bench work."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gpu_gpt2 import check, cli
+from gpu_gpt2.data.tokens import write_tokens
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = ("--model", "nano", "--tokenizer", "bytes", "--batch-size", "2", "--seq-len", "8")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in an empty folder as a user would; gives exit code, output, errors."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gpu-gpt2", *args])
+        monkeypatch.setattr(cli, "console", cli.Console(width=200))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+def write_bad_inputs() -> None:
+    Path("empty.txt").write_text("")
+    Path("latin1.txt").write_bytes(b"caf\xe9 " * 100)
+    Path("short.txt").write_text("hello")
+    Path("text.txt").write_text("some words\n" * 500)
+    tokens = np.arange(3000, dtype=np.uint16) % 100
+    tokens[2000] = 50257
+    write_tokens(Path("beyond.bin"), tokens)
+    Path("cut.bin").write_bytes(Path("beyond.bin").read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "nowhere.txt"], r"no file nowhere\.txt; give a text file"),
+        (["--data", "empty.txt"], "empty.txt is empty"),
+        (["--data", "."], r"cannot read \."),
+        (["--data", "latin1.txt"], r"latin1.txt is not UTF-8 text: byte 0xe9 at offset 3"),
+        (["--data", "short.txt", *SMALL], "too few"),
+        (["--data", "cut.bin", "--tokenizer", "gpt2"], r"cut\.bin"),
+        (["--data", "beyond.bin", "--tokenizer", "gpt2"], r"beyond\.bin.*50257"),
+        (["--data", "text.txt", "--tokenizer", "words"], "words"),
+        (["--data", "text.txt", "--tokenizer", "bpe:12"], "bpe:12"),
+        (["--data", "text.txt", "--model", "gpt5"], "unknown model 'gpt5'; choose one of d12"),
+        (["--device", "tpu"], "unknown device 'tpu'; choose one of auto, cuda, cpu, emulator"),
+        (["--dtype", "fp8"], "unknown dtype 'fp8'; choose one of auto, fp32, bf16"),
+        (["--device", "cpu", "--dtype", "bf16"], "the CPU trains in fp32 only"),
+        (["--data", "text.txt", "--model", "nano", "--seq-len", "33"], "context of 32"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--lr", "-1"], "lr must be a positive number"),
+        (["--batch-size", "3", "--total-batch-tokens", "100"], "total_batch_tokens 100"),
+        (["--data", "text.txt", *SMALL, "--run-dir", "/proc/no"], "cannot make the run"),
+        (["--resume"], "there is no run in runs/"),
+        (["--resume", "--run-dir", "nothing"], "nothing: no checkpoint here"),
+    ],
+)  # fmt: skip
+def test_bad_input_to_train(run: Run, args: list[str], message: str) -> None:
+    write_bad_inputs()
+    before = sorted(path.name for path in Path().iterdir())
+    if "--device" not in args:
+        args = [*args, "--device", "cpu"]
+    code, _, err = run("train", *args)
+    assert code == 1
+    assert len(err.splitlines()) == 1, err
+    assert re.search(message, err), err
+    assert sorted(path.name for path in Path().iterdir()) == before
+
+
+def test_a_gpu_where_there_is_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, _, err = run("train", "--device", "cuda")
+    assert code == 1
+    assert len(err.splitlines()) == 1
+    assert re.search(r"no usable NVIDIA GPU here \(.+\); check that nvidia-smi lists one", err)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere"], "nowhere: no checkpoint here; make one with: gpu-gpt2 train"),
+        (["."], "no checkpoint here"),
+    ],
+)
+def test_bad_input_to_generate(run: Run, args: list[str], message: str) -> None:
+    code, _, err = run("generate", *args)
+    assert code == 1
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+def test_train_then_generate(run: Run) -> None:
+    Path("text.txt").write_text("to be or not to be\n" * 500)
+    code, out, _ = run(
+        "train", "--data", "text.txt", *SMALL, "--steps", "300", "--device", "cpu", "--lr", "0.01"
+    )
+    assert code == 0
+    assert "saved runs/001/step_00000300" in out
+    prompt = ("--prompt", "to be or", "--temperature", "0", "--max-tokens", "11")
+    code, out, _ = run("generate", "runs/001", *prompt, "--device", "cpu")
+    assert code == 0
+    assert out == "to be or not to be\n\n"
+    code, again, _ = run("generate", "runs/001/step_00000300", *prompt, "--device", "cpu")
+    assert again == out
+    code, out, _ = run("train", "--data", "text.txt", *SMALL, "--steps", "1", "--device", "cpu")
+    assert "saved runs/002/step_00000001" in out
+
+
+def test_info_says_what_would_be_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, out, _ = run("info")
+    assert code == 0
+    for part in ("gpu-gpt2", "kernels", "CuPy", "NVRTC", "libnvrtc", "cuBLAS", "C++ compiler"):
+        assert part in out
+    assert re.search(r"train would use +cpu, fp32", out)
+    assert "! no usable NVIDIA GPU here" in out
+
+
+def test_check_passes_on_the_cpu(run: Run) -> None:
+    code, out, _ = run("check", "--device", "cpu")
+    assert code == 0
+    counted = re.search(r"(\d+) of (\d+) checks passed on cpu", out)
+    assert counted
+    assert counted[1] == counted[2]
+    assert int(counted[1]) > 50
+
+
+def test_check_fails_when_an_op_is_off(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cli.ops_for(cli.open_device("cpu"), "fp32", 1).__class__.gelu_fwd
+
+    def wrong(self: object, y: np.ndarray, x: np.ndarray) -> None:
+        right(self, y, x)
+        if y.dtype == np.float32:
+            y.reshape(-1)[-1] += 1e-3
+
+    monkeypatch.setattr(cli.ops_for(cli.open_device("cpu"), "fp32", 1).__class__, "gelu_fwd", wrong)
+    monkeypatch.setattr(check, "CASES", [c for c in check.CASES if "gelu_fwd" in str(c)][:1])
+    code, out, _ = run("check", "--device", "cpu")
+    assert code == 1
+    assert "0 of 1 checks passed" in out
+
+
+def test_bench_step_prints_both_and_the_ratio(run: Run) -> None:
+    code, out, _ = run(
+        "bench", "step", "--device", "cpu", "--model", "nano", "--batch-size", "2", "--seq-len", "8"
+    )
+    assert code == 0
+    rows = dict(re.findall(r"(gpu-gpt2|PyTorch eager) +([\d.]+)", out))
+    ratio = float(re.search(r"ratio +([\d.]+) x", out)[1])
+    assert ratio == pytest.approx(float(rows["PyTorch eager"]) / float(rows["gpu-gpt2"]), rel=0.1)
+
+
+def test_help_names_every_command() -> None:
+    out = CliRunner().invoke(cli.app, ["--help"]).output
+    for command in ("train", "generate", "info", "check", "bench"):
+        assert command in out

@@ -1,0 +1,94 @@
+"""A whole training step by kernels against the same step in NumPy: every op in its place."""
+
+import numpy as np
+from devices import kernel_devices
+
+from gpu_gpt2 import layout
+from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.device.base import Device
+from gpu_gpt2.device.select import open_device
+from gpu_gpt2.model import GPT2, initial_weights
+from gpu_gpt2.ops.interface import AdamWStep
+from gpu_gpt2.ops.kernels import KernelOps
+from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.optimizer import AdamW
+
+CONFIG = ModelConfig(vocab_size=131, n_positions=19, n_embd=48, n_layer=2, n_head=3)
+B, T = 2, 17
+MICRO_STEPS = 2
+# Of the largest value of each tensor. float32 sums in another order; bfloat16 keeps 8 bits.
+LIMITS = {"fp32": 2e-5, "bf16": 6e-2}
+WEIGHT_LIMITS = {"fp32": 1e-5, "bf16": 2e-3}  # of lr = 1e-3 steps
+LOSS_LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
+
+
+def two_micro_steps(model: GPT2, optimizer: AdamW, updates: int) -> list[float]:
+    losses = []
+    rng = np.random.default_rng(1)
+    for update in range(1, updates + 1):
+        for micro_step in range(MICRO_STEPS):
+            tokens, targets = rng.integers(0, CONFIG.vocab_size, (2, B, T), dtype=np.int32)
+            order = np.argsort(tokens, axis=None, kind="stable").astype(np.int32)
+            model.forward_backward(
+                tokens, targets, order, micro_step=micro_step, micro_steps=MICRO_STEPS
+            )
+        optimizer.step(
+            AdamWStep(
+                step=update, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
+                max_grad_norm=1.0,
+            )
+        )  # fmt: skip
+        losses.append(model.ops.device.download(model.acts.losses).mean() / MICRO_STEPS)
+    return losses
+
+
+def weights() -> np.ndarray:
+    """Initial weights with larger spread and with biases and layernorms off 0 and 1."""
+    arena = initial_weights(CONFIG, 0)
+    decayed = layout.decayed_count(CONFIG)
+    noise = np.random.default_rng(5).standard_normal(arena.size - decayed, dtype=np.float32)
+    arena[decayed:] += 0.1 * noise
+    # Both precisions start from the same numbers.
+    return arena.astype("bfloat16").astype(np.float32)
+
+
+def built(device: Device | None, dtype: str) -> tuple[GPT2, AdamW]:
+    if device is None:
+        ops = ReferenceOps()
+    else:
+        ops = KernelOps(device, dtype, widest=layout.widest(CONFIG))
+    model = GPT2(CONFIG, ops, dtype=dtype, max_batch=B, max_seq_len=T)
+    optimizer = AdamW(model)
+    optimizer.load(weights())
+    return model, optimizer
+
+
+@kernel_devices
+def test_a_training_step_equals_the_numpy_step(dtype: str, device: str) -> None:
+    reference, reference_optimizer = built(None, "fp32")
+    ours, optimizer = built(open_device(device), dtype)
+    expected = two_micro_steps(reference, reference_optimizer, updates=1)
+    actual = two_micro_steps(ours, optimizer, updates=1)
+    np.testing.assert_allclose(actual, expected, rtol=LOSS_LIMITS[dtype])
+    download = ours.ops.device.download
+    grads = layout.flat_views(layout.parameters(CONFIG), download(ours.grad_arena))
+    for spec in layout.parameters(CONFIG):
+        grad, right = getattr(grads, spec.name), getattr(reference.grads, spec.name)
+        worst = np.abs(grad - right).max() / np.abs(right).max()
+        assert worst < LIMITS[dtype], f"gradient of {spec.name}: {worst:.2e} of its largest"
+    assert not grads.wte[CONFIG.vocab_size :].any()
+    drift = np.abs(download(optimizer.master) - reference_optimizer.master).max()
+    assert drift < WEIGHT_LIMITS[dtype]
+    if dtype == "bf16":
+        rounded = download(optimizer.master).astype("bfloat16")
+        np.testing.assert_array_equal(download(ours.param_arena), rounded)
+
+
+@kernel_devices
+def test_two_runs_give_the_same_bits(dtype: str, device: str) -> None:
+    bits = set()
+    for _ in range(2):
+        model, optimizer = built(open_device(device), dtype)
+        two_micro_steps(model, optimizer, updates=2)
+        bits.add(model.ops.device.download(optimizer.master).tobytes())
+    assert len(bits) == 1

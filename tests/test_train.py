@@ -1,0 +1,189 @@
+"""A whole run: what it writes, how it goes on, how it ends when something is wrong."""
+
+import io
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from rich.console import Console
+
+from gpu_gpt2 import checkpoint, layout
+from gpu_gpt2.config import TrainConfig
+from gpu_gpt2.errors import TrainingError
+from gpu_gpt2.formats.hf import load_model
+from gpu_gpt2.model import GPT2
+from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.train import train
+
+TEXT = "".join(f"{i} squared is {i * i}, and the cube of {i} is {i**3}.\n" for i in range(300))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has its own cache and its own place for runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Path("numbers.txt").write_text(TEXT)
+
+
+def settings(**changes: object) -> TrainConfig:
+    values = {
+        "data": "numbers.txt", "model": "nano", "device": "cpu", "dtype": "fp32",
+        "tokenizer": "bytes", "steps": 8, "batch_size": 4, "seq_len": 32,
+        "total_batch_tokens": 256, "lr": 3e-3, "warmup_steps": 2, "weight_decay": 0.1,
+        "eval_every": 4, "sample_every": 0, "seed": 3, "run_dir": "run",
+    }  # fmt: skip
+    return TrainConfig(**{**values, **changes})
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def metrics(run: str = "run") -> list[dict[str, float]]:
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+def cli(*args: str, **kwargs: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "gpu_gpt2", *args],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
+    )  # fmt: skip
+
+
+def test_metrics_checkpoints_and_learning() -> None:
+    outcome = train(settings(steps=60), quiet())
+    assert (outcome.step, outcome.interrupted) == (60, False)
+    records = metrics()
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 61))
+    assert set(steps[0]) == {"step", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s"}
+    assert steps[0]["tokens_per_s"] == pytest.approx(256 / steps[0]["step_ms"] * 1000)
+    assert steps[0]["loss"] == pytest.approx(np.log(257), abs=0.2)
+    evaluations = [r for r in records if "val_loss" in r]
+    assert [r["step"] for r in evaluations] == [*range(4, 60, 4), 60]
+    assert evaluations[-1]["val_loss"] < 0.6 * evaluations[0]["val_loss"]
+    # A byte is a token here, so bits per byte are the loss in bits.
+    ratio = evaluations[-1]["val_bits_per_byte"] / evaluations[-1]["val_loss"]
+    assert ratio == pytest.approx(1 / np.log(2), rel=0.01)
+    assert [path.name for path in checkpoint.checkpoints(Path("run"))] == [
+        "step_00000056",
+        "step_00000060",
+    ]
+
+
+def test_the_checkpoint_is_a_hugging_face_model_with_the_same_logits() -> None:
+    folder = train(settings(), quiet()).checkpoint
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = np.array(tokenizer("4 squared is 16")["input_ids"], np.int32)
+    config, weights = load_model(folder)
+    ours = GPT2(config, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=32, training=False)
+    ours.load(weights)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids[None]).long()).logits[0].numpy()
+    actual = ours.forward(ids[None])[:, : config.vocab_size]
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one() -> None:
+    whole = train(settings(run_dir="whole"), quiet()).checkpoint
+    # The same run, stopped after four of eight steps by taking its later checkpoint away.
+    train(settings(run_dir="parts"), quiet())
+    first, last = checkpoint.checkpoints(Path("parts"))
+    assert first.name == "step_00000004"
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    state = checkpoint.load(first)
+    parts = train(state.train, quiet(), state).checkpoint
+    a, b = checkpoint.load(whole), checkpoint.load(parts)
+    for name in ("weights", "m", "v"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    losses = [[r["loss"] for r in metrics(run) if "loss" in r] for run in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def test_micro_batches_do_not_change_the_first_update() -> None:
+    """Rows come in the same order, so four batches of 2 see what one of 8 sees."""
+    one = train(settings(batch_size=8, steps=1, run_dir="one"), quiet()).checkpoint
+    four = train(settings(batch_size=2, steps=1, run_dir="four"), quiet()).checkpoint
+    loss = [metrics(run)[0]["loss"] for run in ("one", "four")]
+    assert loss[0] == pytest.approx(loss[1], rel=1e-6)
+    a, b = checkpoint.load(one), checkpoint.load(four)
+    assert np.abs(a.m - b.m).max() < 1e-6 * np.abs(a.m).max()
+    # m starts at 0 and has seen one clipped gradient: (1 - beta1) times a vector of norm 1.
+    assert np.linalg.norm(a.m) == pytest.approx(0.1 * min(1.0, metrics("one")[0]["grad_norm"]))
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_a_diverging_run_stops_and_says_so() -> None:
+    with pytest.raises(TrainingError, match=r"loss .* training diverged"):
+        train(settings(lr=1e30, warmup_steps=0, steps=20), quiet())
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    options = (
+        "--data", "numbers.txt", "--model", "nano", "--tokenizer", "bytes", "--device", "cpu",
+        "--batch-size", "2", "--seq-len", "32", "--run-dir", "run",
+    )  # fmt: skip
+    process = cli("train", *options, "--steps", "100000")
+    file = Path("run", "metrics.jsonl")
+    deadline = time.monotonic() + 60
+    while not (file.is_file() and file.read_text().count("\n") > 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "gpu-gpt2 train --resume --run-dir run" in out
+    saved = checkpoint.load(checkpoint.latest(Path("run"))).step
+    assert saved == metrics()[-1]["step"] > 3
+
+    refused = cli("train", *options)
+    _, err = refused.communicate(timeout=60)
+    assert refused.returncode == 1
+    assert "already holds a run; go on with it by --resume" in err
+    other = cli("train", "--resume", "--run-dir", "run", "--lr", "0.5")
+    _, err = other.communicate(timeout=60)
+    assert other.returncode == 1
+    assert "leave out --lr" in err
+    resumed = cli("train", "--resume", "--run-dir", "run", "--steps", str(saved + 2))
+    out, err = resumed.communicate(timeout=60)
+    assert resumed.returncode == 0, err
+    assert [r["step"] for r in metrics() if "loss" in r] == list(range(1, saved + 3))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = cli(
+        "train", "--data", "numbers.txt", "--model", "nano", "--tokenizer", "bytes",
+        "--device", "cpu", "--steps", "2", "--batch-size", "2", "--seq-len", "8",
+        "--run-dir", "run",
+        preexec_fn=small_files,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert len(err.splitlines()) == 1
+    assert err.startswith("gpu-gpt2: cannot write checkpoint run/step_00000002: File too large")
+    assert [path.name for path in Path("run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_state_covers_every_parameter() -> None:
+    folder = train(settings(steps=1), quiet()).checkpoint
+    state = checkpoint.load(folder)
+    assert state.tokens == 256
+    assert state.weights.size == layout.parameter_count(state.model)
+    assert state.v.any()
