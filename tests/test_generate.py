@@ -1,0 +1,67 @@
+"""Sampling: the likeliest token, top-k, seeds, and a text longer than the context."""
+
+import numpy as np
+import pytest
+
+from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.generate import generate
+from gpu_gpt2.model import GPT2, initial_weights
+from gpu_gpt2.ops.reference import ReferenceOps
+
+CONFIG = ModelConfig(vocab_size=131, n_positions=8, n_embd=32, n_layer=2, n_head=2)
+PROMPT = np.array([5, 7, 9], np.int32)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2:
+    model = GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=8, training=False)
+    model.load(10 * initial_weights(CONFIG, 0))  # far from uniform
+    return model
+
+
+def test_greedy_takes_the_likeliest_of_the_whole_forward(model: GPT2) -> None:
+    context = PROMPT
+    for token in generate(model, PROMPT, max_tokens=12, temperature=0):
+        logits = model.forward(context[None, -8:])[-1, : CONFIG.vocab_size]
+        assert token == logits.argmax()
+        context = np.append(context, np.int32(token))
+    assert len(context) == 15
+
+
+def test_the_seed_decides(model: GPT2) -> None:
+    first, again, other = (
+        list(generate(model, PROMPT, max_tokens=20, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+    assert max(first + other) < CONFIG.vocab_size  # never a padding row
+
+
+def test_top_k_draws_from_the_k_likeliest_only(model: GPT2) -> None:
+    logits = model.forward(PROMPT[None])[-1, : CONFIG.vocab_size].copy()
+    best = set(np.argsort(logits)[-3:])
+    drawn = {
+        next(generate(model, PROMPT, max_tokens=1, temperature=50.0, top_k=3, seed=seed))
+        for seed in range(60)
+    }
+    assert drawn == best
+
+
+def test_frequencies_follow_the_probabilities(model: GPT2) -> None:
+    logits = model.forward(PROMPT[None])[-1, : CONFIG.vocab_size].astype(np.float64)
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    n = 400
+    drawn = [
+        next(generate(model, PROMPT, max_tokens=1, temperature=1.0, top_k=0, seed=seed))
+        for seed in range(n)
+    ]
+    top = int(p.argmax())
+    sigma = np.sqrt(p[top] * (1 - p[top]) / n)
+    assert abs(drawn.count(top) / n - p[top]) < 4 * sigma
+
+
+def test_negative_settings_are_refused(model: GPT2) -> None:
+    with pytest.raises(ConfigError, match="must not be negative"):
+        next(generate(model, PROMPT, max_tokens=1, temperature=-1.0))

@@ -1,0 +1,40 @@
+"""Arenas: every tensor has its own bytes, aligned, and fits."""
+
+import numpy as np
+import pytest
+
+from gpu_gpt2 import layout
+from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.model import DTYPES
+
+CONFIG = ModelConfig(vocab_size=259, n_positions=9, n_embd=15, n_layer=2, n_head=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_do_not_overlap_and_are_aligned(dtype: str) -> None:
+    specs = layout.activations(CONFIG, B=2, T=7)
+    size = layout.bytes_of(specs, DTYPES[dtype])
+    arena = np.zeros(size, np.uint8)
+    named = layout.views(specs, DTYPES[dtype], arena)
+    start = arena.ctypes.data
+    for spec in specs:
+        view = getattr(named, spec.name)
+        assert view.shape == spec.shape
+        assert (view.ctypes.data - start) % layout.ALIGNMENT == 0
+        view.view(np.uint8).reshape(-1)[:] += 1
+    assert arena.max() == 1  # no byte belongs to two tensors
+
+
+def test_an_arena_that_is_too_small_is_refused() -> None:
+    specs = layout.activations(CONFIG, B=2, T=7)
+    arena = np.zeros(layout.bytes_of(specs, DTYPES["fp32"]) - layout.ALIGNMENT, np.uint8)
+    with pytest.raises(MemoryError, match=r"the arena of .* is too small"):
+        layout.views(specs, DTYPES["fp32"], arena)
+
+
+def test_parameters_fill_their_arena_without_gaps() -> None:
+    arena = np.zeros(layout.parameter_count(CONFIG), np.float32)
+    named = layout.flat_views(layout.parameters(CONFIG), arena)
+    for view in vars(named).values():
+        view += 1
+    assert (arena == 1).all()
