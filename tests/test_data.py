@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from gpu_gpt2.data import corpus as corpus_module
 from gpu_gpt2.data import dataset as dataset_module
-from gpu_gpt2.data.corpus import paragraphs, python_docs, text_file, without_repeats
+from gpu_gpt2.data.corpus import hold_out, paragraphs, python_docs, text_file, without_paragraphs
 from gpu_gpt2.data.dataset import Dataset, prepare
 from gpu_gpt2.data.loader import Batch, BatchLoader, sequential_batches
 from gpu_gpt2.data.tokens import is_token_file, read_tokens, write_tokens
@@ -45,22 +45,20 @@ def text_path(tmp_path: Path) -> Path:
 # --- the built-in corpus ---
 
 
-def test_python_docs_splits_every_topic_once() -> None:
+def test_python_docs_hold_out_the_last_tenth() -> None:
     corpus = python_docs()
     train, val = (sum(len(d.encode()) for d in side) for side in (corpus.train, corpus.val))
     assert train > 250_000
-    assert 0.07 < val / (train + val) < 0.11
-    assert len(corpus.val) > 20  # no single topic decides the validation loss
+    assert 0.08 < val / (train + val) < 0.12
     assert corpus == python_docs()
 
 
 def test_held_out_python_docs_are_not_in_the_training_text() -> None:
     corpus = python_docs()
-    trained = {p for text in corpus.train for p in paragraphs(text)}
-    leaked = [p for text in corpus.val for p in paragraphs(text) if p in trained]
-    # What is left are phrases such as "See also:" and "New in version 3.10."
-    assert sum(map(len, leaked)) < 0.02 * sum(map(len, corpus.val))
-    assert not [p for p in leaked if len(p) > 150]
+    trained = {" ".join(p.split()) for text in corpus.train for p in paragraphs(text)}
+    held_out = {" ".join(p.split()) for text in corpus.val for p in paragraphs(text)}
+    assert len(held_out) > 100
+    assert not trained & held_out
     # Nor do long passages stand there under other line breaks.
     train = " ".join(" ".join(text.split()) for text in corpus.train)
     windows = [
@@ -71,15 +69,19 @@ def test_held_out_python_docs_are_not_in_the_training_text() -> None:
     assert sum(window in train for window in windows) < 0.01 * len(windows)
 
 
-def test_documents_that_stand_in_longer_ones_are_left_out() -> None:
-    shared = "A paragraph of some length\nthat two documents share.\n\n"
-    long = shared + "And a good deal more that only this one has to say about the matter.\n"
-    part = "Title\n\n" + shared.replace("\n", "  \n", 1)
-    other = shared + "x" * len(shared) * 2 + "\n"
-    assert without_repeats({"part": part, "long": long, "other": other}) == {
-        "long": long,
-        "other": other,
-    }
+def test_the_border_document_is_cut_at_a_blank_line() -> None:
+    last = "y" * 12 + "\n\n" + "z" * 6
+    train, val = hold_out(["x" * 80, "", last])
+    assert train == ("x" * 80, "", "y" * 12 + "\n")
+    assert val == ("z" * 6,)
+    assert hold_out(["x" * 90, "y" * 10]) == (("x" * 90,), ("y" * 10,))
+    assert hold_out(["x" * 50]) == (("x" * 50,), ())
+
+
+def test_held_out_paragraphs_are_taken_out_whatever_their_line_breaks() -> None:
+    text = "One.\n\nTwo  or\nmore.\n \nThree.\n"
+    assert without_paragraphs(text, {"Two or more."}) == "One.\n\nThree.\n"
+    assert without_paragraphs(text, {"Four."}) == text
 
 
 def test_python_without_its_help_texts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ A corpus is a list of training documents and a list of held-out ones, never mixe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -28,8 +28,9 @@ class Corpus:
 def python_docs() -> Corpus:
     """The Python language reference that CPython ships for its help(): pydoc_data.topics.
 
-    Each topic is a document, in alphabetical order, and its last tenth is held out; see
-    data/python_docs/README.md. DataError where this Python comes without the texts.
+    Each topic is a document, in alphabetical order. The last tenth of the text is held out, as of
+    a text file, and no paragraph of it is trained on; see data/python_docs/README.md. DataError
+    where this Python comes without the texts.
     """
     try:
         from pydoc_data.topics import topics
@@ -38,43 +39,54 @@ def python_docs() -> Corpus:
             "this Python comes without the texts of its help() (pydoc_data), which python-docs "
             "is made from; train on a text of your own with --data FILE"
         ) from e
-    kept = without_repeats(topics)
-    halves = [split_at_paragraph(kept[name]) for name in sorted(kept)]
-    return Corpus(
-        "python-docs",
-        tuple(train for train, _ in halves),
-        tuple(val for _, val in halves if val),
-    )
+    train, val = hold_out([topics[name] for name in sorted(topics)])
+    held_out = {_evened(p) for text in val for p in paragraphs(text)}
+    kept = (without_paragraphs(text, held_out) for text in train)
+    return Corpus("python-docs", tuple(text for text in kept if text), val)
 
 
 BUILT_IN: Final[Mapping[str, Callable[[], Corpus]]] = {"python-docs": python_docs}
 
 
-def paragraphs(text: str) -> list[str]:
-    """The paragraphs of `text` with white space evened out, to compare them by."""
-    return [" ".join(p.split()) for p in re.split(r"\n\s*\n", text) if not p.isspace()]
+def hold_out(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(training, held-out) documents: the last tenth of all characters is held out.
 
-
-def without_repeats(documents: Mapping[str, str]) -> dict[str, str]:
-    """`documents` less those whose text stands for more than half in longer ones.
-
-    The reference repeats itself: "try" is a section of "compound". What stands in two documents
-    could be trained on in one and be held out in the other.
+    The document that reaches across the border is cut at its next blank line.
     """
-    kept: dict[str, str] = {}
-    seen: set[str] = set()
-    for name, text in sorted(documents.items(), key=lambda item: (-len(item[1]), item[0])):
-        parts = paragraphs(text)
-        if sum(len(p) for p in parts if p in seen) <= sum(map(len, parts)) / 2:
-            kept[name] = text
-            seen.update(parts)
-    return kept
+    border = int(sum(map(len, documents)) * (1 - VAL_FRACTION))
+    train, val = [], []
+    before = 0
+    for text in documents:
+        if before + len(text) <= border:
+            train.append(text)
+        elif before >= border:
+            val.append(text)
+        else:
+            cut = text.find("\n\n", border - before) + 1 or len(text)
+            train.append(text[:cut])
+            val.append(text[cut:].lstrip("\n"))
+        before += len(text)
+    return tuple(train), tuple(filter(None, val))
 
 
-def split_at_paragraph(text: str) -> tuple[str, str]:
-    """(training, held-out) text, cut at the first blank line in the last tenth, if any."""
-    cut = text.find("\n\n", int(len(text) * (1 - VAL_FRACTION)))
-    return (text, "") if cut < 0 else (text[: cut + 1], text[cut + 2 :])
+def paragraphs(text: str) -> list[str]:
+    """The paragraphs of `text`, with the blank lines between them left out."""
+    return [p for p in re.split(r"\n\s*\n", text) if p.strip()]
+
+
+def without_paragraphs(text: str, unwanted: Set[str]) -> str:
+    """`text` less the paragraphs that stand in `unwanted` but for their white space.
+
+    The reference repeats itself: "with" is a section of "compound". What is held out in one
+    topic must not be learnt from another.
+    """
+    found = paragraphs(text)
+    kept = [p for p in found if _evened(p) not in unwanted]
+    return text if len(kept) == len(found) else "\n\n".join(kept)
+
+
+def _evened(text: str) -> str:
+    return " ".join(text.split())
 
 
 def text_file(path: Path) -> Corpus:
