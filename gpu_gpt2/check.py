@@ -7,8 +7,9 @@ Limits follow from the third (docs/numerics.md):
 
     limit = MULTIPLE x the float32 error + FLOOR x e,  and at most  rounding + CEILING x e
 
-with e the last place of float32 at the largest output, and rounding half the last place of the
-output's own dtype there; once for the worst element and once for the root of the mean square.
+with e the last place of float32 and rounding half the last place of the output's own dtype, both at
+the largest output. A second limit of this form holds for the root mean square of the error, with e
+at the root mean square of the output.
 Outputs that no device may round differently are compared exactly. Overwritten outputs start as
 NaN, all tensors lie between guard elements that must survive, and inputs must come back unchanged.
 """
@@ -610,15 +611,19 @@ def _compare(
     """(worst error, its limit, rms error, its limit); `float32` in the output's dtype."""
     error = actual.astype(np.float64) - truth
     usual = float32.astype(np.float64) - truth
+    float32_place = float(np.finfo(np.float32).eps)
+    rounding = float(ml_dtypes.finfo(float32.dtype).eps) / 2
+
+    def limit(usual_error: float, size: float) -> float:
+        floor, ceiling = FLOOR * float32_place, rounding + CEILING * float32_place
+        return min(MULTIPLE * usual_error + floor * size, ceiling * largest)
+
     largest = float(np.abs(truth).max())
-    place = float(np.finfo(np.float32).eps) * largest
-    rounding = float(ml_dtypes.finfo(float32.dtype).eps) / 2 * largest
-    ceiling = rounding + CEILING * place
     return (
         float(np.abs(error).max()),
-        min(MULTIPLE * float(np.abs(usual).max()) + FLOOR * place, ceiling),
+        limit(float(np.abs(usual).max()), largest),
         _rms(error),
-        min(MULTIPLE * _rms(usual) + FLOOR * place, ceiling),
+        limit(_rms(usual), _rms(truth)),
     )
 
 

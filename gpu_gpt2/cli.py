@@ -172,10 +172,11 @@ def check_ops(device: Device = "auto", dtype: Dtype = "auto") -> None:
     dtypes = ["fp32"] if place.name == "cpu" else ["fp32", "bf16"]
     if dtype != "auto":
         dtypes = [choose_dtype(dtype, place)]
-    widest = check.widest_column_sum(check.CASES)
+    cases = (*check.CASES, *check.LARGE_CASES) if place.name == "cuda" else check.CASES
+    widest = check.widest_column_sum(cases)
     results = []
     for result in track(
-        check.run_checks(lambda x: ops_for(place, x, widest), dtypes, check.CASES),
+        check.run_checks(lambda x: ops_for(place, x, widest), dtypes, cases),
         description=f"checking on {place.name}",
         total=None,
         console=console,

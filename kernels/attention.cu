@@ -1,0 +1,330 @@
+// Causal self-attention, forward and backward, without ever storing the T x T matrix of scores.
+//
+//     s[i, j] = q[i] . k[j] / sqrt(D)  for j <= i,    p[i, j] = exp(s[i, j] - lse[i])
+//     lse[i] = log(sum over j of exp(s[i, j])),       y[i] = sum over j of p[i, j] v[j]
+//
+// for each head of each sequence; i is a query's position in time, j a key's.
+//
+// kernel               outputs                          inputs
+// attention_fwd        y (B, T, H, D) X =               qkv (B, T, 3, H, D) X
+//                      lse (B, H, T) float32 =
+// attention_delta      delta (B, H, T) float32 =        dy, y (B, T, H, D) X
+// attention_bwd_dq     dqkv[:, :, 0] X =                dy, qkv X, lse, delta float32
+// attention_bwd_dkv    dqkv[:, :, 1] and [:, :, 2] X =  dy, qkv X, lse, delta float32
+//
+// qkv holds q, k and v as the projection leaves them, and dqkv their gradients in the same places.
+//
+// Who does what. Compile-time names: HEAD_SIZE = D, LANES, TILE, THREADS; `attention_defines` in
+// gpu_gpt2/ops/kernels.py chooses them. A block has THREADS threads, LANES neighbouring ones for
+// each of its ROWS = THREADS / LANES positions: queries in attention_fwd and attention_bwd_dq, keys
+// in attention_bwd_dkv. The lanes of a position share its D numbers: lane l has d = l, l + LANES,
+// l + 2 LANES ..., DIMS of them, in registers (beyond D they are zero). The block walks over the
+// other side's positions TILE at a time: all threads copy a tile into shared memory as float32,
+// then every position meets every row of the tile. There all positions of a warp read the same row,
+// LANES neighbouring words of it at a time: one broadcast, no bank conflict.
+//     grid (B H, ceil(T / ROWS)), block THREADS; shared: 2 tiles of TILE x LANES x DIMS floats, and
+//     2 TILE floats in attention_bwd_dkv. Tiles wholly above the diagonal are skipped.
+// attention_delta: one warp per (b, t, h). grid (ceil(B T H / warps in a block)), no shared memory.
+//
+// Forward, the online softmax: each query keeps the largest score m met so far, the sum l of
+// exp(s - m), and the sum acc of exp(s - m) v. A tile that raises m first scales l and acc down by
+// exp(m_old - m_new). At the end y = acc / l, lse = m + log(l).
+//
+// Backward, from p recomputed out of lse, with delta[i] = dy[i] . y[i]:
+//     dp[i, j] = dy[i] . v[j]                 ds[i, j] = p[i, j] (dp[i, j] - delta[i])
+//     dq[i] = sum over j of ds[i, j] k[j] / sqrt(D)
+//     dk[j] = sum over i of ds[i, j] q[i] / sqrt(D)         dv[j] = sum over i of p[i, j] dy[i]
+// dq sums over keys and dk, dv over queries, so each has a kernel whose rows own what they sum:
+// scores are computed twice, but no two threads add to one number and no atomics are needed.
+//
+// Order of sums: a dot product adds each lane's numbers in rising d, then the lanes by group_sum's
+// tree; sums over positions run in rising order of position.
+//
+// Cost, with N = B T and X = size of floatX. Each of the two products of the forward pass, over the
+// causal half of all pairs, is N T H D flops, and the backward pass has seven: s and dp twice, dq,
+// dk, dv. Bytes: forward N H D 4X, backward N H D 13X, and little more: tiles are read again and
+// again, but from cache. Arithmetic binds, and first the shared memory that feeds it: each
+// multiply-add reads a word from there, and a multiprocessor can read only a quarter as many words
+// as it can multiply. These kernels are meant to be read, and use no tensor cores.
+//
+// Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2.
+
+#define ROWS (THREADS / LANES)                  // positions of a block
+#define DIMS ((HEAD_SIZE + LANES - 1) / LANES)  // numbers of a head that each lane has
+#define WIDTH (DIMS * LANES)                    // of a tile's row: HEAD_SIZE, up to full lanes
+
+// Where the numbers of one head of one sequence are: position t has them at first + t * stride.
+struct Head {
+    long long first;
+    long long stride;
+};
+
+__device__ inline Head head_in_qkv(int part, int T, int H) {  // part 0 is q, 1 is k, 2 is v
+    int b = blockIdx.x / H;
+    int h = blockIdx.x % H;
+    Head head;
+    head.stride = 3LL * H * HEAD_SIZE;
+    head.first = (long long)b * T * head.stride + ((long long)part * H + h) * HEAD_SIZE;
+    return head;
+}
+
+__device__ inline Head head_in_y(int T, int H) {
+    int b = blockIdx.x / H;
+    int h = blockIdx.x % H;
+    Head head;
+    head.stride = (long long)H * HEAD_SIZE;
+    head.first = (long long)b * T * head.stride + (long long)h * HEAD_SIZE;
+    return head;
+}
+
+// Number d of position t, or zero where there is none.
+__device__ inline float number_at(const floatX* x, Head head, int t, int d, int T) {
+    return t < T && d < HEAD_SIZE ? to_float(x[head.first + t * head.stride + d]) : 0.0f;
+}
+
+// Copies positions first, first + 1, ... first + TILE - 1 into shared memory.
+__device__ inline void copy_tile(float* tile, const floatX* x, Head head, int first, int T) {
+    for (int i = threadIdx.x; i < TILE * WIDTH; i += THREADS) {
+        tile[i] = number_at(x, head, first + i / WIDTH, i % WIDTH, T);
+    }
+}
+
+// The 1 below says that one block per multiprocessor is enough: ptxas takes the registers it
+// needs. Left to itself it aims at more blocks and, for some D, keeps a number in memory instead.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention_fwd(floatX* y, float* lse, const floatX* qkv, int T, int H) {
+    SHARED_ARRAY(float, k_tile, TILE * WIDTH);
+    SHARED_ARRAY(float, v_tile, TILE * WIDTH);
+    Head q_head = head_in_qkv(0, T, H);
+    Head k_head = head_in_qkv(1, T, H);
+    Head v_head = head_in_qkv(2, T, H);
+    Head y_head = head_in_y(T, H);
+    int lane = threadIdx.x % LANES;
+    int first_query = (gridDim.y - 1 - blockIdx.y) * ROWS;  // late queries have most work: first
+    int last_query = min(first_query + ROWS, T) - 1;
+    int query = first_query + threadIdx.x / LANES;  // from T on idle, but there for the barriers
+
+    float q[DIMS];
+    float acc[DIMS];
+    float scale = 1.0f / sqrtf((float)HEAD_SIZE);
+#pragma unroll
+    for (int d = 0; d < DIMS; d++) {
+        q[d] = scale * number_at(qkv, q_head, query, lane + d * LANES, T);
+        acc[d] = 0.0f;
+    }
+    float m = -LARGEST_FLOAT;
+    float l = 0.0f;
+
+    for (int first_key = 0; first_key <= last_query; first_key += TILE) {
+        copy_tile(k_tile, qkv, k_head, first_key, T);
+        copy_tile(v_tile, qkv, v_head, first_key, T);
+        __syncthreads();
+
+        float s[TILE];
+        float m_new = m;
+#pragma unroll
+        for (int j = 0; j < TILE; j++) {
+            float dot = 0.0f;
+#pragma unroll
+            for (int d = 0; d < DIMS; d++) {
+                dot += q[d] * k_tile[j * WIDTH + lane + d * LANES];
+            }
+            dot = group_sum(dot, LANES);
+            s[j] = first_key + j <= query ? dot : -LARGEST_FLOAT;  // exp of that is 0
+            m_new = fmaxf(m_new, s[j]);
+        }
+
+        float rescale = expf(m - m_new);
+        m = m_new;
+        l *= rescale;
+#pragma unroll
+        for (int d = 0; d < DIMS; d++) {
+            acc[d] *= rescale;
+        }
+#pragma unroll
+        for (int j = 0; j < TILE; j++) {
+            float p = expf(s[j] - m);
+            l += p;
+#pragma unroll
+            for (int d = 0; d < DIMS; d++) {
+                acc[d] += p * v_tile[j * WIDTH + lane + d * LANES];
+            }
+        }
+        __syncthreads();  // nobody may fill the tiles again while others still read them
+    }
+
+    if (query >= T) {
+        return;
+    }
+#pragma unroll
+    for (int d = 0; d < DIMS; d++) {
+        if (lane + d * LANES < HEAD_SIZE) {
+            long long to = y_head.first + query * y_head.stride + lane + d * LANES;
+            y[to] = to_floatX(acc[d] / l);
+        }
+    }
+    if (lane == 0) {
+        lse[(long long)blockIdx.x * T + query] = m + logf(l);
+    }
+}
+
+extern "C" __global__ void attention_delta(float* delta, const floatX* dy, const floatX* y, int B,
+                                           int T, int H) {
+    int row = row_of_warp();  // of (b, t, h)
+    if (row >= B * T * H) {
+        return;
+    }
+    float sum = 0.0f;
+    for (int d = threadIdx.x % WARP; d < HEAD_SIZE; d += WARP) {
+        long long at = (long long)row * HEAD_SIZE + d;
+        sum += to_float(dy[at]) * to_float(y[at]);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) {
+        int h = row % H;
+        int t = row / H % T;
+        int b = row / H / T;
+        delta[((long long)b * H + h) * T + t] = sum;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention_bwd_dq(floatX* dqkv, const floatX* dy, const floatX* qkv, const float* lse,
+                     const float* delta, int T, int H) {
+    SHARED_ARRAY(float, k_tile, TILE * WIDTH);
+    SHARED_ARRAY(float, v_tile, TILE * WIDTH);
+    Head q_head = head_in_qkv(0, T, H);
+    Head k_head = head_in_qkv(1, T, H);
+    Head v_head = head_in_qkv(2, T, H);
+    Head y_head = head_in_y(T, H);
+    int lane = threadIdx.x % LANES;
+    int first_query = (gridDim.y - 1 - blockIdx.y) * ROWS;
+    int last_query = min(first_query + ROWS, T) - 1;
+    int query = first_query + threadIdx.x / LANES;
+
+    float q[DIMS];
+    float dout[DIMS];
+    float dq[DIMS];
+    float scale = 1.0f / sqrtf((float)HEAD_SIZE);
+#pragma unroll
+    for (int d = 0; d < DIMS; d++) {
+        q[d] = scale * number_at(qkv, q_head, query, lane + d * LANES, T);
+        dout[d] = number_at(dy, y_head, query, lane + d * LANES, T);
+        dq[d] = 0.0f;
+    }
+    long long statistics = (long long)blockIdx.x * T + query;
+    float query_lse = query < T ? lse[statistics] : 0.0f;
+    float query_delta = query < T ? delta[statistics] : 0.0f;
+
+    for (int first_key = 0; first_key <= last_query; first_key += TILE) {
+        copy_tile(k_tile, qkv, k_head, first_key, T);
+        copy_tile(v_tile, qkv, v_head, first_key, T);
+        __syncthreads();
+
+        for (int j = 0; j < TILE; j++) {
+            float s = 0.0f;
+            float dp = 0.0f;
+#pragma unroll
+            for (int d = 0; d < DIMS; d++) {
+                s += q[d] * k_tile[j * WIDTH + lane + d * LANES];
+                dp += dout[d] * v_tile[j * WIDTH + lane + d * LANES];
+            }
+            s = group_sum(s, LANES);
+            dp = group_sum(dp, LANES);
+            float p = first_key + j <= query ? expf(s - query_lse) : 0.0f;
+            float ds = p * (dp - query_delta);
+#pragma unroll
+            for (int d = 0; d < DIMS; d++) {
+                dq[d] += ds * k_tile[j * WIDTH + lane + d * LANES];
+            }
+        }
+        __syncthreads();
+    }
+
+    if (query >= T) {
+        return;
+    }
+#pragma unroll
+    for (int d = 0; d < DIMS; d++) {
+        if (lane + d * LANES < HEAD_SIZE) {
+            long long to = q_head.first + query * q_head.stride + lane + d * LANES;
+            dqkv[to] = to_floatX(scale * dq[d]);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention_bwd_dkv(floatX* dqkv, const floatX* dy, const floatX* qkv, const float* lse,
+                      const float* delta, int T, int H) {
+    SHARED_ARRAY(float, q_tile, TILE * WIDTH);
+    SHARED_ARRAY(float, dout_tile, TILE * WIDTH);
+    SHARED_ARRAY(float, lse_tile, TILE);
+    SHARED_ARRAY(float, delta_tile, TILE);
+    Head q_head = head_in_qkv(0, T, H);
+    Head k_head = head_in_qkv(1, T, H);
+    Head v_head = head_in_qkv(2, T, H);
+    Head y_head = head_in_y(T, H);
+    int lane = threadIdx.x % LANES;
+    int first_key = blockIdx.y * ROWS;  // early keys have most work: first
+    int key = first_key + threadIdx.x / LANES;
+
+    float k[DIMS];
+    float v[DIMS];
+    float dk[DIMS];
+    float dv[DIMS];
+    float scale = 1.0f / sqrtf((float)HEAD_SIZE);
+#pragma unroll
+    for (int d = 0; d < DIMS; d++) {
+        k[d] = scale * number_at(qkv, k_head, key, lane + d * LANES, T);
+        v[d] = number_at(qkv, v_head, key, lane + d * LANES, T);
+        dk[d] = 0.0f;
+        dv[d] = 0.0f;
+    }
+
+    // The first tile that has a query at or after the block's first key.
+    for (int first_query = first_key / TILE * TILE; first_query < T; first_query += TILE) {
+        copy_tile(q_tile, qkv, q_head, first_query, T);
+        copy_tile(dout_tile, dy, y_head, first_query, T);
+        for (int i = threadIdx.x; i < TILE; i += THREADS) {
+            bool exists = first_query + i < T;
+            long long statistics = (long long)blockIdx.x * T + first_query + i;
+            lse_tile[i] = exists ? lse[statistics] : 0.0f;
+            delta_tile[i] = exists ? delta[statistics] : 0.0f;
+        }
+        __syncthreads();
+
+        for (int i = 0; i < TILE; i++) {  // a query from T on is all zeros and adds none
+            int query = first_query + i;
+            float s = 0.0f;
+            float dp = 0.0f;
+#pragma unroll
+            for (int d = 0; d < DIMS; d++) {
+                s += k[d] * q_tile[i * WIDTH + lane + d * LANES];
+                dp += v[d] * dout_tile[i * WIDTH + lane + d * LANES];
+            }
+            s = group_sum(s, LANES);
+            dp = group_sum(dp, LANES);
+            float p = key <= query ? expf(s - lse_tile[i]) : 0.0f;
+            float ds = p * (dp - delta_tile[i]);
+#pragma unroll
+            for (int d = 0; d < DIMS; d++) {
+                dk[d] += ds * q_tile[i * WIDTH + lane + d * LANES];
+                dv[d] += p * dout_tile[i * WIDTH + lane + d * LANES];
+            }
+        }
+        __syncthreads();
+    }
+
+    if (key >= T) {
+        return;
+    }
+#pragma unroll
+    for (int d = 0; d < DIMS; d++) {
+        if (lane + d * LANES < HEAD_SIZE) {
+            long long to_k = k_head.first + key * k_head.stride + lane + d * LANES;
+            long long to_v = v_head.first + key * v_head.stride + lane + d * LANES;
+            dqkv[to_k] = to_floatX(scale * dk[d]);
+            dqkv[to_v] = to_floatX(dv[d]);
+        }
+    }
+}

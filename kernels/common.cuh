@@ -1,0 +1,165 @@
+// What every kernel file builds on: the type floatX, sums and maxima over a warp or a block, and a
+// few names for what a GPU can do and a C++ compiler cannot.
+//
+// No headers are included, neither CUDA's nor C++'s, here or in any kernel file: one text passes
+// through NVRTC, nvcc and, for the emulator, g++. The emulator defines GPU_GPT2_EMULATOR and puts
+// its own definitions of CUDA's words (__global__, threadIdx, __syncthreads, __shfl_xor_sync, expf
+// ...) in front of this text, so that no kernel knows which of the two it is running on.
+//
+// Reading order for newcomers: gelu.cu (one thread per element), layernorm.cu (one warp per row),
+// softmax.cu and classifier.cu (one block per row), bias.cu (sums down columns), attention.cu.
+
+// --- types ---
+
+// bfloat16: the upper 16 bits of a float32. Only a storage format here; all arithmetic is float32.
+struct bf16 {
+    unsigned short bits;
+};
+
+#if FLOATX_IS_BF16
+typedef bf16 floatX;
+#else
+typedef float floatX;
+#endif
+
+__device__ inline float to_float(float value) { return value; }
+
+__device__ inline float to_float(bf16 value) {
+    return __uint_as_float((unsigned int)value.bits << 16);
+}
+
+// Rounds to nearest, ties to even. Adding 0x7fff carries into the kept half when the dropped half
+// is above one half of its last place; adding that last bit too sends a tie to the even neighbour.
+// A NaN must not be rounded, or its carry would make it infinite: it is cut and kept quiet.
+__device__ inline bf16 to_bf16(float value) {
+    unsigned int bits = __float_as_uint(value);
+    bf16 result;
+    if ((bits & 0x7fffffffu) > 0x7f800000u) {
+        result.bits = (unsigned short)((bits >> 16) | 0x0040u);
+    } else {
+        result.bits = (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    }
+    return result;
+}
+
+__device__ inline floatX to_floatX(float value) {
+#if FLOATX_IS_BF16
+    return to_bf16(value);
+#else
+    return value;
+#endif
+}
+
+// --- constants ---
+
+#define WARP 32                         // threads that run in step and can trade registers
+#define MAX_WARPS 32                    // a block has at most 1024 threads
+#define LARGEST_FLOAT 3.402823466e+38f  // the largest finite float32
+
+// --- shared memory ---
+
+// An array that all threads of the block see. Nothing is in it until a thread writes it.
+#ifndef GPU_GPT2_EMULATOR
+#define SHARED_ARRAY(type, name, count) __shared__ type name[count]
+#endif
+
+// --- a warp together: all 32 threads must call these, or the hardware hangs ---
+
+// The sum of `value` over groups of `width` neighbouring threads, in each of them. Pairs at
+// distance width/2, then width/4, ... 1 are added: a fixed tree, the same bits in all threads.
+__device__ inline float group_sum(float value, int width) {
+    for (int distance = width / 2; distance > 0; distance /= 2) {
+        value += __shfl_xor_sync(0xffffffffu, value, distance);
+    }
+    return value;
+}
+
+__device__ inline float warp_sum(float value) { return group_sum(value, WARP); }
+
+// The row of a matrix that this thread's warp works on, with one warp per row.
+__device__ inline int row_of_warp() {
+    return blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+}
+
+__device__ inline float warp_max(float value) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+        value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, distance));
+    }
+    return value;
+}
+
+// --- a block together: all its threads must call these; its size is a multiple of 32 ---
+// `scratch` is shared memory of MAX_WARPS floats, free again when the call returns.
+// One number per warp goes through shared memory; every thread then combines these in warp order.
+// First barrier: all are written before any is read. Second: all are read before the next use.
+
+__device__ inline float block_sum(float value, float* scratch) {
+    value = warp_sum(value);
+    if (threadIdx.x % WARP == 0) {
+        scratch[threadIdx.x / WARP] = value;
+    }
+    __syncthreads();
+    float total = 0.0f;
+    for (int warp = 0; warp < (int)blockDim.x / WARP; warp++) {
+        total += scratch[warp];
+    }
+    __syncthreads();
+    return total;
+}
+
+__device__ inline float block_max(float value, float* scratch) {
+    value = warp_max(value);
+    if (threadIdx.x % WARP == 0) {
+        scratch[threadIdx.x / WARP] = value;
+    }
+    __syncthreads();
+    float largest = scratch[0];
+    for (int warp = 1; warp < (int)blockDim.x / WARP; warp++) {
+        largest = fmaxf(largest, scratch[warp]);
+    }
+    __syncthreads();
+    return largest;
+}
+
+// For a block of 32 x warps threads: the sum of `value` over the threads of equal threadIdx.x, warp
+// 0's first; only warp 0 gets it. `tile` is shared memory of MAX_WARPS x 32 floats.
+__device__ inline float sum_of_warps(float value, float* tile) {
+    tile[threadIdx.y * WARP + threadIdx.x] = value;
+    __syncthreads();
+    float total = 0.0f;
+    if (threadIdx.y == 0) {
+        for (int warp = 0; warp < (int)blockDim.y; warp++) {
+            total += tile[warp * WARP + threadIdx.x];
+        }
+    }
+    __syncthreads();
+    return total;
+}
+
+// --- a row of softmax, by a block ---
+
+struct Softmax {
+    float max;  // of the row
+    float sum;  // of exp(x - max)
+};
+
+// Both numbers of the V values from x[row] on, in one read: each thread keeps the largest value it
+// has met and the sum of exponentials relative to that, and rescales the sum when it meets a larger
+// one (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3).
+// Starting from the lowest finite number, not from -infinity, keeps infinity - infinity away.
+__device__ inline Softmax softmax_of_row(const floatX* x, long long row, int V, float* scratch) {
+    float max = -LARGEST_FLOAT;
+    float sum = 0.0f;
+    for (int c = threadIdx.x; c < V; c += blockDim.x) {
+        float value = to_float(x[row + c]);
+        if (value > max) {
+            sum *= expf(max - value);
+            max = value;
+        }
+        sum += expf(value - max);
+    }
+    Softmax result;
+    result.max = block_max(max, scratch);
+    result.sum = block_sum(sum * expf(max - result.max), scratch);
+    return result;
+}

@@ -1,0 +1,12 @@
+"""kernels/cast.cu and its NumPy twin, on every device."""
+
+from __future__ import annotations
+
+from devices import assert_case, op_cases
+
+from gpu_gpt2.check import Case
+
+
+@op_cases("cast")
+def test_agrees_with_float64(case: Case, dtype: str, device: str) -> None:
+    assert_case(case, dtype, device)

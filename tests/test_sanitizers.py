@@ -1,0 +1,44 @@
+"""Every kernel once more, built with the compiler's own address and undefined behaviour sanitizers.
+
+They end the process at the first finding, so the cases run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gpu_gpt2.device.emulator import sanitizer_environment
+
+CHECK = """
+import sys
+from gpu_gpt2.check import CASES, run_checks, widest_column_sum
+from gpu_gpt2.device.emulator import EmulatorDevice
+from gpu_gpt2.ops.kernels import KernelOps
+
+cases = [
+    case for case in CASES if case.sizes.get("D", 33) == 33 and max(case.sizes.values()) <= 1200
+]
+device = EmulatorDevice(sanitize=True)
+widest = widest_column_sum(cases)
+results = list(run_checks(lambda x: KernelOps(device, x, widest=widest), [sys.argv[1]], cases))
+print(*(r for r in results if not r.passed), f"{len(results)} outputs checked", sep="\\n")
+sys.exit(not all(r.passed for r in results))
+"""
+
+
+@pytest.mark.parametrize("device", ["emulator"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_sanitizers_find_nothing(dtype: str, device: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", CHECK, dtype],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **sanitizer_environment()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "outputs checked" in result.stdout
