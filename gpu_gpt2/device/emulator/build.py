@@ -30,8 +30,7 @@ KERNEL_FLAGS: Final = (
     "-std=c++17",
     "-O1",
     "-g1",
-    "-gdwarf-4",
-    "-w",
+    "-gdwarf-4",  # addr2line of 2022 takes the wrong file from version 5
     "-fPIC",
     "-fno-exceptions",
     "-fno-rtti",
@@ -48,7 +47,12 @@ GCC_FLAGS: Final = (
     "-fno-tree-cselim",
     "-fno-tree-vectorize",
 )
-CHECKED_FLAGS: Final = ("-fsanitize=thread,alignment,bounds,integer-divide-by-zero",)
+CHECKED_FLAGS: Final = "-fsanitize=thread,alignment,integer-divide-by-zero"
+GCC_BOUNDS: Final = ",bounds"
+CLANG_BOUNDS: Final = ",array-bounds"  # its "bounds" also has checks that cannot be answered
+LINK_FLAGS: Final = ("-shared", "-nostartfiles", "-Wl,-Bsymbolic,-z,now")
+# The thread sanitizer's library is not linked: the runtime answers instead.
+CHECKED_LINK_FLAGS: Final = ("-Wl,-z,defs,--wrap=memcpy,--wrap=memset",)
 SANITIZED_FLAGS: Final = (
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
@@ -109,29 +113,27 @@ class Compiler:
 
         Raises KernelError with the compiler's lines, which name the .cu file, if it does not build.
         """
-        sanitizers = SANITIZED_FLAGS if sanitize else CHECKED_FLAGS
-        flags = (*KERNEL_FLAGS, *(() if "clang" in self.version else GCC_FLAGS), *sanitizers)
+        clang = "clang" in self.version
+        checked = (CHECKED_FLAGS + (CLANG_BOUNDS if clang else GCC_BOUNDS),)
+        flags = (
+            *KERNEL_FLAGS,
+            *(() if clang else GCC_FLAGS),
+            *(SANITIZED_FLAGS if sanitize else checked),
+            *source.options(),
+        )
+        link_flags = (*LINK_FLAGS, *(SANITIZED_FLAGS if sanitize else CHECKED_LINK_FLAGS))
         runtime = self.runtime()
         calls = [_call(kernel, parameters) for kernel, parameters in source.signatures.items()]
         text = "\n".join([source.text, '#line 1 "emulator calls"', *calls, ""])
-        key = _digest(self.version, *flags, *source.options(), str(runtime), SHIM.read_text(), text)
+        key = _digest(self.version, *flags, *link_flags, str(runtime), SHIM.read_text(), text)
         path = cache_dir() / f"{Path(source.file).stem}-{key}.so"
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 compiled, linked = Path(folder) / "compiled.o", Path(folder) / "linked.so"
-                compile_line = (*flags, *source.options(), "-include", SHIM, "-x", "c++", "-c", "-")
-                result = self.run(*compile_line, "-o", compiled, text=text)
+                read_text = ("-include", SHIM, "-x", "c++", "-c", "-")
+                result = self.run(*flags, *read_text, "-o", compiled, text=text)
                 if result.returncode == 0:
-                    # Linked without the thread sanitizer's library: the runtime takes its place.
-                    link_line = (
-                        "-shared",
-                        "-nostartfiles",
-                        "-Wl,-Bsymbolic,-z,now",
-                        compiled,
-                        runtime,
-                    )
-                    libraries = sanitizers if sanitize else ("-Wl,-z,defs,--wrap=memcpy,--wrap=memset",)
-                    result = self.run(*link_line, *libraries, "-lm", "-o", linked)
+                    result = self.run(*link_flags, compiled, runtime, "-lm", "-o", linked)
                 if result.returncode:
                     raise KernelError(f"{source.file} does not compile:\n{result.stderr.strip()}")
                 os.replace(linked, path)

@@ -223,8 +223,12 @@ def sanitizer_environment() -> dict[str, str]:
     They load AddressSanitizer's library first, and make every finding of it and of the undefined
     behaviour sanitizer end the process with a report. Leaks are not looked for: Python has its own.
     """
+    compiler = Compiler()
+    library = Path(compiler.library_file("libasan.so"))
+    if not library.is_absolute():
+        raise DeviceError(f"{compiler.words[0]} has no libasan.so; set CXX to g++")
     return {
-        "LD_PRELOAD": Compiler().library_file("libasan.so"),
+        "LD_PRELOAD": str(library),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=0",
     }

@@ -62,8 +62,9 @@ bool make_regions() {
         chunk_table.resize((position - GUARD / 2) / CHUNK, static_cast<uint16_t>(i));
     }
     chunk_table.resize(position / CHUNK, static_cast<uint16_t>(region_list.size() - 1));
+    size_t record_bytes = record_count * sizeof(Record);
     if (!launch->sanitized &&
-        (!arena.reserve(position) || !global_record_memory.reserve(record_count * sizeof(Record)))) {
+        (!arena.reserve(position) || !global_record_memory.reserve(record_bytes))) {
         say("has not enough memory for copies of its arrays");
         return false;
     }
@@ -109,9 +110,9 @@ bool make_shared_memory() {
     bss_bytes = image.bss_end - image.bss_start;
     variable_table.assign(bss_bytes + 1, 0);
     for (uint32_t i = 0; i < image.variable_count; i++) {
-        auto first = variable_table.begin() + static_cast<long>(image.variables[i].start - bss_start);
-        std::fill(first, first + static_cast<long>(image.variables[i].bytes),
-                  static_cast<uint16_t>(i + 1));
+        const Variable& variable = image.variables[i];
+        uint16_t* first = variable_table.data() + (variable.start - bss_start);
+        std::fill(first, first + variable.bytes, static_cast<uint16_t>(i + 1));
     }
     variable_of_byte = variable_table.data();
     shared_granule = launch->shared_granule;

@@ -94,15 +94,13 @@ uint32_t shuffle_source(const Fiber& fiber, uint32_t lane) {
     int width = fiber.width;
     int self = static_cast<int>(lane);
     int first = self & ~(width - 1);
-    int source = self;
-    switch (fiber.kind) {
-        case SHFL: return static_cast<uint32_t>(first | (fiber.operand & (width - 1)));
-        case SHFL_UP: source = self - fiber.operand; return static_cast<uint32_t>(source < first ? self : source);
-        case SHFL_DOWN: source = self + fiber.operand; break;
-        case SHFL_XOR: source = self ^ fiber.operand; break;
-        default: break;
-    }
-    return static_cast<uint32_t>(source >= first + width || source < 0 ? self : source);
+    int source = first | (fiber.operand & (width - 1));
+    if (fiber.kind == SHFL_UP) source = self - fiber.operand;
+    if (fiber.kind == SHFL_DOWN) source = self + fiber.operand;
+    if (fiber.kind == SHFL_XOR) source = self ^ fiber.operand;
+    int lowest = fiber.kind == SHFL_UP ? first : 0;
+    bool outside = source < lowest || source >= first + width;
+    return static_cast<uint32_t>(outside ? self : source);
 }
 
 // Ends the collective of the calling fiber if all its lanes are there.
@@ -239,7 +237,6 @@ void fill_poison(void* data, size_t bytes) {
 }
 
 void run_block(uint64_t number) {
-    block_number = number;
     emulator_block_index = block_index(number);
     phase = 0;
     begin_phase();

@@ -5,74 +5,38 @@
 
 namespace {
 
-// Whether an access of this block happened in no order with this thread's access now.
-ALWAYS_INLINE bool unordered(uint32_t stamp, uint16_t other) {
-    return stamp >= phase_stamp && other != thread &&
-           ((other ^ thread) >= WARP || stamp >= warp_stamp);
+// Whether an earlier access of this block is in no order with this thread's access now.
+ALWAYS_INLINE bool unordered(const Touch& earlier) {
+    return earlier.stamp >= phase_stamp && earlier.thread != thread &&
+           ((earlier.thread ^ thread) >= WARP || earlier.stamp >= warp_stamp);
 }
 
-ALWAYS_INLINE void put(Record& record, int which, uint16_t who,
-                                               uint32_t place) {
-    record.stamp[which] = warp_stamp;
-    record.place[which] = place;
-    record.thread[which] = who;
-}
-
-// Keeps two reads such that a later write which conflicts with any read of this launch so far also
-// conflicts with one of the two. `origin` is the last stamp that no longer matters.
-__attribute__((noinline)) void remember_read(Record& record, uint32_t origin, uint32_t place) {
-    for (int i = 1; i <= 2; i++) {
-        // A read of another block conflicts with every write from now on: nothing to add.
-        if (record.stamp[i] > origin && record.stamp[i] < block_stamp) return;
-    }
-    for (int i = 1; i <= 2; i++) {
-        // One's own earlier read, or one that a barrier has ordered: this read says more.
-        if (record.thread[i] == thread || record.stamp[i] < phase_stamp) {
-            put(record, i, thread, place);
-            return;
-        }
-    }
-    bool first_warp_same = (record.thread[1] ^ thread) < WARP;
-    bool second_warp_same = (record.thread[2] ^ thread) < WARP;
-    if (first_warp_same && second_warp_same) {
-        // Two lanes of this warp: enough, unless the warp has met since.
-        if (record.stamp[1] < warp_stamp) {
-            put(record, 1, thread, place);
-        } else if (record.stamp[2] < warp_stamp) {
-            put(record, 2, thread, place);
-        }
-    } else if (!first_warp_same && !second_warp_same &&
-               (record.thread[1] ^ record.thread[2]) < WARP) {
-        put(record, 2, thread, place);
-    }
+// Of all reads of an element one is enough to find a conflict with any later write, because warps
+// run one after another between two barriers, and a thread runs until it waits: whoever writes
+// later is of this thread's warp, or of one that has not run yet. `origin` is the last stamp that
+// no longer matters.
+ALWAYS_INLINE void remember_read(Touch& read, uint32_t origin, uint32_t place) {
+    bool other_block = read.stamp > origin && read.stamp < block_stamp;
+    if (!other_block && !unordered(read)) read = {warp_stamp, place, thread};
 }
 
 template <Access access>
-ALWAYS_INLINE void track(const Region* region, Record& record,
-                                                 uint32_t origin, uintptr_t address,
-                                                 uint32_t place) {
-    uint32_t written = record.stamp[0];
-    if (__builtin_expect(written > origin, 0) &&
-        (written < block_stamp || unordered(written, record.thread[0])) &&
-        !(access == ATOMIC && record.thread[0] == ATOMIC_THREAD)) {
-        report_race(region, record, 0, address, access, place);
+ALWAYS_INLINE void track(const Region* region, Record& record, uint32_t origin, uintptr_t address,
+                         uint32_t place) {
+    if (UNLIKELY(record.write.stamp > origin) &&
+        (record.write.stamp < block_stamp || unordered(record.write)) &&
+        !(access == ATOMIC && record.write.thread == ATOMIC_THREAD)) {
+        report_race(region, record.write, "writes", address, access, place);
     }
     if (access == READ) {
-        if (record.thread[1] == thread && record.stamp[1] >= phase_stamp) {
-            record.stamp[1] = warp_stamp;  // the commonest case: the same thread again
-        } else {
-            remember_read(record, origin, place);
-        }
+        remember_read(record.read, origin, place);
         return;
     }
-    for (int i = 1; i <= 2; i++) {
-        uint32_t stamp = record.stamp[i];
-        if (__builtin_expect(stamp > origin, 0) &&
-            (stamp < block_stamp || unordered(stamp, record.thread[i]))) {
-            report_race(region, record, i, address, access, place);
-        }
+    if (UNLIKELY(record.read.stamp > origin) &&
+        (record.read.stamp < block_stamp || unordered(record.read))) {
+        report_race(region, record.read, "reads", address, access, place);
     }
-    put(record, 0, access == ATOMIC ? ATOMIC_THREAD : thread, place);
+    record.write = {warp_stamp, place, access == ATOMIC ? ATOMIC_THREAD : thread};
 }
 
 bool covered_by_output(const Region& region, uintptr_t address, size_t size) {
@@ -96,7 +60,7 @@ bool holds_poison(uintptr_t address, size_t element) {
 // a kernel writes can be that pattern only if it computed with it.)
 COLD void check_poison(const Region& region, uintptr_t address, uint32_t place) {
     uintptr_t inside = address - region.start;
-    if (region.one_type && region.records[inside >> region.granule].stamp[0] <= launch_stamp) {
+    if (region.one_type && region.records[inside >> region.granule].write.stamp <= launch_stamp) {
         report_poison(region, address, place);
     }
 }
@@ -137,7 +101,7 @@ ALWAYS_INLINE void judge_shared(Record* records, uintptr_t start, uintptr_t addr
     size_t step = size_t{1} << shared_granule;
     Record* record = records + ((address - start) >> shared_granule);
     for (size_t done = 0; done < size; done += step, record++) {
-        if (access != WRITE && UNLIKELY(record->stamp[0] < block_stamp)) {
+        if (access != WRITE && UNLIKELY(record->write.stamp < block_stamp)) {
             report_shared(", which no thread of the block has written yet", address, size, access,
                           place);
         }

@@ -88,8 +88,8 @@ void say_array(const Parameter& p) {
         static_cast<unsigned long long>(p.bytes / p.itemsize), p.type);
 }
 
-[[noreturn]] COLD void report_global(const Region& region, uintptr_t address, size_t size, Access access,
-                                uint32_t place) {
+[[noreturn]] COLD void report_global(const Region& region, uintptr_t address, size_t size,
+                                     Access access, uint32_t place) {
     uintptr_t inside = address - region.start;
     const Parameter& p = nearest_parameter(region, address);
     say("%s ", verb(access));
@@ -165,10 +165,10 @@ void say_shared(uintptr_t address) {
     leave(FAULT);
 }
 
-// `which` is the earlier access in the record: 0 a write, 1 and 2 reads.
-[[noreturn]] COLD void report_race(const Region* region, const Record& record, int which,
-                              uintptr_t address, Access access, uint32_t place) {
-    uint32_t stamp = record.stamp[which];
+[[noreturn]] COLD void report_race(const Region* region, const Touch& earlier,
+                                   const char* earlier_verb, uintptr_t address, Access access,
+                                   uint32_t place) {
+    uint32_t stamp = earlier.stamp;
     bool other_block = stamp < block_stamp;
     say("race on ");
     if (region) {
@@ -184,13 +184,13 @@ void say_shared(uintptr_t address) {
         say_index("block", block_index((after - 1)->block));
         say(", ");
     }
-    if (record.thread[which] == ATOMIC_THREAD) {
+    if (earlier.thread == ATOMIC_THREAD) {
         say("an atomic operation changes it");
     } else {
-        say_thread(record.thread[which]);
-        say(which == 0 ? " writes it" : " reads it");
+        say_thread(earlier.thread);
+        say(" %s it", earlier_verb);
     }
-    say_place(record.place[which]);
+    say_place(earlier.place);
     say(" and ");
     if (other_block) {
         say_index("block", emulator_block_index);

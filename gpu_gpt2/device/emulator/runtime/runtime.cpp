@@ -90,7 +90,7 @@ int emulator_launch(Launch* request, char* text, uint64_t text_size) {
     }
     if (!make_stacks() || !make_regions() || !make_shared_memory()) return FAULT;
     arena_start = reinterpret_cast<uintptr_t>(arena.data);
-    arena_bytes = chunk_table.size() * CHUNK;
+    arena_bytes = region_list.empty() ? 0 : chunk_table.size() * CHUNK;
     regions = region_list.data();
     region_of_chunk = chunk_table.data();
     copy_in();
@@ -184,8 +184,8 @@ void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, uintptr_t address) {
 }
 
 void __ubsan_handle_out_of_bounds(OutOfBounds* data, uintptr_t index) {
-    say("uses index %lld in an array of type %s at %s:%u", static_cast<long long>(index),
-        data->array->text, data->place.file, data->place.line);
+    say("uses index %lld at %s:%u, out of bounds of %s", static_cast<long long>(index),
+        data->place.file, data->place.line, data->array->text);
     say_where();
     leave(FAULT);
 }

@@ -65,7 +65,7 @@ struct Launch {
     uint32_t order;           // enum Order
     uint32_t access_limit;    // of one thread without a barrier
     uint32_t sanitized;       // the accesses are judged by AddressSanitizer instead
-    uint32_t shared_granule;  // in and out: log2 of the bytes that one record of shared memory covers
+    uint32_t shared_granule;  // in and out: log2 of the bytes of shared memory that a record covers
 };
 
 void emulator_switch(void** save, void* load);
@@ -101,13 +101,15 @@ constexpr uint32_t MANY_STAMPS = 1u << 31;
 // int32 an unlikely number. Also in device.py.
 constexpr uint16_t POISON = 0x7ffb;
 
-// The last write and up to two reads of one element. Two reads are enough to find a conflict of
-// any later write with any earlier read; see remember_read.
+struct Touch {
+    uint32_t stamp;
+    uint32_t place;  // the instruction, as an offset in the image
+    uint16_t thread;
+};
+
+// The last write of an element and the one read that matters; see remember_read.
 struct Record {
-    uint32_t stamp[3];
-    uint32_t place[3];  // the instruction, as an offset in the image
-    uint16_t thread[3];
-    uint16_t unused;
+    Touch write, read;
 };
 
 struct Region {
@@ -183,8 +185,8 @@ uint32_t budget;
 uint16_t thread;
 uint32_t shared_granule;
 Record* shared_records;
-uintptr_t image_start;
 Record* dynamic_records;
+uintptr_t image_start;
 const uint16_t* variable_of_byte;  // of the bss: number of the shared variable, from 1
 
 Launch* launch;
@@ -200,7 +202,6 @@ uint32_t warp_stamps[MAX_THREADS / WARP];
 uint32_t arrived[MAX_THREADS / WARP];  // lanes that wait in a collective
 uint32_t last_stamp;
 uint32_t phase;
-uint64_t block_number;
 void* scheduler_stack_pointer;
 const void* scheduler_stack_bottom;
 size_t scheduler_stack_size;

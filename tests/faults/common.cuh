@@ -1,0 +1,12 @@
+// What the planted faults build on. Each kernel is right with -DFAULT=0 and wrong with -DFAULT=1;
+// "here: <kernel>" marks the line that the report must name.
+
+struct bf16 {
+    unsigned short bits;
+};
+
+#if FLOATX_IS_BF16
+typedef bf16 floatX;
+#else
+typedef float floatX;
+#endif
