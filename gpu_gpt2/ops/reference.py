@@ -55,8 +55,15 @@ def _in_parallel(items: list[Item], work: Callable[[Item], Result]) -> list[Resu
         return [work(item) for item in items]
     cuts = [len(items) * i // threads for i in range(threads + 1)]
     runs = [items[start:stop] for start, stop in itertools.pairwise(cuts)]
-    results = _pool().map(lambda run: [work(item) for item in run], runs)
-    return list(itertools.chain.from_iterable(results))
+    others = [_pool().submit(_each, work, run) for run in runs[1:]]
+    results = _each(work, runs[0])
+    for other in others:
+        results += other.result()
+    return results
+
+
+def _each(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
+    return [work(item) for item in items]
 
 
 def _by_rows(x: NDArray, work: Callable[[slice], Result]) -> list[Result]:
