@@ -92,6 +92,16 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
+@functools.lru_cache(maxsize=32)
+def _ones(n: int, dtype: np.dtype[Any]) -> NDArray:
+    return np.ones(n, dtype)
+
+
+def _column_sums(x: NDArray) -> NDArray:
+    """(C,): the sum of the rows of x (N, C). BLAS does it several times faster than NumPy."""
+    return np.dot(_ones(len(x), x.dtype), x)
+
+
 def _flat(*arrays: NDArray) -> list[NDArray]:
     return [array.reshape(-1) for array in arrays]
 
@@ -128,7 +138,7 @@ class ReferenceOps(Ops):
         self, y: NDArray, mean: NDArray, rstd: NDArray, x: NDArray, w: NDArray, b: NDArray
     ) -> None:
         def work(i: slice) -> None:
-            np.add.reduce(x[i], axis=1, out=mean[i])
+            np.dot(x[i], _ones(x.shape[1], x.dtype), out=mean[i])
             mean[i] /= x.shape[1]
             np.subtract(x[i], mean[i, None], out=y[i])
             variance = np.einsum("nc,nc->n", y[i], y[i]) / x.shape[1]
@@ -169,7 +179,7 @@ class ReferenceOps(Ops):
             np.subtract(x[i], mean[i, None], out=normed)
             normed *= rstd[i, None]
             np.multiply(dy[i], w, out=g)
-            g_mean = np.add.reduce(g, axis=1, keepdims=True) / x.shape[1]
+            g_mean = np.dot(dy[i], w)[:, None] / x.shape[1]
             g_normed_mean = np.einsum("nc,nc->n", g, normed)[:, None] / x.shape[1]
             g -= g_mean
             np.multiply(normed, g_normed_mean, out=t)
@@ -177,7 +187,7 @@ class ReferenceOps(Ops):
             g *= rstd[i, None]
             dx[i] += g
             normed *= dy[i]
-            return np.add.reduce(normed, axis=0), np.add.reduce(dy[i], axis=0)
+            return _column_sums(normed), _column_sums(dy[i])
 
         for dw_part, db_part in _by_rows(x, work):
             dw += dw_part
@@ -287,7 +297,7 @@ class ReferenceOps(Ops):
         _by_rows(y, work)
 
     def bias_bwd(self, db: NDArray, dy: NDArray) -> None:
-        for part in _by_rows(dy, lambda i: np.add.reduce(dy[i], axis=0)):
+        for part in _by_rows(dy, lambda i: _column_sums(dy[i])):
             db += part
 
     # --- fused classifier ---
