@@ -16,10 +16,13 @@ from gpu_gpt2.optimizer import AdamW
 CONFIG = ModelConfig(vocab_size=131, n_positions=19, n_embd=48, n_layer=2, n_head=3)
 B, T = 2, 17
 MICRO_STEPS = 2
-# Of the largest value of each tensor. float32 sums in another order; bfloat16 keeps 8 bits.
-LIMITS = {"fp32": 2e-5, "bf16": 6e-2}
-WEIGHT_LIMITS = {"fp32": 1e-5, "bf16": 2e-3}  # of lr = 1e-3 steps
-LOSS_LIMITS = {"fp32": 1e-5, "bf16": 2e-2}
+# Each limit is about four times the error seen in the emulator (a loss happened to be exact). Of a
+# gradient: worst element, as part of the tensor's largest. Of the weights: root mean square, for
+# where a gradient is almost zero, Adam's first step depends on its sign alone, so that single
+# weights may differ by twice the learning rate.
+LOSS_LIMITS = {"fp32": 1e-6, "bf16": 1e-4}
+GRAD_LIMITS = {"fp32": 1.5e-6, "bf16": 2e-2}
+WEIGHT_LIMITS = {"fp32": 1e-7, "bf16": 4e-4}
 
 
 def two_micro_steps(model: GPT2, optimizer: AdamW, updates: int) -> list[float]:
@@ -75,10 +78,10 @@ def test_a_training_step_equals_the_numpy_step(dtype: str, device: str) -> None:
     for spec in layout.parameters(CONFIG):
         grad, right = getattr(grads, spec.name), getattr(reference.grads, spec.name)
         worst = np.abs(grad - right).max() / np.abs(right).max()
-        assert worst < LIMITS[dtype], f"gradient of {spec.name}: {worst:.2e} of its largest"
+        assert worst < GRAD_LIMITS[dtype], f"gradient of {spec.name}: {worst:.2e} of its largest"
     assert not grads.wte[CONFIG.vocab_size :].any()
-    drift = np.abs(download(optimizer.master) - reference_optimizer.master).max()
-    assert drift < WEIGHT_LIMITS[dtype]
+    drift = download(optimizer.master) - reference_optimizer.master
+    assert np.sqrt(np.mean(drift**2)) < WEIGHT_LIMITS[dtype]
     if dtype == "bf16":
         rounded = download(optimizer.master).astype("bfloat16")
         np.testing.assert_array_equal(download(ours.param_arena), rounded)
