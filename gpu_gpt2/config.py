@@ -56,7 +56,7 @@ MODELS: Final[Mapping[str, ModelConfig]] = {
     "d36": ModelConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "d48": ModelConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
     "d6": ModelConfig(n_layer=6, n_head=6, n_embd=384),  # 30M
-    "mini": ModelConfig(n_layer=4, n_head=4, n_embd=128, n_positions=128),  # an hour of a laptop
+    "mini": ModelConfig(n_layer=2, n_head=4, n_embd=256, n_positions=64),  # a minute on a CPU
     "nano": ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32),  # for the emulator
 }
 
@@ -142,9 +142,9 @@ TRAIN_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
         "eval_every": 50, "sample_every": 100,
     },
     "cpu": {
-        "model": "mini", "tokenizer": "bpe:1024", "steps": 700, "batch_size": 16, "seq_len": 64,
-        "total_batch_tokens": 1024, "lr": 2e-3, "warmup_steps": 50, "weight_decay": 0.1,
-        "eval_every": 200, "sample_every": 0,
+        "model": "mini", "tokenizer": "bpe:1024", "steps": 1400, "batch_size": 8, "seq_len": 64,
+        "total_batch_tokens": 512, "lr": 2e-3, "warmup_steps": 50, "weight_decay": 0.5,
+        "eval_every": 350, "sample_every": 0,
     },
     "emulator": {
         "model": "nano", "tokenizer": "bytes", "steps": 5, "batch_size": 2, "seq_len": 16,
