@@ -99,7 +99,8 @@ def _ones(n: int, dtype: np.dtype[Any]) -> NDArray:
 
 def _column_sums(x: NDArray) -> NDArray:
     """(C,): the sum of the rows of x (N, C). BLAS does it several times faster than NumPy."""
-    return np.dot(_ones(len(x), x.dtype), x)
+    sums: NDArray = np.dot(_ones(len(x), x.dtype), x)
+    return sums
 
 
 def _flat(*arrays: NDArray) -> list[NDArray]:
