@@ -18,6 +18,7 @@ from rich.table import Table
 from gpu_gpt2 import layout
 from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, model_config
 from gpu_gpt2.device.base import FLOAT32
+from gpu_gpt2.device.cupy_device import CupyDevice
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.model import DTYPES, GPT2, initial_weights
@@ -64,11 +65,15 @@ def training_step(
     peak = _peak_bytes() if place.name == "cpu" else None
     torch_time = None
     if importlib.util.find_spec("torch") and place.name != "emulator":
+        import torch
+
         from gpu_gpt2.peers import torch_step
 
-        torch_time = _timed(
-            "PyTorch eager", torch_step(config, place.name, dtype, tokens, targets), tokens, steps
-        )
+        if isinstance(place, CupyDevice):
+            place.free_cached_memory()
+        if place.name == "cpu" or torch.cuda.is_available():
+            step = torch_step(config, place.name, dtype, tokens, targets)
+            torch_time = _timed("PyTorch eager", step, tokens, steps)
     return StepBench(
         title=f"{model}, batch {batch_size} x {seq_len}, {dtype}, {place.name}: median of {steps}",
         ours=ours,

@@ -18,6 +18,7 @@ from gpu_gpt2.device.launch import Dim3, scalar_value
 from gpu_gpt2.device.source import KernelSource
 from gpu_gpt2.errors import DeviceError, KernelError
 
+DISALLOW_REDUCED_PRECISION_REDUCTION: Final = 16  # a cublasMath_t that CuPy has no name for
 DEFAULT_SHARED_BYTES: Final = 48 * 1024  # a kernel must ask before it gets more
 
 
@@ -58,6 +59,7 @@ class CupyDevice(Device):
         self._cupy = _import_cupy()
         self._cupy.cuda.Device(index).use()
         self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+        self._uploading: list[npt.NDArray[Any]] = []  # host arrays a copy may still read
 
     @property
     def compute_capability(self) -> int:
@@ -93,22 +95,37 @@ class CupyDevice(Device):
             ) from None
 
     def upload(self, dst: Array, src: npt.NDArray[Any]) -> None:
+        src = np.ascontiguousarray(src)
         dst.set(src)
+        self._uploading.append(src)
 
     def download(self, src: Array) -> npt.NDArray[Any]:
-        host: npt.NDArray[Any] = self._cupy.asnumpy(src)
+        host: npt.NDArray[Any] = self._cupy.asnumpy(src)  # waits for everything before it
+        self._uploading.clear()
         return host
 
     def fill_zero(self, dst: Array) -> None:
         dst.data.memset_async(0, dst.nbytes)
 
+    @functools.cached_property
+    def _cublas_handle(self) -> int:
+        """CuPy's handle, told once to keep the sums of split products in float32 too."""
+        from cupy_backends.cuda.libs import cublas
+
+        handle: int = self._cupy.cuda.device.get_cublas_handle()
+        cublas.setMathMode(handle, DISALLOW_REDUCED_PRECISION_REDUCTION)
+        return handle
+
     def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
+        handle = self._cublas_handle  # before cupy.matmul, which uses the same one
         if accumulate or out.dtype != a.dtype:
-            self._gemm(out, a, b, self._one if accumulate else self._zero)
+            self._gemm(handle, out, a, b, self._one if accumulate else self._zero)
         else:
             self._cupy.matmul(a, b, out=out)
 
-    def _gemm(self, out: Array, a: Array, b: Array, beta: npt.NDArray[np.float32]) -> None:
+    def _gemm(
+        self, handle: int, out: Array, a: Array, b: Array, beta: npt.NDArray[np.float32]
+    ) -> None:
         """out (M, N) = a (M, K) @ b (K, N) + beta * out: what cupy.matmul cannot do.
 
         cuBLAS counts in columns, so it is asked for out^T = b^T a^T, for which row-major memory
@@ -122,8 +139,7 @@ class CupyDevice(Device):
         b_op, ldb = _operand(b, cublas)
         a_op, lda = _operand(a, cublas)
         cublas.gemmEx(
-            self._cupy.cuda.device.get_cublas_handle(),
-            b_op, a_op, N, M, K, self._one.ctypes.data,
+            handle, b_op, a_op, N, M, K, self._one.ctypes.data,
             b.data.ptr, cuda_type[b.dtype], ldb,
             a.data.ptr, cuda_type[a.dtype], lda, beta.ctypes.data,
             out.data.ptr, cuda_type[out.dtype], N,
@@ -132,6 +148,11 @@ class CupyDevice(Device):
 
     def synchronize(self) -> None:
         self._cupy.cuda.get_current_stream().synchronize()
+        self._uploading.clear()
+
+    def free_cached_memory(self) -> None:
+        """Gives what CuPy keeps of freed arrays back to the driver, for others to use."""
+        self._cupy.get_default_memory_pool().free_all_blocks()
 
     def owns(self, value: object) -> bool:
         return isinstance(value, self._cupy.ndarray)
@@ -162,6 +183,10 @@ class CupyDevice(Device):
             return module.get_function(name)
         except self._cupy.cuda.compiler.CompileException as error:
             raise KernelError(f"{source.file} does not compile: {error}") from None
+        except RuntimeError as error:  # a CUDA library or its headers are missing
+            raise DeviceError(
+                f"{source.file} cannot be compiled: {error}; gpu-gpt2 info says what is missing"
+            ) from None
 
 
 def _operand(x: Array, cublas: Any) -> tuple[int, int]:
