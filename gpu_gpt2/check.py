@@ -608,8 +608,8 @@ def _exact(actual: NDArray, expected: NDArray) -> tuple[float, float, float, flo
 def _chain(case: Case, dtype: str) -> float:
     """What the long chains of additions in a GPU's matrix products may cost, of the output's size.
 
-    NumPy's BLAS sums K products in blocks. A GPU sums them one after the other (errors grow with
-    the square root of K), and tensor cores cut off, not round, after every few (errors grow with K).
+    NumPy's BLAS sums K products in blocks. A GPU sums one after the other (errors grow with the
+    square root of K), and tensor cores cut off, not round, after every few (errors grow with K).
     """
     if case.op != "matmul":
         return 0.0
