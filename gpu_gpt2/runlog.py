@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -45,9 +46,8 @@ class RunLog:
             "", total=steps, completed=first_step, loss=float("nan"), speed=0.0
         )
         try:
-            kept = _lines_up_to(self._path, first_step)
-            self._file = self._path.open("w", encoding="utf-8")
-            self._file.writelines(kept)
+            _cut_after(self._path, first_step)
+            self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"cannot write {self._path}: {error.strerror}") from error
 
@@ -108,9 +108,22 @@ class RunLog:
             ) from error
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """The records of a run up to a step: what came after the checkpoint is done again."""
-    if step == 0 or not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+def _cut_after(path: Path, step: int) -> None:
+    """Drops the records after a step, for what came after the checkpoint is done again.
+
+    The file is replaced as a whole: a crash leaves the old one or the new one.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(line for line in lines if _step_of(line) <= step))
+    temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; infinity if the line is damaged, as by a crash while writing it."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf

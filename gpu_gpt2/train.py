@@ -51,7 +51,9 @@ def train(
     is wrong with the data, the sizes, the device or the disk.
     """
     run_dir = Path(config.run_dir)
-    sizes = model_config(config.model, vocab_size_of(config.tokenizer))
+    sizes = (
+        resumed.model if resumed else model_config(config.model, vocab_size_of(config.tokenizer))
+    )
     check_seq_len(config.seq_len, sizes)
     data = prepare(config.data, config.tokenizer)
     loader = BatchLoader(data.train, config.batch_size, config.seq_len, config.seed)

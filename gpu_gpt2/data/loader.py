@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +14,7 @@ from gpu_gpt2.data.tokens import Tokens
 from gpu_gpt2.errors import DataError
 
 Int32 = npt.NDArray[np.int32]
+CHECKED_TOKENS: Final = 1 << 20  # whose checksum tells one text from another
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,10 +34,8 @@ class BatchLoader:
     that the epoch cannot fill goes on with the next one.
     """
 
-    def __init__(
-        self, tokens: Tokens, B: int, T: int, seed: int = 0, *, shuffle: bool = True
-    ) -> None:
-        """tokens (count,) uint16; count must be at least T + 1. Without shuffle: in order."""
+    def __init__(self, tokens: Tokens, B: int, T: int, seed: int = 0) -> None:
+        """tokens (count,) uint16; DataError if count is below T + 1."""
         if len(tokens) < T + 1:
             raise DataError(
                 f"{len(tokens)} tokens of training text are too few: one row of {T} and the token "
@@ -43,7 +44,7 @@ class BatchLoader:
         self._tokens = tokens
         self._B, self._T = B, T
         self._seed = seed
-        self._shuffle = shuffle
+        self._crc32 = zlib.crc32(tokens[:CHECKED_TOKENS].tobytes(), len(tokens))
         self._open(0)
 
     def next_batch(self) -> Batch:
@@ -60,28 +61,38 @@ class BatchLoader:
         return _batch(self._tokens[starts[:, None] + np.arange(self._T + 1)])
 
     def state(self) -> dict[str, int]:
-        """Where the next batch begins; `restore` goes on from there with the same batches."""
-        return {"epoch": self._epoch, "position": self._position}
+        """Where the next batch begins, and a checksum of the data it belongs to."""
+        return {"epoch": self._epoch, "position": self._position, "crc32": self._crc32}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Goes to a saved place; the loader must have the same tokens, T and seed as then."""
-        epoch, position = state["epoch"], state["position"]
+        """Goes on at a saved place, with the batches that would have come then.
+
+        The loader must have the same tokens, T and seed; DataError says where it has not.
+        """
+        try:
+            epoch, position, crc32 = (int(state[key]) for key in ("epoch", "position", "crc32"))
+        except (KeyError, TypeError, ValueError) as e:
+            raise DataError(f"cannot go on: the saved place in the data is damaged ({e})") from e
+        if crc32 != self._crc32:
+            raise DataError(
+                "cannot go on: the training tokens are not those of the saved run, its text or "
+                "tokenizer has changed; begin a new run with another --run-dir"
+            )
         if epoch < 0:
             raise DataError(f"cannot go on in epoch {epoch}; the saved state is damaged")
         self._open(epoch)
         if not 0 <= position < len(self._starts):
             raise DataError(
                 f"cannot go on at row {position} of {len(self._starts)} in epoch {epoch}; "
-                f"the run was saved with other data or another --seq-len"
+                f"the run was saved with another --seq-len"
             )
         self._position = position
 
     def _open(self, epoch: int) -> None:
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch])))
         last = len(self._tokens) - 1 - self._T  # where the last possible row begins
-        offset = int(rng.integers(min(self._T, last + 1))) if self._shuffle else 0
-        starts = np.arange(offset, last + 1, self._T)
-        self._starts = rng.permutation(starts) if self._shuffle else starts
+        offset = int(rng.integers(min(self._T, last + 1)))
+        self._starts = rng.permutation(np.arange(offset, last + 1, self._T))
         self._epoch, self._position = epoch, 0
 
 
