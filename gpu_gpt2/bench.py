@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import resource
 import statistics
 import sys
 import time
@@ -152,6 +151,10 @@ def _our_step(
     return step
 
 
-def _peak_bytes() -> int:
+def _peak_bytes() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows does not count this
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts in bytes

@@ -517,12 +517,13 @@ def table(results: Iterable[CheckResult]) -> Table:
     columns = Table(box=None, header_style="bold")
     for title in ("op", "dtype", "shape", "output"):
         columns.add_column(title)
-    for title in ("worst error", "limit", "rms", "limit"):
+    for title in ("worst error", "limit"):
         columns.add_column(title, justify="right")
     columns.add_column("")
     for r in results:
-        numbers = (f"{n:.2e}" for n in (r.worst_error, r.limit, r.rms, r.rms_limit))
-        verdict = "[green]pass[/]" if r.passed else f"[bold red]FAIL[/] {r.note}"
+        why = r.note or f"rms error {r.rms:.2e}, limit {r.rms_limit:.2e}"
+        verdict = "[green]pass[/]" if r.passed else f"[bold red]FAIL[/] {why}"
+        numbers = f"{r.worst_error:.1e}", f"{r.limit:.1e}"
         columns.add_row(r.op, r.dtype, r.shape, r.output, *numbers, verdict)
     return columns
 

@@ -108,9 +108,11 @@ def load(folder: Path) -> TrainingState:
     for name, kind in (("step", int), ("tokens", int), ("loader", dict), ("train", dict)):
         if type(training.get(name)) is not kind:
             raise CheckpointError(f"{where}: {name} is missing or not of type {kind.__name__}")
+    if training["step"] < 0 or training["tokens"] < 0:
+        raise CheckpointError(f"{where}: step and tokens must not be negative")
     try:
         train = TrainConfig.from_dict(training["train"])
-    except (ConfigError, TypeError, ValueError, OverflowError) as error:  # "ten", NaN, 1e999
+    except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
     model, weights = load_model(folder)
     m, v = _load_moments(folder / OPTIMIZER_FILE, model)
@@ -148,7 +150,8 @@ def trained_seq_len(folder: Path, model: ModelConfig) -> int:
     """
     if not os.path.isfile(folder / TRAINING_FILE):
         return model.n_positions
-    seq_len = read_json(folder / TRAINING_FILE).get("train", {}).get("seq_len")
+    train = read_json(folder / TRAINING_FILE).get("train")
+    seq_len = train.get("seq_len") if isinstance(train, dict) else None
     if type(seq_len) is not int or not 1 <= seq_len <= model.n_positions:
         raise CheckpointError(f"{folder / TRAINING_FILE}: seq_len is {seq_len!r}")
     return seq_len

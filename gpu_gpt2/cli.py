@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NoReturn
 
 import numpy as np
 import typer
@@ -15,8 +18,9 @@ from rich.table import Table
 
 from gpu_gpt2 import bench, check, checkpoint, info, layout
 from gpu_gpt2.config import MODELS, TRAIN_DEFAULTS, TrainConfig
+from gpu_gpt2.data.corpus import BUILT_IN
 from gpu_gpt2.device.select import DEVICES, choose_dtype, open_device
-from gpu_gpt2.errors import ConfigError, UserError
+from gpu_gpt2.errors import CheckpointError, ConfigError, UserError
 from gpu_gpt2.formats.hf import load_model
 from gpu_gpt2.generate import generate as generate_tokens
 from gpu_gpt2.model import GPT2
@@ -45,13 +49,21 @@ Dtype = Annotated[str, typer.Option(help="auto | fp32 | bf16")]
 
 def main() -> None:
     """Entry point of the command `gpu-gpt2`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # text that the terminal has no letters for
     try:
         app()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"gpu-gpt2: {error}", style="red", markup=False, highlight=False
-        )
-        sys.exit(1)
+        _fail(str(error))
+    except MemoryError as error:
+        _fail(f"out of memory ({error}); lower --batch-size, --seq-len or --model")
+
+
+def _fail(message: str) -> NoReturn:
+    text = f"gpu-gpt2: {message}"
+    Console(stderr=True, soft_wrap=True).print(text, style="red", markup=False, highlight=False)
+    sys.exit(1)
 
 
 @app.command()
@@ -79,7 +91,9 @@ def train(
         int | None, typer.Option(help="Steps between samples; 0 = at the end.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights and data order.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; runs/NNN.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run goes; else runs/001, runs/002 ...")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a run (the newest).")] = False,
 ) -> None:
     """Train a model. Without options: GPT-2 124M on a GPU, a small one on a CPU."""
@@ -100,17 +114,18 @@ def train(
         state = checkpoint.load(folder)
         config = _resumed_config(state.train, given, device, dtype)
         config = replace(config, run_dir=str(folder.parent))
+        if state.step >= config.steps:
+            raise ConfigError(f"{folder} is at step {state.step} already; give a higher --steps")
+        _say(f"going on from {folder}")
     else:
         config = _new_config(given, device, dtype, run_dir)
     outcome = run_training(config, console, state)
-    again = f"--run-dir {config.run_dir}"
+    run = shlex.quote(config.run_dir)
     if outcome.interrupted:
-        console.print(
-            f"stopped at step {outcome.step}; go on with: gpu-gpt2 train --resume {again}"
-        )
+        _say(f"stopped at step {outcome.step}; go on with: gpu-gpt2 train --resume --run-dir {run}")
         raise typer.Exit(INTERRUPTED)
-    console.print(f"saved {outcome.checkpoint}")
-    console.print(f'try it: gpu-gpt2 generate {config.run_dir} --prompt "The "')
+    _say(f"saved {outcome.checkpoint}")
+    _say(f'try it: gpu-gpt2 generate {run} --prompt "The "')
 
 
 @app.command()
@@ -128,6 +143,11 @@ def generate(
     folder = checkpoint.latest(run)
     config, weights = load_model(folder)
     tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, config.json "
+            f"{config.vocab_size}; they belong to different models"
+        )
     tokens = tokenizer.encode(prompt)
     tokens = np.concatenate([np.array([tokenizer.eot], np.int32), tokens.astype(np.int32)])
     place = open_device(device)
@@ -148,9 +168,7 @@ def generate(
         if token == tokenizer.eot:
             break
         pieces.append(tokenizer.decode_bytes([token]))
-    console.print(
-        b"".join(pieces).decode(errors="replace"), markup=False, highlight=False, soft_wrap=True
-    )
+    typer.echo(b"".join(pieces).decode(errors="replace"))
 
 
 @app.command("info")
@@ -162,7 +180,7 @@ def show_info() -> None:
         table.add_row(*row)
     console.print(table)
     for line in advice:
-        console.print(f"! {line}", style="yellow", markup=False, soft_wrap=True)
+        _say(f"! {line}")
 
 
 @app.command("check")
@@ -197,7 +215,7 @@ def bench_step(
     model: Annotated[str, typer.Option(help=" | ".join(MODELS))] = "d12",
     batch_size: Annotated[int, typer.Option(help="Sequences.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 64,
-    steps: Annotated[int, typer.Option(help="Steps to take the median of.")] = 5,
+    steps: Annotated[int, typer.Option(help="Steps to take the median of, at least 5.")] = 5,
 ) -> None:
     """Time a whole training step, and the same in PyTorch if it is installed."""
     result = bench.training_step(device, dtype, model, batch_size, seq_len, steps)
@@ -210,6 +228,10 @@ def _new_config(
     place = open_device(device)
     defaults = TRAIN_DEFAULTS[place.name]
     values = {"data": "python-docs", "seed": 1337, **defaults, **given}
+    if "seq_len" not in given and values["model"] in MODELS:
+        values["seq_len"] = min(values["seq_len"], MODELS[values["model"]].n_positions)
+    if values["data"] not in BUILT_IN:
+        values["data"] = os.path.abspath(values["data"])  # --resume may come from elsewhere
     micro = values["batch_size"] * values["seq_len"]
     if "total_batch_tokens" not in given and values["total_batch_tokens"] % max(1, micro):
         values["total_batch_tokens"] = micro
@@ -235,7 +257,15 @@ def _resumed_config(
     if fixed := sorted(changed - RESUMABLE):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
         raise ConfigError(f"a run goes on with the settings it began with; leave out {names}")
-    return replace(saved, **given)
+    config = replace(saved, **given)
+    if config.device != saved.device and dtype == "auto":
+        config = replace(config, dtype="fp32")  # what every device has
+    choose_dtype(config.dtype, open_device(config.device))
+    return config
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _next_run() -> Path:

@@ -11,6 +11,7 @@ from gpu_gpt2.errors import ConfigError
 
 GPT2_VOCAB_SIZE: Final = 50257
 VOCAB_PADDING: Final = 128  # rows of wte are padded to a multiple of this: aligned rows, full tiles
+MAX_BATCH_TOKENS: Final = 1 << 30  # in one micro-batch: kernels count rows in 32 bits
 MAX_HEAD_SIZE: Final = 256  # what kernels/attention.cu can hold in registers
 
 
@@ -95,19 +96,29 @@ class TrainConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kinds = {"str": (str,), "int": (int,), "float": (int, float)}[str(field.type)]
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ConfigError(f"{field.name} must be {field.type}, not {value!r}")
         for name in ("steps", "batch_size", "seq_len", "total_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "eval_every", "sample_every", "seed"):
-            if not getattr(self, name) >= 0:
+        for name in ("warmup_steps", "eval_every", "sample_every", "seed"):
+            if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr must be a positive number, not {self.lr}")
-        if not math.isfinite(self.weight_decay):
-            raise ConfigError(f"weight_decay must be a finite number, not {self.weight_decay}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"weight_decay must be a finite number >= 0, not {self.weight_decay}")
         if self.dtype not in ("fp32", "bf16"):
             raise ConfigError(f"dtype must be fp32 or bf16, not {self.dtype!r}")
         micro = self.batch_size * self.seq_len
+        if micro > MAX_BATCH_TOKENS:
+            raise ConfigError(
+                f"batch_size x seq_len = {micro:,} is too large; a batch has at most "
+                f"{MAX_BATCH_TOKENS:,} tokens"
+            )
         if self.total_batch_tokens % micro:
             raise ConfigError(
                 f"total_batch_tokens {self.total_batch_tokens} is not a multiple of batch_size x "

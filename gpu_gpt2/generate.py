@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.errors import CheckpointError, ConfigError
 from gpu_gpt2.model import GPT2
 
 
@@ -25,8 +26,10 @@ def generate(
     Each is drawn from the `top_k` likeliest (0 = from all) with logits divided by `temperature`
     (0 = always the likeliest). The model sees as much of the end of the text as it was made for.
     """
-    if temperature < 0 or top_k < 0 or max_tokens < 0:
-        raise ConfigError("temperature, top_k and max_tokens must not be negative")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ConfigError(f"temperature must be a finite number >= 0, not {temperature}")
+    if min(top_k, max_tokens, seed) < 0:
+        raise ConfigError("top_k, max_tokens and seed must not be negative")
     rng = np.random.default_rng(seed)
     context = prompt[-model.max_seq_len :]
     for _ in range(max_tokens):
@@ -40,6 +43,8 @@ def generate(
 def _draw(
     logits: npt.NDArray[np.float64], temperature: float, top_k: int, rng: np.random.Generator
 ) -> int:
+    if not np.isfinite(logits).all():
+        raise CheckpointError("the model's weights are damaged: its logits are not finite numbers")
     if temperature == 0:
         return int(logits.argmax())
     if 0 < top_k < logits.size:

@@ -61,6 +61,8 @@ def _cuda_rows(advice: list[str]) -> list[tuple[str, str]]:
         advice.append(str(error))
         return [("CuPy", "not installed")]
     versions["CuPy"] += f" ({', '.join(installed)})"
+    if versions["driver"] == "no driver":
+        versions["cuBLAS"] = "opens with the driver"
     for name, package in (("NVRTC", "nvidia-cuda-nvrtc"), ("cuBLAS", "nvidia-cublas")):
         if "not usable" in versions[name] and versions["driver"] != "no driver":
             suffix = "-cu12" if "cupy-cuda12x" in installed else ""
@@ -73,7 +75,7 @@ def _gpu_rows(advice: list[str]) -> list[tuple[str, str]]:
     try:
         count = gpu_count()
     except DeviceError as error:
-        advice.append(str(error))
+        advice.append(f"{error}; without a GPU training runs on the CPU")
         return [("GPU", "none")]
     rows = []
     for index in range(count):

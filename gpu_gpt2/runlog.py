@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from gpu_gpt2.errors import CheckpointError
+from gpu_gpt2.errors import CheckpointError, ConfigError
 
 METRICS_FILE: Final = "metrics.jsonl"
 PLAIN_EVERY_S: Final = 5.0  # between lines where there is no terminal to draw a bar on
@@ -34,8 +35,10 @@ class RunLog:
         self._last_line = time.monotonic()
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+            BarColumn(bar_width=24),
+            TextColumn(
+                "{task.description}loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"
+            ),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=console,
@@ -45,6 +48,7 @@ class RunLog:
         self._task: TaskID = self._progress.add_task(
             "", total=steps, completed=first_step, loss=float("nan"), speed=0.0
         )
+        self._lock = _locked(run_dir)
         try:
             _cut_after(self._path, first_step)
             self._file = self._path.open("a", encoding="utf-8")
@@ -63,6 +67,8 @@ class RunLog:
     ) -> None:
         self._progress.stop()
         self._file.close()
+        if self._lock is not None:
+            os.close(self._lock)
 
     def training(
         self, step: int, *, loss: float, lr: float, grad_norm: float, step_ms: float, tokens: int
@@ -85,6 +91,10 @@ class RunLog:
                 f"{left:.0f} s left"
             )
 
+    def doing(self, what: str) -> None:
+        """Says on the bar what else than a step is being done; "" when it is over."""
+        self._progress.update(self._task, description=f"{what}, " if what else "")
+
     def validation(self, step: int, *, loss: float, bits_per_byte: float) -> None:
         self._write(step=step, val_loss=loss, val_bits_per_byte=bits_per_byte)
         self.console.print(
@@ -94,7 +104,7 @@ class RunLog:
     def sample(self, text: str) -> None:
         """A piece of generated text."""
         self.console.rule("sample", style="dim")
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, emoji=False)
         self.console.rule(style="dim")
 
     def _write(self, **record: Any) -> None:
@@ -106,6 +116,23 @@ class RunLog:
                 f"cannot write {self._path}: {error.strerror}; free some space, then go on with "
                 f"--resume"
             ) from error
+
+
+def _locked(run_dir: Path) -> int | None:
+    """A descriptor that keeps other processes out of the run until it is closed, or we end."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        return None
+    lock = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigError(
+            f"{run_dir} is in use by another training; wait for it or choose another --run-dir"
+        ) from None
+    return lock
 
 
 def _cut_after(path: Path, step: int) -> None:

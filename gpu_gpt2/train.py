@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from rich.console import Console
@@ -65,64 +66,66 @@ def train(
     _announce(console, config, data, sizes)
 
     def save() -> Path:
-        return checkpoint.save(
-            run_dir, _state(config, model, optimizer, step, loader), data.tokenizer
-        )
+        log.doing("saving")
+        state = _state(config, model, optimizer, step, loader)
+        _check_weights(state)
+        return checkpoint.save(run_dir, state, data.tokenizer)
 
     def evaluate() -> None:
+        log.doing("validating")
         loss = validation_loss(model, data.val, config.batch_size, config.seq_len)
+        if not math.isfinite(loss):
+            raise _diverged(run_dir, f"step {step}: validation loss {loss}")
         log.validation(step, loss=loss, bits_per_byte=data.val_bits_per_byte(loss))
 
     def show_sample() -> None:
+        log.doing("sampling")
         start = np.array([data.tokenizer.eot], np.int32)
         tokens = generate(model, start, max_tokens=SAMPLE_TOKENS, seed=config.seed + step)
         log.sample(data.tokenizer.decode(list(tokens)))
 
     with (
-        _stop_signal() as stopping,
         RunLog(run_dir, console, first_step=step, steps=config.steps) as log,
+        warnings.catch_warnings(),
     ):
-        while step < config.steps and not stopping():
-            started = time.perf_counter()
-            lr = warmup_cosine(
-                step,
-                lr=config.lr,
-                warmup_steps=config.warmup_steps,
-                steps=config.steps,
-                final_lr_fraction=config.final_lr_fraction,
-            )
-            for micro_step in range(config.grad_accum_steps):
-                batch = loader.next_batch()
-                model.forward_backward(
-                    batch.tokens,
-                    batch.targets,
-                    batch.order,
-                    micro_step=micro_step,
-                    micro_steps=config.grad_accum_steps,
+        warnings.simplefilter("ignore", RuntimeWarning)  # overflow: _check_finite says it better
+        with _stop_signal(console) as stopping:
+            while step < config.steps and not stopping():
+                started = time.perf_counter()
+                lr = _learning_rate(config, step)
+                for micro_step in range(config.grad_accum_steps):
+                    batch = loader.next_batch()
+                    model.forward_backward(
+                        batch.tokens,
+                        batch.targets,
+                        batch.order,
+                        micro_step=micro_step,
+                        micro_steps=config.grad_accum_steps,
+                    )
+                optimizer.step(_hyper(config, step, lr))
+                losses = model.ops.device.download(model.acts.losses)
+                loss = float(losses.mean(dtype="float64")) / config.grad_accum_steps
+                grad_norm = optimizer.grad_norm()
+                _check_finite(run_dir, step, loss, grad_norm)
+                step += 1
+                log.training(
+                    step,
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=grad_norm,
+                    step_ms=(time.perf_counter() - started) * 1000,
+                    tokens=config.total_batch_tokens,
                 )
-            optimizer.step(_hyper(config, step, lr))
-            loss = float(model.ops.device.download(model.acts.losses).mean(dtype="float64"))
-            loss /= config.grad_accum_steps
-            grad_norm = optimizer.grad_norm()
-            _check_finite(step, loss, grad_norm)
-            step += 1
-            log.training(
-                step,
-                loss=loss,
-                lr=lr,
-                grad_norm=grad_norm,
-                step_ms=(time.perf_counter() - started) * 1000,
-                tokens=config.total_batch_tokens,
-            )
-            # What is periodic comes after the step; the end of the run has its own turn below.
-            if step < config.steps and not stopping():
-                if config.eval_every and step % config.eval_every == 0:
-                    save()
-                    evaluate()
-                if config.sample_every and step % config.sample_every == 0:
-                    show_sample()
-        path = save()
-        if not stopping():
+                # What is periodic comes after the step; the end has its own turn below.
+                if step < config.steps and not stopping():
+                    if config.eval_every and step % config.eval_every == 0:
+                        save()
+                        evaluate()
+                    if config.sample_every and step % config.sample_every == 0:
+                        show_sample()
+                    log.doing("")
+            path = save()
+        if step == config.steps:  # from here on Ctrl-C ends at once: all is saved
             evaluate()
             show_sample()
     return Outcome(path, step, interrupted=step < config.steps)
@@ -172,13 +175,34 @@ def _hyper(config: TrainConfig, step: int, lr: float) -> AdamWStep:
     )
 
 
-def _check_finite(step: int, loss: float, grad_norm: float) -> None:
-    # The update was skipped (see Ops.adamw), so the last checkpoint and the weights are sound.
+def _learning_rate(config: TrainConfig, step: int) -> float:
+    return warmup_cosine(
+        step,
+        lr=config.lr,
+        warmup_steps=config.warmup_steps,
+        steps=config.steps,
+        final_lr_fraction=config.final_lr_fraction,
+    )
+
+
+def _check_finite(run_dir: Path, step: int, loss: float, grad_norm: float) -> None:
+    # With a gradient that is not finite the update was skipped: see Ops.adamw.
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise TrainingError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: training diverged; the last "
-            f"checkpoint is sound, try a lower --lr or a longer --warmup-steps"
-        )
+        raise _diverged(run_dir, f"step {step + 1}: loss {loss}, gradient norm {grad_norm}")
+
+
+def _check_weights(state: checkpoint.TrainingState) -> None:
+    if not np.isfinite(state.weights).all():
+        run_dir = Path(state.train.run_dir)
+        raise _diverged(run_dir, f"step {state.step}: a weight is no longer a finite number")
+
+
+def _diverged(run_dir: Path, what: str) -> TrainingError:
+    saved = checkpoint.checkpoints(run_dir)
+    left = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was saved"
+    return TrainingError(
+        f"{what}: training diverged; {left}; try a lower --lr or a longer --warmup-steps"
+    )
 
 
 def _make_run_dir(run_dir: Path) -> None:
@@ -198,11 +222,12 @@ def _announce(console: Console, config: TrainConfig, data: Dataset, sizes: Model
         f"({config.grad_accum_steps} x {config.batch_size} x {config.seq_len}) into "
         f"{config.run_dir}",
         highlight=False,
+        markup=False,
     )
 
 
 @contextmanager
-def _stop_signal() -> Iterator[Any]:
+def _stop_signal(console: Console) -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C or SIGTERM came; a second one ends at once."""
     came = False
 
@@ -211,6 +236,7 @@ def _stop_signal() -> Iterator[Any]:
         if came:
             raise KeyboardInterrupt
         came = True
+        console.print("stopping after this step; Ctrl-C again stops at once, without saving")
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

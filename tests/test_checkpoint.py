@@ -404,15 +404,15 @@ def other_model(folder: Path) -> None:
         ),
         (
             edit_training(train=TRAIN.to_dict() | {"steps": "ten"}),
-            "training.json: '<' not supported",
+            "training.json: steps must be int, not 'ten'",
         ),
         (
             edit_training(train=TRAIN.to_dict() | {"total_batch_tokens": float("nan")}),
-            "training.json: cannot convert float NaN",
+            "training.json: total_batch_tokens must be int, not nan",
         ),
         (
             edit_training(train=TRAIN.to_dict() | {"total_batch_tokens": float("inf")}),
-            "training.json: cannot convert float infinity",
+            "training.json: total_batch_tokens must be int, not inf",
         ),
         (truncate_optimizer, "optimizer.safetensors: not a whole safetensors file"),
         (

@@ -79,6 +79,11 @@ def test_unknown_model() -> None:
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"lr": 0.0}, "lr must be a positive number"),
         ({"weight_decay": float("inf")}, "weight_decay must be a finite number"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
+        ({"data": 5}, "data must be str, not 5"),
+        ({"batch_size": 8.5}, "batch_size must be int, not 8.5"),
+        ({"beta1": "x"}, "beta1 must be float, not 'x'"),
+        ({"batch_size": 2**40}, "at most 1,073,741,824 tokens"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative"),
         ({"dtype": "fp8"}, "dtype must be fp32 or bf16"),
         ({"batch_size": 3, "seq_len": 5, "total_batch_tokens": 31}, "not a multiple .* use 45"),
@@ -100,4 +105,5 @@ def test_saved_settings_with_other_keys_are_refused() -> None:
 
 def test_grad_accum_steps() -> None:
     assert train_config().grad_accum_steps == 1
-    assert replace(train_config(), total_batch_tokens=4096).grad_accum_steps == 4
+    tokens = train_config().total_batch_tokens
+    assert replace(train_config(), total_batch_tokens=4 * tokens).grad_accum_steps == 4

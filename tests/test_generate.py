@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.errors import CheckpointError, ConfigError
 from gpu_gpt2.generate import generate
 from gpu_gpt2.model import GPT2, initial_weights
 from gpu_gpt2.ops.reference import ReferenceOps
@@ -62,6 +62,16 @@ def test_frequencies_follow_the_probabilities(model: GPT2) -> None:
     assert abs(drawn.count(top) / n - p[top]) < 4 * sigma
 
 
-def test_negative_settings_are_refused(model: GPT2) -> None:
-    with pytest.raises(ConfigError, match="must not be negative"):
-        next(generate(model, PROMPT, max_tokens=1, temperature=-1.0))
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"seed": -1}, {"top_k": -1}]
+)
+def test_impossible_settings_are_refused(model: GPT2, settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="must"):
+        next(generate(model, PROMPT, max_tokens=1, **settings))
+
+
+def test_damaged_weights_are_named() -> None:
+    model = GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=8, training=False)
+    model.load(np.full(model.param_arena.size, np.nan, np.float32))
+    with pytest.raises(CheckpointError, match="weights are damaged"):
+        next(generate(model, PROMPT, max_tokens=1))

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from gpu_gpt2 import checkpoint, layout
 from gpu_gpt2.config import TrainConfig
-from gpu_gpt2.errors import TrainingError
+from gpu_gpt2.errors import ConfigError, TrainingError
 from gpu_gpt2.formats.hf import load_model
 from gpu_gpt2.model import GPT2
 from gpu_gpt2.ops.reference import ReferenceOps
@@ -127,32 +127,58 @@ def test_micro_batches_do_not_change_the_first_update() -> None:
     assert np.linalg.norm(a.m) == pytest.approx(0.1 * min(1.0, metrics("one")[0]["grad_norm"]))
 
 
-@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-def test_a_diverging_run_stops_and_says_so() -> None:
-    with pytest.raises(TrainingError, match=r"loss .* training diverged"):
-        train(settings(lr=1e30, warmup_steps=0, steps=20), quiet())
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 1e4}, r"gradient norm inf: training diverged; the newest checkpoint is run/step_"),
+        ({"lr": 1e30}, r"step 1: validation loss nan: training diverged"),
+        ({"lr": 1e39, "steps": 1}, r"step 1: a weight is no longer .* no checkpoint was saved"),
+    ],
+)
+def test_a_diverging_run_saves_nothing_broken(change: dict[str, float], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        train(settings(**{"warmup_steps": 0, "steps": 20, "eval_every": 1, **change}), quiet())
+    for folder in checkpoint.checkpoints(Path("run")):
+        assert np.isfinite(checkpoint.load(folder).weights).all()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
-    options = (
-        "--data", "numbers.txt", "--model", "nano", "--tokenizer", "bytes", "--device", "cpu",
-        "--batch-size", "2", "--seq-len", "32", "--run-dir", "run",
-    )  # fmt: skip
-    process = cli("train", *options, "--steps", "100000")
+def test_a_run_in_use_is_left_alone() -> None:
+    first = cli("train", *OPTIONS, "--steps", "100000")
+    wait_for_steps(first)
+    with pytest.raises(ConfigError, match="run is in use by another training"):
+        train(settings(), quiet())
+    first.kill()
+    first.communicate()
+    train(settings(), quiet())  # the lock ends with its process
+
+
+OPTIONS = (
+    "--data", "numbers.txt", "--model", "nano", "--tokenizer", "bytes", "--device", "cpu",
+    "--batch-size", "2", "--seq-len", "32", "--run-dir", "run",
+)  # fmt: skip
+
+
+def wait_for_steps(process: subprocess.Popen[str]) -> None:
     file = Path("run", "metrics.jsonl")
     deadline = time.monotonic() + 60
     while not (file.is_file() and file.read_text().count("\n") > 3):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    process = cli("train", *OPTIONS, "--steps", "100000")
+    wait_for_steps(process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
+    assert "stopping after this step; Ctrl-C again stops at once" in out
     assert "gpu-gpt2 train --resume --run-dir run" in out
     saved = checkpoint.load(checkpoint.latest(Path("run"))).step
     assert saved == metrics()[-1]["step"] > 3
 
-    refused = cli("train", *options)
+    refused = cli("train", *OPTIONS)
     _, err = refused.communicate(timeout=60)
     assert refused.returncode == 1
     assert "already holds a run; go on with it by --resume" in err
