@@ -1,3 +1,9 @@
 """Train GPT-2 with CUDA C kernels you can read."""
 
+import os
+
 __version__ = "0.1.0"
+
+# NumPy's OpenBLAS lets its threads spin for a while after each matrix product, on cores that our
+# own threads need by then. It reads this (2^n cycles of spinning) when NumPy is first imported.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
