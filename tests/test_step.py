@@ -95,3 +95,24 @@ def test_two_runs_give_the_same_bits(dtype: str, device: str) -> None:
         two_micro_steps(model, optimizer, updates=2)
         bits.add(model.ops.device.download(optimizer.master).tobytes())
     assert len(bits) == 1
+
+
+@kernel_devices
+def test_overfits_one_batch(dtype: str, device: str) -> None:
+    model, optimizer = built(open_device(device), dtype)
+    tokens, targets = np.random.default_rng(2).integers(
+        0, CONFIG.vocab_size, (2, B, T), dtype=np.int32
+    )
+    order = np.argsort(tokens, axis=None, kind="stable").astype(np.int32)
+    losses = []
+    for step in range(1, 26):
+        model.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
+        losses.append(model.ops.device.download(model.acts.losses).mean())
+        optimizer.step(
+            AdamWStep(
+                step=step, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0,
+                max_grad_norm=1.0,
+            )
+        )  # fmt: skip
+    assert losses[0] > 4.5  # ln 131 = 4.88
+    assert losses[-1] < 0.3
