@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from gpu_gpt2 import __version__
-from gpu_gpt2.device.cupy_device import CupyDevice, cuda_versions, gpu_count
+from gpu_gpt2.device.cupy_device import NOT_USABLE, CupyDevice, cuda_versions, gpu_count
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.device.source import kernels_dir
 from gpu_gpt2.errors import DeviceError
@@ -61,10 +61,8 @@ def _cuda_rows(advice: list[str]) -> list[tuple[str, str]]:
         advice.append(str(error))
         return [("CuPy", "not installed")]
     versions["CuPy"] += f" ({', '.join(installed)})"
-    if versions["driver"] == "no driver":
-        versions["cuBLAS"] = "opens with the driver"
     for name, package in (("NVRTC", "nvidia-cuda-nvrtc"), ("cuBLAS", "nvidia-cublas")):
-        if "not usable" in versions[name] and versions["driver"] != "no driver":
+        if NOT_USABLE in versions[name]:
             suffix = "-cu12" if "cupy-cuda12x" in installed else ""
             advice.append(f"{name} cannot be opened: pip install {package}{suffix}")
     paths = [(f"  {path.name}", str(path.parent)) for path in _loaded_libraries()]

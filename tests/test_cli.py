@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import cupy_backends.cuda.libs
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -180,6 +181,15 @@ def test_info_says_what_would_be_used(run: Run, monkeypatch: pytest.MonkeyPatch)
         assert part in out
     assert re.search(r"train would use +cpu, fp32", out)
     assert "! no usable NVIDIA GPU here" in out
+
+
+def test_info_names_a_missing_library(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cupy_backends.cuda.libs, "cublas", raising=False)
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.cublas", None)
+    code, out, _ = run("info")
+    assert code == 0
+    assert re.search(r"cuBLAS +not usable", out)
+    assert re.search(r"! cuBLAS cannot be opened: pip install nvidia-cublas(-cu12)?\n", out)
 
 
 def test_check_passes_on_the_cpu(run: Run) -> None:

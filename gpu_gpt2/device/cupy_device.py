@@ -18,6 +18,8 @@ from gpu_gpt2.device.launch import Dim3, scalar_value
 from gpu_gpt2.device.source import KernelSource
 from gpu_gpt2.errors import DeviceError, KernelError
 
+NO_DRIVER: Final = "no driver"
+NOT_USABLE: Final = "not usable"
 DISALLOW_REDUCED_PRECISION_REDUCTION: Final = 16  # a cublasMath_t that CuPy has no name for
 DEFAULT_SHARED_BYTES: Final = 48 * 1024  # a kernel must ask before it gets more
 
@@ -110,8 +112,13 @@ class CupyDevice(Device):
     @functools.cached_property
     def _cublas_handle(self) -> int:
         """CuPy's handle, told once to keep the sums of split products in float32 too."""
-        from cupy_backends.cuda.libs import cublas
-
+        try:
+            from cupy_backends.cuda.libs import cublas
+        except ImportError as error:
+            raise DeviceError(
+                f"cuBLAS cannot be opened ({str(error).splitlines()[0]}); gpu-gpt2 info says what "
+                f"to install"
+            ) from None
         handle: int = self._cupy.cuda.device.get_cublas_handle()
         cublas.setMathMode(handle, DISALLOW_REDUCED_PRECISION_REDUCTION)
         return handle
@@ -183,9 +190,10 @@ class CupyDevice(Device):
             return module.get_function(name)
         except self._cupy.cuda.compiler.CompileException as error:
             raise KernelError(f"{source.file} does not compile: {error}") from None
-        except RuntimeError as error:  # a CUDA library or its headers are missing
+        except (RuntimeError, ImportError) as error:  # a CUDA library or its headers are missing
             raise DeviceError(
-                f"{source.file} cannot be compiled: {error}; gpu-gpt2 info says what is missing"
+                f"{source.file} cannot be compiled ({str(error).splitlines()[0]}); gpu-gpt2 info "
+                f"says what to install"
             ) from None
 
 
@@ -204,19 +212,27 @@ def cuda_versions() -> dict[str, str]:
     The driver comes first: it is the newest CUDA the machine can run.
     """
     cupy = _import_cupy()
-    from cupy_backends.cuda.libs import cublas, nvrtc
 
     def dotted(version: int) -> str:
-        return f"{version // 1000}.{version % 1000 // 10}" if version else "no driver"
+        return f"{version // 1000}.{version % 1000 // 10}" if version else NO_DRIVER
+
+    def of_nvrtc() -> str:
+        from cupy_backends.cuda.libs import nvrtc
+
+        return ".".join(map(str, nvrtc.getVersion()))
 
     def of_cublas() -> str:
+        from cupy_backends.cuda.libs import cublas
+
+        if not cupy.cuda.runtime.driverGetVersion():
+            return "found; its version shows with a driver"
         version = cublas.getVersion(cupy.cuda.device.get_cublas_handle())
         return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
     probes: dict[str, Callable[[], str]] = {
         "driver": lambda: dotted(cupy.cuda.runtime.driverGetVersion()),
         "runtime": lambda: dotted(cupy.cuda.runtime.runtimeGetVersion()),
-        "NVRTC": lambda: ".".join(map(str, nvrtc.getVersion())),
+        "NVRTC": of_nvrtc,
         "cuBLAS": of_cublas,
     }
     found = {"CuPy": str(cupy.__version__)}
@@ -224,5 +240,5 @@ def cuda_versions() -> dict[str, str]:
         try:
             found[name] = probe()
         except Exception as error:  # every library reports its absence in its own way
-            found[name] = f"not usable: {error}"
+            found[name] = f"{NOT_USABLE}: {str(error).splitlines()[0]}"
     return found
