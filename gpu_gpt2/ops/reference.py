@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -69,27 +68,6 @@ def _each(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
 def _by_rows(x: NDArray, work: Callable[[slice], Result]) -> list[Result]:
     """work(block) for consecutive blocks of rows of a matrix."""
     return _by_blocks(x.shape[0], x.shape[1], work)
-
-
-class _Scratch(threading.local):
-    """Buffers of one thread for what an op needs in between, used again by the next op.
-
-    Allocating each afresh costs more than the arithmetic: the system zeroes every new page.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[int, np.dtype[Any]], NDArray] = {}
-
-    def __call__(self, slot: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
-        """An uninitialised array; one `slot` number is one array at a time."""
-        size = math.prod(shape)
-        buffer = self._buffers.get((slot, dtype))
-        if buffer is None or buffer.size < size:
-            buffer = self._buffers[slot, dtype] = np.empty(size, dtype)
-        return buffer[:size].reshape(shape)
-
-
-_scratch = _Scratch()
 
 
 @functools.lru_cache(maxsize=32)
@@ -176,15 +154,13 @@ class ReferenceOps(Ops):
         rstd: NDArray,
     ) -> None:
         def work(i: slice) -> tuple[NDArray, NDArray]:
-            normed, g, t = (_scratch(slot, x[i].shape, x.dtype) for slot in range(3))
-            np.subtract(x[i], mean[i, None], out=normed)
+            normed = x[i] - mean[i, None]
             normed *= rstd[i, None]
-            np.multiply(dy[i], w, out=g)
+            g = dy[i] * w
             g_mean = np.dot(dy[i], w)[:, None] / x.shape[1]
             g_normed_mean = np.einsum("nc,nc->n", g, normed)[:, None] / x.shape[1]
             g -= g_mean
-            np.multiply(normed, g_normed_mean, out=t)
-            g -= t
+            g -= normed * g_normed_mean
             g *= rstd[i, None]
             dx[i] += g
             normed *= dy[i]
@@ -226,8 +202,7 @@ class ReferenceOps(Ops):
             p -= lse[part][..., None]
             np.exp(p, out=p)
             np.matmul(p.swapaxes(-1, -2), dy_heads[part], out=dv[part])
-            dp = _scratch(1, p.shape, p.dtype)
-            np.matmul(dy_heads[part], v[part].swapaxes(-1, -2), out=dp)
+            dp = dy_heads[part] @ v[part].swapaxes(-1, -2)
             dp -= delta[part][..., None]
             dp *= p
             dp *= scale
@@ -273,15 +248,11 @@ class ReferenceOps(Ops):
         def work(i: slice) -> None:
             # d/dx 0.5 x (1 + t) = 0.5 (1 + t) + 0.5 x (1 - t^2) u', and u' = s (1 + 3 c x^2)
             t = _gelu_tanh(x[i])
-            slope = _scratch(1, t.shape, t.dtype)
-            np.multiply(x[i], x[i], out=slope)
+            slope = x[i] * x[i]
             slope *= 3.0 * GELU_CUBIC * GELU_SCALE
             slope += GELU_SCALE
             slope *= x[i]
-            rest = _scratch(2, t.shape, t.dtype)
-            np.multiply(t, t, out=rest)
-            np.subtract(1.0, rest, out=rest)
-            slope *= rest
+            slope *= 1.0 - t * t
             slope += t
             slope += 1.0
             slope *= 0.5
@@ -307,10 +278,7 @@ class ReferenceOps(Ops):
         self, losses: NDArray, logits: NDArray, targets: NDArray, vocab_size: int
     ) -> None:
         def work(i: slice) -> None:
-            x = logits[i, :vocab_size]
-            kept = _scratch(0, x.shape, x.dtype)
-            np.copyto(kept, x)
-            _add_losses(losses[i], kept, targets[i])
+            _add_losses(losses[i], logits[i, :vocab_size].copy(), targets[i])
 
         _by_rows(logits, work)
 
@@ -353,8 +321,7 @@ class ReferenceOps(Ops):
         def work(i: slice, decay: float) -> None:
             g, m_i, v_i, w = grad[i], m[i], v[i], master[i]
             m_i *= hyper.beta1
-            t = _scratch(0, g.shape, g.dtype)
-            np.multiply(g, clip * (1.0 - hyper.beta1), out=t)
+            t = g * (clip * (1.0 - hyper.beta1))
             m_i += t
             np.multiply(g, g, out=t)
             t *= clip * clip * (1.0 - hyper.beta2)
@@ -401,18 +368,16 @@ def _by_heads(shape: tuple[int, ...], work: Callable[[tuple[slice, slice]], None
 
 
 def _scores(q: NDArray, k: NDArray) -> NDArray:
-    """Scaled and masked scores (b, h, T, T) of q, k (b, h, T, D), in scratch 0."""
-    s = _scratch(0, (*q.shape[:-1], q.shape[-2]), q.dtype)
-    np.matmul(q, k.swapaxes(-1, -2), out=s)
+    """Scaled and masked scores (b, h, T, T) of q, k (b, h, T, D)."""
+    s: NDArray = q @ k.swapaxes(-1, -2)
     s *= 1.0 / math.sqrt(q.shape[-1])
     s += _future(q.shape[-2], q.dtype)
     return s
 
 
 def _gelu_tanh(x: NDArray) -> NDArray:
-    """tanh(sqrt(2 / pi) (x + 0.044715 x^3)), in scratch 0."""
-    u = _scratch(0, x.shape, x.dtype)
-    np.multiply(x, x, out=u)
+    """tanh(sqrt(2 / pi) (x + 0.044715 x^3)) as a new array."""
+    u = x * x
     u *= GELU_CUBIC * GELU_SCALE
     u += GELU_SCALE
     u *= x
