@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from gpu_gpt2 import __version__
 from gpu_gpt2.device.cupy_device import NOT_USABLE, CupyDevice, cuda_versions, gpu_count
+from gpu_gpt2.device.emulator.build import Compiler
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.device.source import kernels_dir
 from gpu_gpt2.errors import DeviceError
@@ -31,17 +31,18 @@ def report() -> tuple[list[tuple[str, str]], list[str]]:
     advice: list[str] = []
     rows += _cuda_rows(advice)
     rows += _gpu_rows(advice)
-    compiler = next(filter(None, map(shutil.which, _compilers())), None)
-    rows.append(("C++ compiler", compiler or "none"))
-    if compiler is None:
-        advice.append("the emulator needs g++ or clang++: install your system's C++ compiler")
+    rows.append(("emulator", _emulator(advice)))
     device = open_device("auto")
     rows.append(("train would use", f"{device.name}, {choose_dtype('auto', device)}"))
     return rows, advice
 
 
-def _compilers() -> list[str]:
-    return [os.environ.get("CXX", ""), "g++", "clang++"]
+def _emulator(advice: list[str]) -> str:
+    try:
+        return f"builds kernels with {' '.join(Compiler().words)}"
+    except DeviceError as error:
+        advice.append(str(error))
+        return "not usable"
 
 
 def _cuda_rows(advice: list[str]) -> list[tuple[str, str]]:

@@ -132,6 +132,8 @@ def _locked(run_dir: Path) -> int | None:
         raise ConfigError(
             f"{run_dir} is in use by another training; wait for it or choose another --run-dir"
         ) from None
+    except OSError:  # nor have some network file systems
+        pass
     return lock
 
 
@@ -144,7 +146,7 @@ def _cut_after(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line for line in lines if _step_of(line) <= step))
+    temporary.write_text("".join(line for line in lines if _step_of(line) <= step), "utf-8")
     temporary.replace(path)
 
 

@@ -9,7 +9,7 @@ PACKAGE = Path(gpu_gpt2.__file__).parent
 # A module may import from its own line and from those above it.
 LAYERS = [
     "__init__ errors",
-    "config schedule",
+    "config schedule cache",
     "device.source",
     "device.launch",
     "device.base",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from gpu_gpt2.cache import cache_dir
 from gpu_gpt2.data.corpus import BUILT_IN, VAL_FRACTION, Corpus, text_file
 from gpu_gpt2.data.tokens import Tokens, check_tokens, is_token_file, read_tokens, write_tokens
 from gpu_gpt2.errors import ConfigError, DataError, UserError
@@ -115,13 +115,8 @@ def _cache_folder(corpus: Corpus, spec: str) -> Path | None:
         for text in documents:
             content = text.encode()
             digest.update(f"\0{len(content)}\0".encode() + content)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        try:
-            base = str(Path.home() / ".cache")
-        except RuntimeError:
-            return None
-    return Path(base) / "gpu-gpt2" / "data" / f"{corpus.name}-{digest.hexdigest()[:16]}"
+    folder = cache_dir("data")
+    return folder and folder / f"{corpus.name}-{digest.hexdigest()[:16]}"
 
 
 def _read_cache(folder: Path, name: str) -> Dataset:

@@ -2,7 +2,8 @@
 
 Works in the dtype of its arrays, float32 or float64. Each op is the formula of its docstring in
 `interface`, applied to blocks of rows small enough to stay in cache, on all cores. Blocks depend
-on sizes only and partial sums are added in order, so results do not depend on the thread count.
+on sizes only and partial sums are added in order, so results do not depend on how many threads take
+the blocks (inside a matrix product, BLAS decides).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from gpu_gpt2.cache import cache_dir
 from gpu_gpt2.device.source import KernelSource, Parameter
 from gpu_gpt2.errors import DeviceError, KernelError
 
@@ -98,7 +99,7 @@ class Compiler:
     def runtime(self) -> Path:
         """The shared library of runtime/."""
         text = "".join(file.read_text() for file in sorted(RUNTIME.iterdir()))
-        path = cache_dir() / f"runtime-{_digest(self.version, *RUNTIME_FLAGS, text)}.so"
+        path = built_dir() / f"runtime-{_digest(self.version, *RUNTIME_FLAGS, text)}.so"
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 built = Path(folder) / "built.so"
@@ -126,7 +127,7 @@ class Compiler:
         calls = [_call(kernel, parameters) for kernel, parameters in source.signatures.items()]
         text = "\n".join([source.text, '#line 1 "emulator calls"', *calls, ""])
         key = _digest(self.version, *flags, *link_flags, str(runtime), SHIM.read_text(), text)
-        path = cache_dir() / f"{Path(source.file).stem}-{key}.so"
+        path = built_dir() / f"{Path(source.file).stem}-{key}.so"
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 compiled, linked = Path(folder) / "compiled.o", Path(folder) / "linked.so"
@@ -144,10 +145,11 @@ class Compiler:
         return self.run(f"-print-file-name={name}").stdout.strip()
 
 
-def cache_dir() -> Path:
-    """The folder of built kernels, which may be deleted at any time."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "gpu-gpt2" / "emulator"
+def built_dir() -> Path:
+    """The folder of built libraries."""
+    folder = cache_dir("emulator")
+    if folder is None:
+        raise DeviceError("no folder for built kernels: set XDG_CACHE_HOME to one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

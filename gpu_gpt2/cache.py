@@ -1,0 +1,17 @@
+"""Where files lie that can be made again: tokens, and kernels built for the emulator."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir(name: str) -> Path | None:
+    """$XDG_CACHE_HOME/gpu-gpt2/NAME, else in ~/.cache; None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):
+        try:
+            base = str(Path.home() / ".cache")
+        except RuntimeError:
+            return None
+    return Path(base) / "gpu-gpt2" / name
