@@ -35,7 +35,6 @@ def test_the_seed_decides(model: GPT2) -> None:
     )
     assert first == again
     assert first != other
-    assert max(first + other) < CONFIG.vocab_size  # never a padding row
 
 
 def test_top_k_draws_from_the_k_likeliest_only(model: GPT2) -> None:
@@ -75,3 +74,15 @@ def test_damaged_weights_are_named() -> None:
     model.load(np.full(model.param_arena.size, np.nan, np.float32))
     with pytest.raises(CheckpointError, match="weights are damaged"):
         next(generate(model, PROMPT, max_tokens=1))
+
+
+def test_padding_is_never_drawn_however_likely() -> None:
+    """All real logits are negative here, those of the padded rows 0."""
+    model = GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=8, training=False)
+    model.params.wte[: CONFIG.vocab_size] = 1.0
+    model.params.lnfb[:] = -1.0
+    logits = model.forward(PROMPT[None])[-1]
+    assert logits.argmax() >= CONFIG.vocab_size
+    for temperature in (0.0, 1.0):
+        tokens = generate(model, PROMPT, max_tokens=20, temperature=temperature, top_k=0)
+        assert max(tokens) < CONFIG.vocab_size
