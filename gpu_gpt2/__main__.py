@@ -1,5 +1,5 @@
 """`python -m gpu_gpt2` is the command gpu-gpt2."""
 
-from gpu_gpt2.cli import main
+from gpu_gpt2.cli.app import main
 
 main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from gpu_gpt2.data.loader import sequential_batches
-from gpu_gpt2.data.tokens import Tokens
+from gpu_gpt2.formats.tokens import Tokens
 from gpu_gpt2.model import GPT2
 
 MAX_TOKENS: Final = 1 << 20  # of a long validation file: enough for three digits of the loss

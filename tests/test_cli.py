@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from gpu_gpt2 import check, cli
-from gpu_gpt2.data.tokens import write_tokens
+from gpu_gpt2 import check
+from gpu_gpt2.cli.app import app, main
+from gpu_gpt2.cli.common import console
+from gpu_gpt2.device.host import HostDevice
+from gpu_gpt2.formats.tokens import write_tokens
+from gpu_gpt2.ops.select import ops_for
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--model", "nano", "--tokenizer", "bytes", "--batch-size", "2", "--seq-len", "8")
@@ -27,9 +31,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     def run(*args: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["gpu-gpt2", *args])
-        monkeypatch.setattr(cli, "console", cli.Console(width=200))
+        monkeypatch.setattr(console, "_width", 200)
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main()
         out, err = capsys.readouterr()
         return int(stop.value.code or 0), out, err
 
@@ -211,14 +215,14 @@ def test_check_passes_on_the_cpu(run: Run) -> None:
 
 
 def test_check_fails_when_an_op_is_off(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cli.ops_for(cli.open_device("cpu"), "fp32", 1).__class__.gelu_fwd
+    right = ops_for(HostDevice(), "fp32", 1).__class__.gelu_fwd
 
     def wrong(self: object, y: np.ndarray, x: np.ndarray) -> None:
         right(self, y, x)
         if y.dtype == np.float32:
             y.reshape(-1)[-1] += 1e-3
 
-    monkeypatch.setattr(cli.ops_for(cli.open_device("cpu"), "fp32", 1).__class__, "gelu_fwd", wrong)
+    monkeypatch.setattr(ops_for(HostDevice(), "fp32", 1).__class__, "gelu_fwd", wrong)
     monkeypatch.setattr(check, "CASES", [c for c in check.CASES if "gelu_fwd" in str(c)][:1])
     code, out, _ = run("check", "--device", "cpu")
     assert code == 1
@@ -236,6 +240,6 @@ def test_bench_step_prints_both_and_the_ratio(run: Run) -> None:
 
 
 def test_help_names_every_command() -> None:
-    out = CliRunner().invoke(cli.app, ["--help"]).output
+    out = CliRunner().invoke(app, ["--help"]).output
     for command in ("train", "generate", "info", "check", "bench"):
         assert command in out

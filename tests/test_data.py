@@ -21,8 +21,8 @@ from gpu_gpt2.data import dataset as dataset_module
 from gpu_gpt2.data.corpus import hold_out, paragraphs, python_docs, text_file, without_paragraphs
 from gpu_gpt2.data.dataset import Dataset, prepare
 from gpu_gpt2.data.loader import Batch, BatchLoader, sequential_batches
-from gpu_gpt2.data.tokens import is_token_file, read_tokens, write_tokens
 from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.formats.tokens import is_token_file, read_tokens, write_tokens
 
 TEXT = "".join(f"Line {i} says naïvely: {i * i} is the square of {i}.\n" for i in range(400))
 

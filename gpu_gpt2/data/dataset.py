@@ -17,8 +17,8 @@ import numpy as np
 
 from gpu_gpt2.cache import cache_dir
 from gpu_gpt2.data.corpus import BUILT_IN, VAL_FRACTION, Corpus, text_file
-from gpu_gpt2.data.tokens import Tokens, check_tokens, is_token_file, read_tokens, write_tokens
 from gpu_gpt2.errors import ConfigError, DataError, UserError
+from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_tokens, write_tokens
 from gpu_gpt2.tokenizer import Tokenizer, make_tokenizer, vocab_size_of
 
 CACHE_VERSION: Final = 1  # raised whenever the same text would give other tokens

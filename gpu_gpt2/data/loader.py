@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.data.tokens import Tokens
 from gpu_gpt2.errors import DataError
+from gpu_gpt2.formats.tokens import Tokens
 
 Int32 = npt.NDArray[np.int32]
 CHECKED_TOKENS: Final = 1 << 20  # whose checksum tells one text from another

@@ -1,0 +1,46 @@
+"""The command line: gathers the commands, prints errors as one line."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+from gpu_gpt2.cli.generate import generate
+from gpu_gpt2.cli.inspect import bench_app, check_ops, show_info
+from gpu_gpt2.cli.train import train
+from gpu_gpt2.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train GPT-2 with CUDA C kernels you can read.",
+)
+app.command()(train)
+app.command()(generate)
+app.command("info")(show_info)
+app.command("check")(check_ops)
+app.add_typer(bench_app, name="bench")
+
+
+def main() -> None:
+    """Entry point of the command `gpu-gpt2`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # text that the terminal has no letters for
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error))
+    except MemoryError as error:
+        _fail(f"out of memory ({error}); lower --batch-size, --seq-len or --model")
+
+
+def _fail(message: str) -> NoReturn:
+    text = f"gpu-gpt2: {message}"
+    Console(stderr=True, soft_wrap=True).print(text, style="red", markup=False, highlight=False)
+    sys.exit(1)
