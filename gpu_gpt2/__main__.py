@@ -2,4 +2,5 @@
 
 from gpu_gpt2.cli.app import main
 
-main()
+if __name__ == "__main__":  # not in the processes that data prepare starts
+    main()

@@ -20,7 +20,8 @@ from gpu_gpt2.device.base import FLOAT32
 from gpu_gpt2.device.cupy_device import CupyDevice
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.model import DTYPES, GPT2, initial_weights
+from gpu_gpt2.init import initial_weights
+from gpu_gpt2.model import DTYPES, GPT2
 from gpu_gpt2.ops.interface import AdamWStep
 from gpu_gpt2.ops.select import ops_for
 from gpu_gpt2.optimizer import AdamW

@@ -23,17 +23,11 @@ import numpy as np
 
 from gpu_gpt2.config import ModelConfig, TrainConfig
 from gpu_gpt2.errors import CheckpointError, ConfigError
-from gpu_gpt2.formats.hf import (
-    CONFIG_FILE,
-    MODEL_FILE,
-    FloatArray,
-    TensorFile,
-    load_model,
-    named,
-    read_json,
-    save_model,
-    write_tensors,
-)
+from gpu_gpt2.formats import hf
+from gpu_gpt2.formats.disk import sync
+from gpu_gpt2.formats.hf import CONFIG_FILE, MODEL_FILE, read_json
+from gpu_gpt2.formats.pieces import Arena, FloatArray, load_arena, named
+from gpu_gpt2.formats.tensorfile import TensorFile, TensorWriter
 from gpu_gpt2.layout import parameter_count
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
@@ -97,7 +91,10 @@ def save(run_dir: Path, state: TrainingState, tokenizer: Tokenizer) -> Path:
 
 
 def load(folder: Path) -> TrainingState:
-    """The state saved in a checkpoint folder, all of it checked. Raises CheckpointError."""
+    """The state saved in a checkpoint folder, all of it checked.
+
+    Raises CheckpointError, or DataError where a file is damaged.
+    """
     training = read_json(folder / TRAINING_FILE)
     where = folder / TRAINING_FILE
     if training.get("format_version") != FORMAT_VERSION:
@@ -114,15 +111,15 @@ def load(folder: Path) -> TrainingState:
         train = TrainConfig.from_dict(training["train"])
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    model, weights = load_model(folder)
-    m, v = _load_moments(folder / OPTIMIZER_FILE, model)
+    source = hf.open_folder(folder)
+    m, v = _load_moments(folder / OPTIMIZER_FILE, source.config)
     return TrainingState(
-        model=model,
+        model=source.config,
         train=train,
         step=training["step"],
         tokens=training["tokens"],
         loader=training["loader"],
-        weights=weights,
+        weights=load_arena(source),
         m=m,
         v=v,
     )
@@ -133,7 +130,7 @@ def latest(path: Path) -> Path:
 
     Raises CheckpointError.
     """
-    if os.path.isfile(path / CONFIG_FILE):
+    if hf.holds_model(path):
         return path
     if found := checkpoints(path):
         return found[-1]
@@ -143,12 +140,12 @@ def latest(path: Path) -> Path:
     )
 
 
-def trained_seq_len(folder: Path, model: ModelConfig) -> int:
+def trained_seq_len(folder: Path | None, model: ModelConfig) -> int:
     """The longest text the model has seen: beyond it, its position embeddings are untrained.
 
-    A folder that is no checkpoint of ours does not tell; then it is the model's whole context.
+    Where there is no checkpoint of ours to tell, it is the model's whole context.
     """
-    if not os.path.isfile(folder / TRAINING_FILE):
+    if folder is None or not os.path.isfile(folder / TRAINING_FILE):
         return model.n_positions
     train = read_json(folder / TRAINING_FILE).get("train")
     seq_len = train.get("seq_len") if isinstance(train, dict) else None
@@ -180,9 +177,14 @@ def bytes_needed(model: ModelConfig) -> int:
 
 def _write(folder: Path, state: TrainingState, tokenizer: Tokenizer) -> None:
     """Writes all files of a checkpoint and waits until they are on the disk."""
-    save_model(folder, state.model, state.weights, tokenizer.eot)
+    hf.write_model(folder, Arena(state.model, state.weights), tokenizer.eot)
     tokenizer.save(folder)
-    write_tensors(folder / OPTIMIZER_FILE, _moments(state.model, state.m, state.v))
+    moments = _moments(state.model, state.m, state.v)
+    with (folder / OPTIMIZER_FILE).open("wb") as file:
+        shapes = {name: tensor.shape for name, tensor in moments.items()}
+        writer = TensorWriter(file, shapes, np.dtype(np.float32))
+        for name, tensor in moments.items():
+            writer.write(name, tensor)
     training = {
         "format_version": FORMAT_VERSION,
         "step": state.step,
@@ -192,7 +194,7 @@ def _write(folder: Path, state: TrainingState, tokenizer: Tokenizer) -> None:
     }
     (folder / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
     for path in (*folder.iterdir(), folder):
-        _sync(path)
+        sync(path)
 
 
 def _publish(temporary: Path, folder: Path) -> None:
@@ -201,7 +203,7 @@ def _publish(temporary: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(replaced)
     temporary.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -245,22 +247,17 @@ def _load_moments(path: Path, model: ModelConfig) -> tuple[FloatArray, FloatArra
     tensors = _moments(model, m, v)
     for name, tensor in tensors.items():
         file.check(name, tensor.shape)
-        file.read(name, out=tensor)
-    file.refuse_others(tensors)
+        tensor[...] = file.read(name)
+    if others := sorted(file.names - tensors.keys()):
+        raise CheckpointError(
+            f"{path}: {others[0]!r} ({len(others)} such) is not a moment of this model's weights"
+        )
     return m, v
 
 
 def _is_complete(folder: Path) -> bool:
     files = (MODEL_FILE, CONFIG_FILE, OPTIMIZER_FILE, TRAINING_FILE)
     return all(os.path.isfile(folder / name) for name in files)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _not_written(folder: Path, error: OSError, model: ModelConfig) -> str:

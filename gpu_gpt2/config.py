@@ -12,6 +12,7 @@ from gpu_gpt2.errors import ConfigError
 GPT2_VOCAB_SIZE: Final = 50257
 VOCAB_PADDING: Final = 128  # rows of wte are padded to a multiple of this: aligned rows, full tiles
 MAX_BATCH_TOKENS: Final = 1 << 30  # in one micro-batch: kernels count rows in 32 bits
+MAX_SEED: Final = (1 << 32) - 1  # what the Mersenne Twister starts from is one word
 MAX_HEAD_SIZE: Final = 256  # what kernels/attention.cu can hold in registers
 
 
@@ -50,22 +51,62 @@ class ModelConfig:
         return math.ceil(self.vocab_size / VOCAB_PADDING) * VOCAB_PADDING
 
 
-# GPT-2's own sizes (Radford et al. 2019, table 2) under llm.c's names, then small ones.
+# C, L and H by the number in an llm.c descriptor: of layers for GPT-2 (Radford et al. 2019, table
+# 2), of channels for GPT-3 (Brown et al. 2020, table 2.1), with sizes of llm.c's own between them.
+GPT2_SIZES: Final[Mapping[int, tuple[int, int, int]]] = {
+    6: (384, 6, 6),  # 30M
+    12: (768, 12, 12),  # 124M
+    24: (1024, 24, 16),  # 355M
+    36: (1280, 36, 20),  # 774M
+    48: (1600, 48, 25),  # 1558M
+    60: (1920, 60, 30),  # 2.8B
+    72: (2880, 72, 30),  # 7.3B
+    84: (3456, 84, 36),  # 12B
+}
+GPT3_SIZES: Final[Mapping[int, tuple[int, int, int]]] = {
+    384: (384, 6, 6),  # 31M
+    768: (768, 12, 12),  # 125M
+    1024: (1024, 24, 16),  # 356M
+    1536: (1536, 24, 16),  # 760M
+    2048: (2048, 24, 16),  # 1.3B
+    2560: (2560, 32, 32),  # 2.7B
+    4096: (4096, 32, 32),  # 6.7B
+    12288: (12288, 96, 96),  # 175B
+}
+GPT3_POSITIONS: Final = 2048
+
+
+def _models(
+    prefix: str, sizes: Mapping[int, tuple[int, int, int]], n_positions: int
+) -> dict[str, ModelConfig]:
+    return {
+        f"{prefix}{number}": ModelConfig(n_positions=n_positions, n_embd=C, n_layer=L, n_head=H)
+        for number, (C, L, H) in sizes.items()
+    }
+
+
 MODELS: Final[Mapping[str, ModelConfig]] = {
-    "d12": ModelConfig(),  # 124M
-    "d24": ModelConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
-    "d36": ModelConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
-    "d48": ModelConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
-    "d6": ModelConfig(n_layer=6, n_head=6, n_embd=384),  # 30M
+    **_models("d", GPT2_SIZES, 1024),
+    **_models("gpt2:d", GPT2_SIZES, 1024),
+    **_models("gpt3:c", GPT3_SIZES, GPT3_POSITIONS),
     "mini": ModelConfig(n_layer=2, n_head=4, n_embd=256, n_positions=64),  # a minute on a CPU
     "nano": ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32),  # for the emulator
 }
+MODEL_NAMES: Final = (
+    f"dN or gpt2:dN with N = {', '.join(map(str, GPT2_SIZES))}; "
+    f"gpt3:cN with N = {', '.join(map(str, GPT3_SIZES))}; mini; nano"
+)
 
 
-def model_config(name: str, vocab_size: int) -> ModelConfig:
+def model_config(name: str, vocab_size: int = GPT2_VOCAB_SIZE) -> ModelConfig:
     """The sizes of `name` in `MODELS` with the vocabulary of the tokenizer in use."""
+    if name == "gpt3:c5140":
+        raise ConfigError(
+            "gpt3:c5140 cannot be built: 5140 channels, as the paper prints, do not divide into "
+            f"heads of 128; choose one of {MODEL_NAMES}"
+        )
     if name not in MODELS:
-        raise ConfigError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+        raise ConfigError(f"unknown model {name!r}; choose one of {MODEL_NAMES}")
     return replace(MODELS[name], vocab_size=vocab_size)
 
 
@@ -77,7 +118,7 @@ class TrainConfig:
     model: str
     device: str
     dtype: str  # "fp32" or "bf16"
-    tokenizer: str  # "gpt2", "bytes" or "bpe:N"
+    tokenizer: str  # "gpt2", "bytes", "bpe:N" or a path
     steps: int
     batch_size: int  # sequences in one micro-batch
     seq_len: int
@@ -107,6 +148,8 @@ class TrainConfig:
         for name in ("warmup_steps", "eval_every", "sample_every", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.seed > MAX_SEED:
+            raise ConfigError(f"seed must be at most {MAX_SEED}, not {self.seed}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr must be a positive number, not {self.lr}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):

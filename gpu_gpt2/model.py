@@ -5,7 +5,6 @@ The same lines run on every device: `ops` decides whether an op is NumPy or a ke
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Final
 
@@ -18,24 +17,7 @@ from gpu_gpt2.device.base import BFLOAT16, FLOAT32, Array
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops.interface import Ops
 
-INIT_STD: Final = 0.02
 DTYPES: Final = {"fp32": FLOAT32, "bf16": BFLOAT16}
-
-
-def initial_weights(config: ModelConfig, seed: int) -> npt.NDArray[np.float32]:
-    """A parameter arena (n,) float32 as GPT-2 starts: normal with std 0.02, padding rows zero."""
-    rng = np.random.default_rng(seed)
-    arena = np.zeros(layout.parameter_count(config), np.float32)
-    for spec, start in layout.offsets(layout.parameters(config)):
-        part = arena[start : start + spec.size]
-        if spec.init == "ones":
-            part.fill(1.0)
-        elif spec.init in ("normal", "residual"):
-            shrink = math.sqrt(2 * config.n_layer) if spec.init == "residual" else 1.0
-            rng.standard_normal(out=part, dtype=np.float32)
-            part *= INIT_STD / shrink
-    arena[config.vocab_size * config.n_embd : config.padded_vocab_size * config.n_embd] = 0.0
-    return arena
 
 
 def check_seq_len(T: int, config: ModelConfig) -> None:

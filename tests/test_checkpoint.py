@@ -22,8 +22,9 @@ from safetensors.numpy import load_file, save_file
 from gpu_gpt2 import checkpoint
 from gpu_gpt2.checkpoint import OPTIMIZER_FILE, TRAINING_FILE, TrainingState
 from gpu_gpt2.config import ModelConfig, TrainConfig
-from gpu_gpt2.errors import CheckpointError
+from gpu_gpt2.errors import CheckpointError, DataError, UserError
 from gpu_gpt2.formats import hf
+from gpu_gpt2.formats.pieces import Arena, load_arena, named
 from gpu_gpt2.layout import parameter_count
 
 MODEL = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
@@ -64,7 +65,7 @@ class Tokenizer:
 def state_at(step: int) -> TrainingState:
     rng = np.random.default_rng(step)
     arenas = rng.standard_normal((3, parameter_count(MODEL)), np.float32)
-    hf.named(MODEL, arenas[0])["wte"][MODEL.vocab_size :] = 0
+    named(MODEL, arenas[0])["wte"][MODEL.vocab_size :] = 0
     return TrainingState(
         model=MODEL,
         train=TRAIN,
@@ -107,9 +108,9 @@ def test_round_trip_is_exact(run_dir: Path) -> None:
 
 
 def test_a_checkpoint_is_a_hugging_face_folder(run_dir: Path) -> None:
-    config, weights = hf.load_model(checkpoint.latest(run_dir))
-    assert config == MODEL
-    assert weights.tobytes() == state_at(10).weights.tobytes()
+    model = hf.open_folder(checkpoint.latest(run_dir))
+    assert (model.config, model.eot) == (MODEL, 256)
+    assert load_arena(model).tobytes() == state_at(10).weights.tobytes()
     assert json.loads((run_dir / "step_00000010/config.json").read_text())["eos_token_id"] == 256
 
 
@@ -143,7 +144,7 @@ def test_latest_takes_a_run_a_checkpoint_or_any_hugging_face_folder(
     run_dir: Path, tmp_path: Path
 ) -> None:
     folder = run_dir / "step_00000010"
-    hf.save_model(tmp_path / "plain", MODEL, state_at(1).weights, eot=256)
+    hf.write_model(tmp_path / "plain", Arena(MODEL, state_at(1).weights), eot=256)
     assert checkpoint.latest(run_dir) == folder
     assert checkpoint.latest(folder) == folder
     assert checkpoint.latest(tmp_path / "plain") == tmp_path / "plain"
@@ -387,7 +388,8 @@ def truncate_optimizer(folder: Path) -> None:
 
 def other_model(folder: Path) -> None:
     model = replace(MODEL, n_positions=18)
-    hf.save_model(folder, model, np.zeros(parameter_count(model), np.float32), eot=256)
+    weights = np.zeros(parameter_count(model), np.float32)
+    hf.write_model(folder, Arena(model, weights), eot=256)
 
 
 @pytest.mark.parametrize(
@@ -421,7 +423,7 @@ def other_model(folder: Path) -> None:
         ),
         (
             edit_optimizer(lambda tensors: tensors.update(u=np.zeros(1))),
-            "optimizer.safetensors: 'u' (1 such) is not a tensor",
+            "optimizer.safetensors: 'u' (1 such) is not a moment",
         ),
         (other_model, "optimizer.safetensors: m.wpe: expected shape (18, 48), found (17, 48)"),
     ],
@@ -431,15 +433,15 @@ def test_damage_and_contradictions_are_refused(
 ) -> None:
     folder = checkpoint.latest(run_dir)
     damage(folder)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         checkpoint.load(folder)
     assert str(caught.value).startswith(f"{folder}/{message}")
     assert "\n" not in str(caught.value)
 
 
 def test_a_plain_hugging_face_folder_cannot_be_resumed(tmp_path: Path) -> None:
-    hf.save_model(tmp_path, MODEL, state_at(1).weights, eot=256)
-    with pytest.raises(CheckpointError) as caught:
+    hf.write_model(tmp_path, Arena(MODEL, state_at(1).weights), eot=256)
+    with pytest.raises(DataError) as caught:
         checkpoint.load(tmp_path)
     assert str(caught.value) == f"{tmp_path}/training.json: no such file"
 

@@ -56,14 +56,14 @@ def write_bad_inputs() -> None:
     [
         (["--data", "nowhere.txt"], r"no file /.*/nowhere\.txt; give a text file"),
         (["--data", "empty.txt"], "empty.txt is empty"),
-        (["--data", "."], r"cannot read /.*: Is a directory"),
+        (["--data", "."], r"holds no token files such as NAME_train\.bin"),
         (["--data", "latin1.txt"], r"latin1.txt is not UTF-8 text: byte 0xe9 at offset 3"),
         (["--data", "short.txt", *SMALL], "too few"),
         (["--data", "cut.bin", "--tokenizer", "gpt2"], r"cut\.bin"),
         (["--data", "beyond.bin", "--tokenizer", "gpt2"], r"beyond\.bin.*50257"),
         (["--data", "text.txt", "--tokenizer", "words"], "words"),
         (["--data", "text.txt", "--tokenizer", "bpe:12"], "bpe:12"),
-        (["--data", "text.txt", "--model", "gpt5"], "unknown model 'gpt5'; choose one of d12"),
+        (["--data", "text.txt", "--model", "gpt5"], "unknown model 'gpt5'; choose one of dN"),
         (["--device", "tpu"], "unknown device 'tpu'; choose one of auto, cuda, cpu, emulator"),
         (["--dtype", "fp8"], "unknown dtype 'fp8'; choose one of auto, fp32, bf16"),
         (["--device", "cpu", "--dtype", "bf16"], "the CPU trains in fp32 only"),
@@ -74,7 +74,7 @@ def write_bad_inputs() -> None:
         (["--batch-size", "3", "--total-batch-tokens", "100"], "total_batch_tokens 100"),
         (["--data", "text.txt", *SMALL, "--run-dir", "/proc/no"], "cannot make the run"),
         (["--batch-size", "1000000000", "--steps", "1"], "batch_size x seq_len = 64,000,000,000"),
-        (["--data", "text.txt", *SMALL[:4], "--batch-size", "3000000"], "out of memory"),
+        (["--data", "text.txt", *SMALL[2:], "--model", "gpt3:c12288"], "out of memory"),
         (["--resume"], "there is no run in runs/"),
         (["--resume", "--run-dir", "nothing"], "nothing: no checkpoint here"),
     ],
@@ -174,7 +174,7 @@ def test_resume_and_generate_refuse_what_does_not_fit(
     Path("bpe/step_00000002/tokenizer.json").write_bytes(other)
     code, _, err = run("generate", "bpe", "--device", "cpu")
     assert code == 1
-    assert "tokenizer.json has 257 tokens, config.json 260" in err
+    assert "its tokenizer has 257 tokens, config.json 260" in err
 
 
 def test_generated_text_is_printed_as_it_is(run: Run) -> None:

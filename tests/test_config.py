@@ -15,13 +15,24 @@ from gpu_gpt2.config import (
 )
 from gpu_gpt2.errors import ConfigError
 
-# Parameters with the padded vocabulary, as llm.c counts them.
+# Parameters with the padded vocabulary, as llm.c counts them, and channels in a head.
 PUBLISHED = {
-    "d6": 30_357_504,
-    "d12": 124_475_904,
-    "d24": 354_871_296,
-    "d36": 774_090_240,
-    "d48": 1_557_686_400,
+    "gpt2:d6": (30_357_504, 64),
+    "gpt2:d12": (124_475_904, 64),
+    "gpt2:d24": (354_871_296, 64),
+    "gpt2:d36": (774_090_240, 64),
+    "gpt2:d48": (1_557_686_400, 64),
+    "gpt2:d60": (2_754_259_200, 64),
+    "gpt2:d72": (7_316_887_680, 96),
+    "gpt2:d84": (12_220_657_920, 96),
+    "gpt3:c384": (30_750_720, 64),
+    "gpt3:c768": (125_262_336, 64),
+    "gpt3:c1024": (355_919_872, 64),
+    "gpt3:c1536": (760_372_224, 96),
+    "gpt3:c2048": (1_315_819_520, 128),
+    "gpt3:c2560": (2_651_673_600, 80),
+    "gpt3:c4096": (6_658_596_864, 128),
+    "gpt3:c12288": (174_604_836_864, 128),
 }
 
 
@@ -33,9 +44,19 @@ def train_config(**changes: object) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
-@pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
-def test_published_sizes(name: str, count: int) -> None:
-    assert layout.parameter_count(model_config(name, GPT2_VOCAB_SIZE)) == count
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    config = model_config(name)
+    assert config.vocab_size == GPT2_VOCAB_SIZE
+    assert config.n_positions == (2048 if name.startswith("gpt3") else 1024)
+    assert (layout.parameter_count(config), config.head_size) == PUBLISHED[name]
+
+
+def test_llmc_s_short_names() -> None:
+    short = {name.removeprefix("gpt2:") for name in PUBLISHED if name.startswith("gpt2:")}
+    assert MODELS.keys() == PUBLISHED.keys() | short | {"mini", "nano"}
+    for name in short:
+        assert MODELS[name] == MODELS[f"gpt2:{name}"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -67,9 +88,19 @@ def test_impossible_sizes_are_refused(sizes: dict[str, int], message: str) -> No
         ModelConfig(**sizes)
 
 
-def test_unknown_model() -> None:
-    with pytest.raises(ConfigError, match="unknown model 'gpt5'; choose one of d12, "):
-        model_config("gpt5", 257)
+@pytest.mark.parametrize("name", ["gpt5", "d13", "", "gpt3:c5120", "gpt2:12", "D12"])
+def test_unknown_model(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        model_config(name, 257)
+    assert str(error.value) == (
+        f"unknown model {name!r}; choose one of dN or gpt2:dN with N = 6, 12, 24, 36, 48, 60, 72, "
+        f"84; gpt3:cN with N = 384, 768, 1024, 1536, 2048, 2560, 4096, 12288; mini; nano"
+    )
+
+
+def test_the_size_that_no_head_divides() -> None:
+    with pytest.raises(ConfigError, match=r"gpt3:c5140 cannot be built: 5140 .* heads of 128"):
+        model_config("gpt3:c5140")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +115,8 @@ def test_unknown_model() -> None:
         ({"batch_size": 8.5}, "batch_size must be int, not 8.5"),
         ({"beta1": "x"}, "beta1 must be float, not 'x'"),
         ({"batch_size": 2**40}, "at most 1,073,741,824 tokens"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": 1 << 32}, "seed must be at most 4294967295, not 4294967296"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative"),
         ({"dtype": "fp8"}, "dtype must be fp32 or bf16"),
         ({"batch_size": 3, "seq_len": 5, "total_batch_tokens": 31}, "not a multiple .* use 45"),

@@ -1,28 +1,22 @@
-"""Text in, batches out: the split, the token files, the cache, the loader, and what they refuse."""
+"""From what --data names to tokens: the split, token files, the cache, and what they refuse."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gpu_gpt2.data import corpus as corpus_module
 from gpu_gpt2.data import dataset as dataset_module
 from gpu_gpt2.data.corpus import hold_out, paragraphs, python_docs, text_file, without_paragraphs
 from gpu_gpt2.data.dataset import Dataset, prepare
-from gpu_gpt2.data.loader import Batch, BatchLoader, sequential_batches
 from gpu_gpt2.errors import ConfigError, DataError
-from gpu_gpt2.formats.tokens import is_token_file, read_tokens, write_tokens
+from gpu_gpt2.formats.tokens import LLAMA3, write_tokens
 
 TEXT = "".join(f"Line {i} says naïvely: {i * i} is the square of {i}.\n" for i in range(400))
 
@@ -141,120 +135,20 @@ def test_bad_text_is_refused(content: bytes, message: str, tmp_path: Path) -> No
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file python-dosc; give .*: python-docs"):
         prepare("python-dosc", "bytes")
-    with pytest.raises(DataError, match=r"cannot read .*: Is a directory"):
+    with pytest.raises(DataError, match=r"holds no token files such as NAME_train\.bin"):
         prepare(str(tmp_path), "bytes")
     with pytest.raises(DataError, match=r"cannot read the token file .*no\.bin: No such file"):
         prepare(str(tmp_path / "no.bin"), "gpt2")
 
 
-# --- token files ---
-
-
-@given(st.lists(st.integers(0, 65535)))
-@settings(deadline=None)
-def test_token_files_round_trip(
-    tmp_path_factory: pytest.TempPathFactory, values: list[int]
-) -> None:
-    path = tmp_path_factory.mktemp("tokens") / "a.bin"
-    write_tokens(path, np.array(values, np.int64))
-    assert read_tokens(path).tolist() == values
-    assert read_tokens(path).dtype == np.uint16
-    assert os.listdir(path.parent) == ["a.bin"]
-
-
-def test_the_bytes_of_a_token_file_are_llm_cs(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    write_tokens(path, np.array([50256, 1, 258], np.int32))
-    content = path.read_bytes()
-    assert content[:12].hex() == "88d83401" + "01000000" + "03000000"
-    assert content[12:1024] == bytes(1012)
-    assert content[1024:].hex() == "50c401000201"
-
-
-def test_token_files_are_known_by_their_magic_number(tmp_path: Path) -> None:
-    write_tokens(tmp_path / "plain", np.arange(3))
-    (tmp_path / "text").write_text("text")
-    assert is_token_file(tmp_path / "plain")
-    assert not is_token_file(tmp_path / "text")
-    assert is_token_file(tmp_path / "missing.bin")
-    assert not is_token_file(tmp_path / "missing")
-
-
-def _header(magic: int = 20240520, version: int = 1, count: int = 4) -> bytes:
-    return np.array([magic, version, count] + [0] * 253, "<i4").tobytes()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "holds 0 bytes, less than the 1024"),
-        (_header()[:1023], "holds 1023 bytes, less than the 1024"),
-        (_header(magic=20240801) + bytes(8), "magic number 20240801 at offset 0, expected 2024052"),
-        (b"some text" * 500, "plain text must not be named .bin"),
-        (_header(version=2) + bytes(8), "version 2 at offset 4, expected 1"),
-        (_header() + bytes(7), "4 tokens at offset 8 would make 1032 bytes, .* holds 1031"),
-        (_header() + bytes(9), "4 tokens at offset 8 would make 1032 bytes, .* holds 1033"),
-        (_header(count=-1), "-1 tokens at offset 8"),
-        (_header(count=2**31 - 1), "2147483647 tokens at offset 8 would make 4294968318 bytes"),
-    ],
-)
-def test_damaged_token_files_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "damaged.bin"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        prepare(str(path), "gpt2")
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@given(st.binary(max_size=40), st.integers(0, 1040))
-@settings(deadline=None)
-def test_any_damage_is_one_data_error_or_none(
-    tmp_path_factory: pytest.TempPathFactory, damage: bytes, offset: int
-) -> None:
-    path = tmp_path_factory.mktemp("tokens") / "a.bin"
-    content = _header() + bytes(8)
-    path.write_bytes(content[:offset] + damage + content[offset + len(damage) :])
-    with suppress(DataError):
-        assert len(read_tokens(path)) == 4
-        assert path.stat().st_size == len(content)
-
-
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.bin"
-    write_tokens(path, np.arange(5))
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(DataError, match=r"cannot write .*a\.bin: No space left on device; make"):
-        write_tokens(path, np.arange(9))
-    assert os.listdir(tmp_path) == ["a.bin"]
-    assert read_tokens(path).tolist() == [0, 1, 2, 3, 4]
-
-
-def test_writing_where_no_folder_is_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot write .*: No such file"):
-        write_tokens(tmp_path / "no" / "a.bin", np.arange(5))
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cannot write .*: Not a directory"):
-        write_tokens(tmp_path / "file" / "a.bin", np.arange(5))
-
-
-@pytest.mark.parametrize("value", [-1, 65536])
-def test_tokens_beyond_16_bits_are_a_bug(value: int, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="do not fit in 16 bits"):
-        write_tokens(tmp_path / "a.bin", np.array([0, value]))
+# --- token files as data ---
 
 
 def test_a_token_file_is_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "some.bin"
     write_tokens(path, np.arange(1000))
     dataset = prepare(str(path), "gpt2")
-    assert dataset.train.tolist() == list(range(900))
+    assert [shard.tolist() for shard in dataset.train] == [list(range(900))]
     assert dataset.val.tolist() == list(range(900, 1000))
     assert dataset.val_bytes == len(dataset.tokenizer.decode_bytes(np.arange(901, 1000)))
     assert dataset.name == "some"
@@ -264,7 +158,7 @@ def test_a_validation_file_beside_the_training_file_is_used(tmp_path: Path) -> N
     write_tokens(tmp_path / "x_train.bin", np.arange(1000))
     write_tokens(tmp_path / "x_val.bin", np.arange(50))
     dataset = prepare(str(tmp_path / "x_train.bin"), "gpt2")
-    assert (len(dataset.train), len(dataset.val)) == (1000, 50)
+    assert (len(dataset.train[0]), len(dataset.val)) == (1000, 50)
     assert len(prepare(str(tmp_path / "x_val.bin"), "gpt2").val) == 5
 
 
@@ -272,12 +166,11 @@ def test_tokens_outside_the_vocabulary_are_named(tmp_path: Path) -> None:
     tokens = np.arange(1000)
     tokens[123] = 50257
     write_tokens(tmp_path / "x_train.bin", tokens)
-    with pytest.raises(DataError, match=r"x_train\.bin: token 50257 at position 123 .* of 50257"):
-        prepare(str(tmp_path / "x_train.bin"), "gpt2")
     write_tokens(tmp_path / "x_train.bin", np.arange(1000))
     write_tokens(tmp_path / "x_val.bin", tokens)
     with pytest.raises(DataError, match=r"x_val\.bin: token 50257 at position 123"):
         prepare(str(tmp_path / "x_train.bin"), "gpt2")
+    write_tokens(tmp_path / "x_val.bin", np.arange(258))
     with pytest.raises(DataError, match=r"token 257 at position 257 is outside .* of 257"):
         prepare(str(tmp_path / "x_train.bin"), "bytes")
 
@@ -305,8 +198,9 @@ def test_a_text_becomes_tokens_with_a_mark_in_front(spec: str, text_path: Path) 
     dataset = prepare(str(text_path), spec)
     tokenizer = dataset.tokenizer
     assert tokenizer.name == spec
-    assert (dataset.train[0], dataset.val[0]) == (tokenizer.eot, tokenizer.eot)
-    assert tokenizer.decode(dataset.train[1:]) + tokenizer.decode(dataset.val[1:]) == TEXT
+    (train,) = dataset.train
+    assert (train[0], dataset.val[0]) == (tokenizer.eot, tokenizer.eot)
+    assert tokenizer.decode(train[1:]) + tokenizer.decode(dataset.val[1:]) == TEXT
     assert dataset.val_bytes == len(tokenizer.decode_bytes(dataset.val[1:]))
 
 
@@ -348,7 +242,7 @@ def test_another_text_or_tokenizer_is_another_entry(text_path: Path, cache: Path
     prepare(str(text_path), "bytes")
     prepare(str(text_path), "bpe:300")
     text_path.write_text(TEXT + "One more line.\n", encoding="utf-8")
-    assert len(prepare(str(text_path), "bytes").train) > 0.9 * len(TEXT)
+    assert len(prepare(str(text_path), "bytes").train[0]) > 0.9 * len(TEXT)
     assert len(list(cache.iterdir())) == 3
 
 
@@ -444,121 +338,57 @@ def test_an_unknown_tokenizer_is_refused_before_anything_is_read() -> None:
 def test_python_docs_are_prepared() -> None:
     dataset = prepare("python-docs", "bpe:1024")
     assert dataset.tokenizer.vocab_size == 1024
-    assert max(dataset.train) == dataset.tokenizer.eot
-    assert (dataset.train == dataset.tokenizer.eot).sum() == len(corpus_module.python_docs().train)
+    (train,) = dataset.train
+    assert max(train) == dataset.tokenizer.eot
+    assert (train == dataset.tokenizer.eot).sum() == len(corpus_module.python_docs().train)
     assert 0.3 < dataset.val_tokens_per_byte < 0.5
 
 
-# --- batches ---
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder as llm.c makes it: three training shards, two of validation, and something else."""
+    for number in (1, 2, 10):
+        write_tokens(tmp_path / f"web_train_{number:06d}.bin", np.arange(100) + number)
+    for number in (0, 1):
+        write_tokens(tmp_path / f"web_val_{number:06d}.bin", np.arange(40) + 1000 * number)
+    write_tokens(tmp_path / "other_val.bin", np.arange(40))
+    (tmp_path / "README.md").write_text("text")
+    return tmp_path
 
 
-def _rows(batch: Batch) -> np.ndarray:
-    """(B, T + 1) tokens, after checking that the batch fits together."""
-    assert batch.tokens.dtype == batch.targets.dtype == batch.order.dtype == np.int32
-    assert batch.tokens.flags.c_contiguous
-    assert batch.targets.flags.c_contiguous
-    np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
-    expected = sorted(range(batch.tokens.size), key=lambda i: (batch.tokens.flat[i], i))
-    np.testing.assert_array_equal(batch.order, expected)
-    return np.hstack([batch.tokens, batch.targets[:, -1:]])
+@pytest.mark.parametrize("data", ["", "web_train_*.bin", "web_train_0000[01]?.bin"])
+def test_a_folder_or_a_pattern_names_many_shards(shards: Path, data: str) -> None:
+    dataset = prepare(str(shards / data), "gpt2")
+    assert [int(shard[0]) for shard in dataset.train] == [1, 2, 10]
+    assert dataset.val.tolist() == [*range(40), *range(1000, 1040)]
+    assert dataset.name == "web_train_000001"
 
 
-@pytest.mark.parametrize(("count", "B", "T"), [(1000, 4, 16), (97, 1, 7), (65, 3, 1), (130, 2, 64)])
-def test_each_epoch_takes_every_row_once(count: int, B: int, T: int) -> None:
-    tokens = np.arange(count, dtype=np.uint16)
-    loader = BatchLoader(tokens, B, T, seed=3)
-    epochs: dict[int, list[int]] = {}
-    for _ in range(math.ceil(3 * ((count - 1) // T) / B)):  # enough for three epochs
-        ahead = BatchLoader(tokens, 1, T, seed=3)  # one row at a time tells the epochs apart
-        ahead.restore(loader.state())
-        for row in _rows(loader.next_batch()):
-            seen = epochs.setdefault(ahead.state()["epoch"], [])
-            np.testing.assert_array_equal(row, _rows(ahead.next_batch())[0])
-            np.testing.assert_array_equal(row, np.arange(row[0], row[0] + T + 1))
-            seen.append(int(row[0]))
-    offsets = set()
-    orders = set()
-    for epoch in range(3):
-        starts = epochs[epoch]
-        offset = min(starts)
-        offsets.add(offset)
-        orders.add(tuple(starts))
-        # Every token once, but for fewer than T at the start and at the end.
-        assert offset < T
-        assert sorted(starts) == list(range(offset, count - T, T))
-    assert len(orders) == 3
-    assert T == 1 or len(offsets) > 1
+def test_validation_reads_no_more_than_it_says(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "MAX_VAL_TOKENS", 50)
+    dataset = prepare(str(shards), "gpt2")
+    assert dataset.val.tolist() == [*range(40), *range(1000, 1010)]
+    predicted = dataset.tokenizer.decode_bytes(dataset.val[1:])
+    assert dataset.val_bytes == len(predicted)
 
 
-def test_the_order_follows_from_the_seed() -> None:
-    tokens = np.arange(1000, dtype=np.uint16)
-    first, same, other = (BatchLoader(tokens, 4, 16, seed=s).next_batch() for s in (1, 1, 2))
-    np.testing.assert_array_equal(first.tokens, same.tokens)
-    assert not np.array_equal(first.tokens, other.tokens)
+def test_without_validation_shards_the_last_tenth_is_held_out(shards: Path) -> None:
+    for path in shards.glob("*_val*.bin"):
+        path.unlink()
+    dataset = prepare(str(shards), "gpt2")
+    assert [len(shard) for shard in dataset.train] == [100, 100, 90]
+    assert dataset.val.tolist() == list(range(100, 110))
 
 
-@given(st.integers(0, 40), st.integers(2, 60), st.integers(1, 9), st.integers(1, 12))
-@settings(deadline=None, max_examples=60)
-def test_a_restored_loader_gives_the_same_batches(done: int, count: int, B: int, T: int) -> None:
-    T = min(T, count - 1)
-    tokens = np.random.default_rng(0).integers(0, 300, count).astype(np.uint16)
-    loader = BatchLoader(tokens, B, T, seed=7)
-    for _ in range(done):
-        loader.next_batch()
-    saved = json.loads(json.dumps(loader.state()))
-    restored = BatchLoader(tokens, B, T, seed=7)
-    restored.restore(saved)
-    for _ in range(5):
-        expected, got = loader.next_batch(), restored.next_batch()
-        np.testing.assert_array_equal(got.tokens, expected.tokens)
-        np.testing.assert_array_equal(got.targets, expected.targets)
-        np.testing.assert_array_equal(got.order, expected.order)
-    assert restored.state() == loader.state()
+def test_llama_shards_are_found_to_be_of_another_vocabulary(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "a.bin", np.full(100, 128000), LLAMA3)
+    with pytest.raises(DataError, match=r"a\.bin: token 128000 .* outside the vocabulary of 50257"):
+        prepare(str(tmp_path / "a.bin"), "gpt2")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"position": 100}, {"position": -1}, {"epoch": -1}, {"crc32": 0}, {"epoch": "x"}],
-)
-def test_a_place_that_is_not_there_is_refused(change: dict[str, int]) -> None:
-    loader = BatchLoader(np.arange(1000, dtype=np.uint16), 4, 10)
-    with pytest.raises(DataError, match="cannot go on"):
-        loader.restore({**loader.state(), **change})
-    with pytest.raises(DataError, match="the saved place in the data is damaged"):
-        loader.restore({})
-
-
-def test_another_text_is_not_gone_on_with() -> None:
-    tokens = np.arange(1000, dtype=np.uint16)
-    saved = BatchLoader(tokens, 4, 10).state()
-    longer, other = np.append(tokens, tokens[:1]), tokens + 1
-    for changed in (longer, other):
-        with pytest.raises(DataError, match="not those of the saved run"):
-            BatchLoader(changed, 4, 10).restore(saved)
-
-
-def test_the_smallest_text_fills_any_batch() -> None:
-    batch = BatchLoader(np.arange(9, dtype=np.uint16), 5, 8).next_batch()
-    np.testing.assert_array_equal(_rows(batch), [np.arange(9)] * 5)
-    with pytest.raises(DataError, match=r"8 tokens .* are too few: .* need 9; .* --seq-len"):
-        BatchLoader(np.arange(8, dtype=np.uint16), 5, 8)
-
-
-@given(st.integers(2, 200), st.integers(1, 8), st.integers(1, 20))
-@settings(deadline=None)
-def test_validation_predicts_every_token_but_the_first_once(count: int, B: int, T: int) -> None:
-    tokens = np.random.default_rng(count).integers(0, 60000, count).astype(np.uint16)
-    batches = list(sequential_batches(tokens, B, T))
-    for batch in batches:
-        _rows(batch)
-        b, t = batch.tokens.shape
-        assert (b <= B and t == T) or (b == 1 and t < T)
-    np.testing.assert_array_equal(np.concatenate([b.targets.ravel() for b in batches]), tokens[1:])
-    np.testing.assert_array_equal(np.concatenate([b.tokens.ravel() for b in batches]), tokens[:-1])
-    assert sum(b.tokens.shape != (B, T) for b in batches) <= 2
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_validation_needs_two_tokens(count: int) -> None:
-    with pytest.raises(DataError, match="a prediction needs 2"):
-        next(sequential_batches(np.zeros(count, np.uint16), 2, 4))
+@pytest.mark.parametrize("data", ["", "web_*.bin"])
+def test_where_there_are_no_shards_it_says_so(tmp_path: Path, data: str) -> None:
+    with pytest.raises(DataError, match="make some with gpu-gpt2 data prepare"):
+        prepare(str(tmp_path / data), "gpt2")

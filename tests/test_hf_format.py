@@ -1,13 +1,16 @@
-"""Hugging Face folders: transformers opens ours, we open theirs, and damage gets one clear line."""
+"""Hugging Face models: transformers opens ours, we open theirs, and damage gets one clear line."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -18,8 +21,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.errors import CheckpointError
+from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import hf
+from gpu_gpt2.formats.pieces import Arena, FloatArray, Piece, Weights, load_arena, named
+from gpu_gpt2.formats.tensorfile import TensorWriter
 from gpu_gpt2.layout import parameter_count
 
 CONFIG = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
@@ -28,9 +33,9 @@ HF_CONFIG = GPT2Config(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_h
 QKV = "transformer.h.1.attn.c_attn.weight"
 
 
-def random_arena(config: ModelConfig, seed: int = 0) -> hf.FloatArray:
+def random_arena(config: ModelConfig, seed: int = 0) -> FloatArray:
     arena = np.random.default_rng(seed).standard_normal(parameter_count(config), np.float32)
-    hf.named(config, arena)["wte"][config.vocab_size :] = 0
+    named(config, arena)["wte"][config.vocab_size :] = 0
     return arena
 
 
@@ -39,9 +44,9 @@ def same_bits(a: Any, b: Any) -> bool:
     return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
 
 
-def assert_same_weights(model: GPT2Model, config: ModelConfig, arena: hf.FloatArray) -> None:
+def assert_same_weights(model: GPT2Model, config: ModelConfig, arena: FloatArray) -> None:
     """Compares every parameter of transformers' model, spelled out, with our arena."""
-    ours = hf.named(config, arena)
+    ours = named(config, arena)
     pairs = [
         (model.wte.weight, ours["wte"][: config.vocab_size]),
         (model.wpe.weight, ours["wpe"]),
@@ -73,7 +78,7 @@ def assert_same_weights(model: GPT2Model, config: ModelConfig, arena: hf.FloatAr
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder written by us; tests that damage it copy it first."""
     folder = tmp_path_factory.mktemp("hf") / "model"
-    hf.save_model(folder, CONFIG, random_arena(CONFIG), EOT)
+    hf.write_model(folder, Arena(CONFIG, random_arena(CONFIG)), EOT)
     return folder
 
 
@@ -111,35 +116,43 @@ def test_the_file_says_what_older_transformers_ask_for(saved: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+NUMPY = {
+    torch.float32: np.dtype(np.float32),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("cls", [GPT2LMHeadModel, GPT2Model])
 def test_we_open_what_transformers_saves(
     cls: type[Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = random_hf_model(cls).to(dtype)
     model.save_pretrained(tmp_path)
-    config, arena = hf.load_model(tmp_path)
-    assert config == CONFIG
-    assert arena.dtype == np.float32
-    assert_same_weights(getattr(model, "transformer", model), config, arena)
+    source = hf.open_folder(tmp_path)
+    assert source.config == CONFIG
+    assert source.dtype == NUMPY[dtype]
+    assert {values.dtype for _, values in source.read()} == {NUMPY[dtype]}
+    assert_same_weights(getattr(model, "transformer", model), CONFIG, load_arena(source))
 
 
 @pytest.mark.parametrize("config", [CONFIG, ModelConfig(vocab_size=128, n_embd=8, n_head=1)])
 def test_round_trip_is_exact(config: ModelConfig, tmp_path: Path) -> None:
     arena = random_arena(config)
     arena[:3] = [-0.0, np.inf, np.nan]
-    hf.save_model(tmp_path, config, arena, EOT)
-    config_back, arena_back = hf.load_model(tmp_path)
-    assert config_back == config
-    assert same_bits(arena_back, arena)
+    hf.write_model(tmp_path, Arena(config, arena), EOT % config.vocab_size)
+    source = hf.open_folder(tmp_path)
+    assert (source.config, source.eot) == (config, EOT % config.vocab_size)
+    assert same_bits(load_arena(source), arena)
 
 
 def test_padding_rows_are_neither_stored_nor_invented(tmp_path: Path) -> None:
     arena = random_arena(CONFIG)
-    hf.named(CONFIG, arena)["wte"][CONFIG.vocab_size :] = 7
-    hf.save_model(tmp_path, CONFIG, arena, EOT)
+    named(CONFIG, arena)["wte"][CONFIG.vocab_size :] = 7
+    hf.write_model(tmp_path, Arena(CONFIG, arena), EOT)
     assert load_file(tmp_path / hf.MODEL_FILE)["transformer.wte.weight"].shape == (257, 48)
-    assert same_bits(hf.load_model(tmp_path)[1], random_arena(CONFIG))
+    assert same_bits(load_arena(hf.open_folder(tmp_path)), random_arena(CONFIG))
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
@@ -151,7 +164,33 @@ def test_masks_and_a_stored_head_are_ignored(prefix: str, folder: Path) -> None:
         tensors[f"{prefix}h.{l}.attn.bias"] = np.ones((1, 1, 17, 17), np.uint8)
         tensors[f"{prefix}h.{l}.attn.masked_bias"] = np.array([-1e4], np.float32)
     save_file(tensors, folder / hf.MODEL_FILE)
-    assert same_bits(hf.load_model(folder)[1], random_arena(CONFIG))
+    assert same_bits(load_arena(hf.open_folder(folder)), random_arena(CONFIG))
+
+
+def test_a_head_that_differs_at_its_end_is_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compared in parts of three rows, the last one alone."""
+    monkeypatch.setattr(hf, "BLOCK_BYTES", 3 * 4 * 48)
+    tensors = load_file(folder / hf.MODEL_FILE)
+    head = tensors["lm_head.weight"] = tensors["transformer.wte.weight"].copy()
+    save_file(tensors, folder / hf.MODEL_FILE)
+    assert hf.open_folder(folder).config == CONFIG
+    head[-1, -1] += 1
+    save_file(tensors, folder / hf.MODEL_FILE)
+    with pytest.raises(DataError, match="in rows 255 to 256; only models that share these two"):
+        hf.open_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("eot", "known"), [(0, 0), (256, 256), (257, None), (-1, None), ("a", None)]
+)
+def test_an_end_of_text_outside_the_vocabulary_is_dropped(
+    eot: Any, known: int | None, folder: Path
+) -> None:
+    path = folder / hf.CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eot}))
+    assert hf.open_folder(folder).eot == known
 
 
 Tensors = dict[str, Any]
@@ -169,6 +208,16 @@ def with_one_missing(tensors: Tensors) -> None:
     del tensors[QKV]
 
 
+def with_another_head(tensors: Tensors) -> None:
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].copy()
+    tensors["lm_head.weight"][-1, -1] += 1
+
+
+def with_a_larger_head(tensors: Tensors) -> None:
+    wte = tensors["transformer.wte.weight"]
+    tensors["lm_head.weight"] = np.concatenate([wte, wte[:1]])
+
+
 def with_a_third_layer(tensors: Tensors) -> None:
     tensors["transformer.h.2.ln_1.weight"] = np.ones(48, np.float32)
 
@@ -179,6 +228,11 @@ def with_a_third_layer(tensors: Tensors) -> None:
         (with_other_shape, f"{QKV}: expected shape (48, 144), found (144, 48)"),
         (with_other_dtype, f"{QKV}: expected one of F32, F16, BF16, found I32"),
         (with_one_missing, f"tensor {QKV} of shape (48, 144) is missing"),
+        (
+            with_another_head,
+            "lm_head.weight differs from transformer.wte.weight in rows 0 to 256; ",
+        ),
+        (with_a_larger_head, "lm_head.weight: expected shape (257, 48), found (258, 48)"),
         (with_a_third_layer, "'transformer.h.2.ln_1.weight' (1 such) is not a tensor of a GPT-2"),
     ],
 )
@@ -188,8 +242,8 @@ def test_wrong_tensors_are_named(
     tensors = load_file(folder / hf.MODEL_FILE)
     change(tensors)
     save_file(tensors, folder / hf.MODEL_FILE)
-    with pytest.raises(CheckpointError) as caught:
-        hf.load_model(folder)
+    with pytest.raises(DataError) as caught:
+        hf.open_folder(folder)
     assert str(caught.value).startswith(f"{folder / hf.MODEL_FILE}: {message}")
 
 
@@ -219,8 +273,8 @@ def test_unsupported_configs_are_refused_by_name(
     values = json.loads(path.read_text())
     values[name] = value
     path.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError) as caught:
-        hf.load_model(folder)
+    with pytest.raises(DataError) as caught:
+        hf.open_folder(folder)
     assert str(caught.value).startswith(f"{path}: {message}")
 
 
@@ -233,8 +287,8 @@ def test_huge_sizes_are_checked_against_the_file_before_any_allocation(
     values[name] = 48 << 40
     values["n_head"] = max(1, values["n_embd"] >> 4)
     path.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=r"expected shape|is missing"):
-        hf.load_model(folder)
+    with pytest.raises(DataError, match=r"expected shape|is missing"):
+        hf.open_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -251,16 +305,16 @@ def test_a_config_that_is_no_json_object_is_refused(
     text: bytes, message: str, folder: Path
 ) -> None:
     (folder / hf.CONFIG_FILE).write_bytes(text)
-    with pytest.raises(CheckpointError) as caught:
-        hf.load_model(folder)
+    with pytest.raises(DataError) as caught:
+        hf.open_folder(folder)
     assert str(caught.value).startswith(f"{folder / hf.CONFIG_FILE}: {message}")
 
 
 @pytest.mark.parametrize("name", [hf.MODEL_FILE, hf.CONFIG_FILE])
 def test_a_missing_file_is_named(name: str, folder: Path) -> None:
     (folder / name).unlink()
-    with pytest.raises(CheckpointError) as caught:
-        hf.load_model(folder)
+    with pytest.raises(DataError) as caught:
+        hf.open_folder(folder)
     assert str(caught.value) == f"{folder / name}: no such file"
 
 
@@ -268,8 +322,8 @@ def test_a_missing_file_is_named(name: str, folder: Path) -> None:
 def test_a_folder_in_the_place_of_a_file_is_refused(name: str, folder: Path) -> None:
     (folder / name).unlink()
     (folder / name).mkdir()
-    with pytest.raises(CheckpointError, match=name):
-        hf.load_model(folder)
+    with pytest.raises(DataError, match=name):
+        hf.open_folder(folder)
 
 
 fuzz = settings(
@@ -285,8 +339,8 @@ fuzz = settings(
 def test_a_truncated_model_is_refused(share: float, saved: Path, folder: Path) -> None:
     whole = (saved / hf.MODEL_FILE).read_bytes()
     (folder / hf.MODEL_FILE).write_bytes(whole[: int(share**4 * len(whole))])  # often the header
-    with pytest.raises(CheckpointError) as caught:
-        hf.load_model(folder)
+    with pytest.raises(DataError) as caught:
+        hf.open_folder(folder)
     message = str(caught.value)
     assert message.startswith(f"{folder / hf.MODEL_FILE}: not a whole safetensors file: ")
     assert "\n" not in message
@@ -295,8 +349,8 @@ def test_a_truncated_model_is_refused(share: float, saved: Path, folder: Path) -
 def test_an_extended_model_is_refused(folder: Path) -> None:
     with (folder / hf.MODEL_FILE).open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        hf.load_model(folder)
+    with pytest.raises(DataError, match="not a whole safetensors file"):
+        hf.open_folder(folder)
 
 
 @fuzz
@@ -311,12 +365,291 @@ def test_a_flipped_bit_is_refused_or_harmless(
     (folder / name).write_bytes(damaged)
     refusal = None
     try:
-        config, arena = hf.load_model(folder)
-    except CheckpointError as error:
+        source = hf.open_folder(folder)
+        arena = load_arena(source)
+    except DataError as error:
         refusal = str(error)
     if refusal is None:  # it was in the metadata, say, or in the dropout
-        assert (config.n_embd, config.n_layer) == (CONFIG.n_embd, CONFIG.n_layer)
+        assert replace(source.config, n_head=1) == replace(CONFIG, n_head=1)
         assert same_bits(arena, random_arena(CONFIG))
     else:
         assert refusal.startswith(str(folder))
         assert "\n" not in refusal
+
+
+@pytest.mark.parametrize("dtype", NUMPY)
+def test_transformers_opens_our_folder_in_each_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    """What is written again from a 16-bit folder has the same bits, and says its dtype."""
+    random_hf_model(GPT2LMHeadModel).to(dtype).save_pretrained(tmp_path / "theirs")
+    hf.write_model(tmp_path / "ours", hf.open_folder(tmp_path / "theirs"), EOT)
+    ours, theirs = (load_file(tmp_path / who / hf.MODEL_FILE) for who in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert same_bits(ours[name], tensor), name
+    assert GPT2LMHeadModel.from_pretrained(tmp_path / "ours", dtype="auto").dtype == dtype
+    assert json.loads((tmp_path / "ours/config.json").read_text())["torch_dtype"] == {
+        torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"
+    }[dtype]  # fmt: skip
+
+
+def test_mixed_dtypes_are_read_as_the_widest(folder: Path) -> None:
+    tensors = load_file(folder / hf.MODEL_FILE)
+    for name, dtype in ((QKV, np.float16), ("transformer.ln_f.bias", ml_dtypes.bfloat16)):
+        tensors[name] = tensors[name].astype(dtype)
+    save_file(tensors, folder / hf.MODEL_FILE)
+    source = hf.open_folder(folder)
+    assert source.dtype == np.float32
+    expected = random_arena(CONFIG)
+    ours = named(CONFIG, expected)
+    ours["qkvw"][1] = ours["qkvw"][1].astype(np.float16)
+    ours["lnfb"][:] = ours["lnfb"].astype(ml_dtypes.bfloat16)
+    assert same_bits(load_arena(source), expected)
+    hf.write_model(folder / "again", source, EOT)
+    assert same_bits(load_arena(hf.open_folder(folder / "again")), expected)
+
+
+@dataclass(frozen=True)
+class Backwards:
+    """A source whose pieces come last first, each in the same memory."""
+
+    source: Arena
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.source.config
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.source.dtype
+
+    def read(self) -> Iterator[tuple[Piece, Weights]]:
+        memory = np.empty(self.source.weights.size, np.float32)
+        for piece, values in reversed(list(self.source.read())):
+            again = memory[: values.size].reshape(values.shape)
+            again[...] = values
+            yield piece, again
+            memory[:] = np.nan
+
+
+def test_pieces_may_come_in_any_order(saved: Path, tmp_path: Path) -> None:
+    hf.write_model(tmp_path, Backwards(Arena(CONFIG, random_arena(CONFIG))), EOT)
+    for name in (hf.MODEL_FILE, hf.CONFIG_FILE):
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", NUMPY.values())
+def test_the_library_reads_what_the_writer_wrote(dtype: np.dtype[Any], tmp_path: Path) -> None:
+    """Of odd shapes, from strided views, last first; the tensors begin at a multiple of 8 bytes."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (1,), "b": (3, 5), "c": (2, 3, 7), "d.é": (7, 1)}
+    tensors = {name: rng.standard_normal(shape[::-1]).T for name, shape in shapes.items()}
+    with (tmp_path / "x").open("wb") as file:
+        writer = TensorWriter(file, shapes, dtype)
+        for name in reversed(shapes):
+            writer.write(name, tensors[name])
+    found = load_file(tmp_path / "x")
+    assert found.keys() == shapes.keys()
+    for name, tensor in tensors.items():
+        assert same_bits(found[name], tensor.astype(dtype))
+    assert int.from_bytes((tmp_path / "x").read_bytes()[:8], "little") % 8 == 0
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that transformers saved in several files."""
+    folder = tmp_path_factory.mktemp("sharded")
+    random_hf_model(GPT2LMHeadModel).save_pretrained(folder, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+def test_a_model_in_several_files_is_read(sharded: Path) -> None:
+    source = hf.open_folder(sharded)
+    model = GPT2LMHeadModel.from_pretrained(sharded)
+    assert_same_weights(model.transformer, source.config, load_arena(source))
+
+
+def shards_of(index: Any) -> dict[str, Any]:
+    map_: dict[str, Any] = index["weight_map"]
+    return map_
+
+
+def point_elsewhere(index: Any) -> None:
+    shards_of(index)[QKV] = shards_of(index)["transformer.ln_f.bias"]
+
+
+def point_at(shard: Any) -> Callable[[Any], None]:
+    return lambda index: shards_of(index).update({QKV: shard})
+
+
+ELSEWHERE = "is said to be in {!r}, expected the name of a .safetensors file in the same folder;"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.pop("weight_map"), "weight_map is missing or not an object;"),
+        (lambda index: index.update(weight_map=[1]), "weight_map is missing or not an object;"),
+        (lambda index: shards_of(index).pop(QKV), f"tensor {QKV} of shape (48, 144) is missing"),
+        (point_elsewhere, f"{QKV!r} is said to be in model-0"),
+        *(
+            (point_at(shard), f"{QKV!r} {ELSEWHERE.format(shard)}")
+            for shard in (
+                "../model.safetensors", "/etc/a.safetensors", "a/b.safetensors", "..", "", 7, None,
+                "a\0.safetensors", "\ud800.safetensors", "pytorch_model.bin", "a.safetensors\n",
+                ["x"],
+            )
+        ),
+        (lambda index: shards_of(index).update(odd=shards_of(index)[QKV]), "'odd' is said to be"),
+    ],
+)  # fmt: skip
+def test_an_index_that_lies_is_refused(
+    change: Callable[[Any], None], message: str, sharded: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    path = folder / hf.INDEX_FILE
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(DataError) as caught:
+        hf.open_folder(folder)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_shard_is_named(sharded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(DataError) as caught:
+        hf.open_folder(folder)
+    assert str(caught.value) == f"{shard}: no such file"
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Weights that are all zero: for what is about sizes."""
+
+    config: ModelConfig
+    dtype = np.dtype(np.float16)
+
+    def read(self) -> Iterator[tuple[Piece, Weights]]:
+        return iter(())  # the file stays as it is after the header
+
+
+def test_a_single_file_is_read_with_and_without_its_config(folder: Path, tmp_path: Path) -> None:
+    expected = random_arena(CONFIG)
+    (folder / hf.MODEL_FILE).rename(folder / "any name.safetensors")
+    source = hf.open_file(folder / "any name.safetensors")
+    assert (source.folder, source.eot) == (folder, EOT)
+    assert same_bits(load_arena(source), expected)
+    (folder / hf.CONFIG_FILE).unlink()
+    with pytest.raises(DataError, match=r"heads is not known for n_embd 48, .* config.json beside"):
+        hf.open_file(folder / "any name.safetensors")
+
+
+@pytest.mark.parametrize(("n_embd", "n_head"), [(768, 12), (1024, 16), (1280, 20), (1600, 25)])
+def test_published_sizes_need_no_config(n_embd: int, n_head: int, tmp_path: Path) -> None:
+    config = ModelConfig(
+        vocab_size=301, n_positions=5, n_embd=n_embd, n_layer=11 if n_embd == 768 else 1,
+        n_head=n_head,
+    )  # fmt: skip
+    hf.write_model(tmp_path, Zeros(config), EOT)
+    path = tmp_path / hf.MODEL_FILE
+    with path.open("rb+") as file:
+        file.truncate(8 + int.from_bytes(file.read(8), "little") + 2 * stored_count(config))
+    (tmp_path / hf.CONFIG_FILE).unlink()
+    source = hf.open_file(path)
+    assert (source.config, source.folder) == (config, None)
+    assert source.dtype == np.float16
+
+
+def stored_count(c: ModelConfig) -> int:
+    return parameter_count(c) - (c.padded_vocab_size - c.vocab_size) * c.n_embd
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "expected a matrix wte.weight, as every GPT-2 has, and found none"),
+        ({"wte.weight": (768,), "wpe.weight": (5, 768)}, "expected a matrix wte.weight, as every"),
+        ({"wte.weight": (9, 768)}, "expected a matrix wpe.weight"),
+        ({"wte.weight": (9, 832), "wpe.weight": (5, 832)}, "the number of heads is not known for"),
+        ({"wte.weight": (9, 768), "wpe.weight": (5, 768)}, "n_layer must be a whole number >= 1"),
+        (
+            {"wte.weight": (9, 768), "wpe.weight": (5, 768), "h.7.ln_1.bias": (768,)},
+            "tensor h.0.attn.c_attn.weight of shape (768, 2304) is missing",
+        ),
+    ],
+)
+def test_a_single_file_that_is_no_gpt2_is_refused(
+    tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({name: np.zeros(shape, np.float16) for name, shape in tensors.items()}, path)
+    with pytest.raises(DataError) as caught:
+        hf.open_file(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+
+
+class Bomb:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_a_folder_with_a_pickle_is_refused_with_the_way_to_convert_it(
+    name: str, packed: bool, folder: Path
+) -> None:
+    (folder / hf.MODEL_FILE).unlink()
+    torch.save(Bomb(folder / "fell"), folder / name, _use_new_zipfile_serialization=packed)
+    assert hf.holds_model(folder)
+    with pytest.raises(DataError) as caught:
+        hf.open_folder(folder)
+    message = str(caught.value)
+    assert message.startswith(f"{folder / name} is a pickle, which can run any program")
+    assert "if you trust it, convert it with: python -c " in message
+    assert not (folder / "fell").exists()
+
+
+def test_the_command_for_a_pickle_works(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "it's old"
+    model = random_hf_model(GPT2LMHeadModel)
+    model.save_pretrained(folder)
+    (folder / hf.MODEL_FILE).unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(DataError) as caught:
+        hf.open_folder(folder)
+    _, option, code = shlex.split(str(caught.value).partition("convert it with: ")[2])
+    assert option == "-c"
+    exec(code)
+    source = hf.open_folder(tmp_path / "it's old-safetensors")
+    assert_same_weights(model.transformer, CONFIG, load_arena(source))
+
+
+@fuzz
+@given(
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=5,
+    ),
+    name=st.sampled_from([*json.loads(GPT2Config().to_json_string()), "vocab_size"]),
+)
+def test_any_value_of_any_setting_is_refused_or_harmless(
+    name: str, value: Any, saved: Path, folder: Path
+) -> None:
+    values = json.loads((saved / hf.CONFIG_FILE).read_text())
+    (folder / hf.CONFIG_FILE).write_text(json.dumps(values | {name: value}))
+    refusal = ""
+    try:
+        assert replace(hf.open_folder(folder).config, n_head=3) == CONFIG
+    except DataError as error:
+        refusal = str(error)
+    assert "\n" not in refusal

@@ -10,7 +10,8 @@ import transformers
 from gpu_gpt2 import layout
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.model import GPT2, initial_weights
+from gpu_gpt2.init import initial_weights
+from gpu_gpt2.model import GPT2
 from gpu_gpt2.ops.interface import AdamWStep
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.optimizer import AdamW
@@ -192,14 +193,3 @@ def test_overfits_one_batch() -> None:
 def test_a_context_beyond_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="longer than the model's context of 40"):
         GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=41)
-
-
-def test_initial_weights_follow_the_table() -> None:
-    arena = initial_weights(CONFIG, 7)
-    p = layout.flat_views(layout.parameters(CONFIG), arena)
-    np.testing.assert_array_equal(arena, initial_weights(CONFIG, 7))
-    assert not p.wte[CONFIG.vocab_size :].any()
-    assert abs(p.wte[: CONFIG.vocab_size].std() - 0.02) < 1e-3
-    assert abs(p.fcprojw.std() - 0.02 / np.sqrt(6)) < 1e-3
-    assert (p.ln1w == 1).all()
-    assert not p.qkvb.any()

@@ -7,7 +7,8 @@ from gpu_gpt2 import layout
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.select import open_device
-from gpu_gpt2.model import GPT2, initial_weights
+from gpu_gpt2.init import initial_weights
+from gpu_gpt2.model import GPT2
 from gpu_gpt2.ops.interface import AdamWStep
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps

@@ -18,8 +18,9 @@ from rich.console import Console
 from gpu_gpt2 import checkpoint, layout
 from gpu_gpt2.config import TrainConfig
 from gpu_gpt2.errors import ConfigError, TrainingError
-from gpu_gpt2.formats.hf import load_model
+from gpu_gpt2.formats.pieces import load_arena
 from gpu_gpt2.model import GPT2
+from gpu_gpt2.models import open_model
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.train import train
 
@@ -85,7 +86,8 @@ def test_the_checkpoint_is_a_hugging_face_model_with_the_same_logits() -> None:
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = np.array(tokenizer("4 squared is 16")["input_ids"], np.int32)
-    config, weights = load_model(folder)
+    source = open_model(folder)
+    config, weights = source.config, load_arena(source)
     ours = GPT2(config, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=32, training=False)
     ours.load(weights)
     with torch.no_grad():

@@ -9,9 +9,13 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
+from gpu_gpt2.cli.convert import convert
+from gpu_gpt2.cli.data import data_app
+from gpu_gpt2.cli.evaluate import evaluate
 from gpu_gpt2.cli.generate import generate
 from gpu_gpt2.cli.inspect import bench_app, check_ops, show_info
 from gpu_gpt2.cli.train import train
+from gpu_gpt2.cli.verify import verify_model
 from gpu_gpt2.errors import UserError
 
 app = typer.Typer(
@@ -22,8 +26,12 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(generate)
+app.command()(evaluate)
+app.command()(convert)
+app.command("verify")(verify_model)
 app.command("info")(show_info)
 app.command("check")(check_ops)
+app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 

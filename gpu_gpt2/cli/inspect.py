@@ -10,7 +10,7 @@ from rich.table import Table
 
 from gpu_gpt2 import bench, check, info
 from gpu_gpt2.cli.common import Device, Dtype, console, say
-from gpu_gpt2.config import MODELS
+from gpu_gpt2.config import MODEL_NAMES
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.ops.select import ops_for
 
@@ -56,7 +56,7 @@ def check_ops(device: Device = "auto", dtype: Dtype = "auto") -> None:
 def bench_step(
     device: Device = "auto",
     dtype: Dtype = "auto",
-    model: Annotated[str, typer.Option(help=" | ".join(MODELS))] = "d12",
+    model: Annotated[str, typer.Option(help=MODEL_NAMES)] = "d12",
     batch_size: Annotated[int, typer.Option(help="Sequences.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps to take the median of, at least 5.")] = 5,

@@ -12,10 +12,11 @@ import typer
 
 from gpu_gpt2 import checkpoint
 from gpu_gpt2.cli.common import Device, Dtype, console, say
-from gpu_gpt2.config import MODELS, TRAIN_DEFAULTS, TrainConfig
+from gpu_gpt2.config import MODEL_NAMES, MODELS, TRAIN_DEFAULTS, TrainConfig
 from gpu_gpt2.data.corpus import BUILT_IN
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.tokenizer import is_path
 from gpu_gpt2.train import train as run_training
 
 RUNS: Final = Path("runs")
@@ -25,10 +26,12 @@ RESUMABLE: Final = {"device", "dtype", "steps", "eval_every", "sample_every"}  #
 
 def train(
     data: Annotated[
-        str | None, typer.Option(help="python-docs, a text file, or a token file (.bin)")
+        str | None, typer.Option(help="python-docs, a text file, or token files.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help=" | ".join(MODELS))] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="gpt2 | bytes | bpe:N")] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_NAMES)] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="gpt2 | bytes | bpe:N | a tokenizer's file or folder")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     steps: Annotated[int | None, typer.Option(help="Updates of the weights.")] = None,
@@ -89,11 +92,13 @@ def _new_config(
 ) -> TrainConfig:
     place = open_device(device)
     defaults = TRAIN_DEFAULTS[place.name]
-    values = {"data": "python-docs", "seed": 1337, **defaults, **given}
+    values = {"data": "python-docs", "seed": 42, **defaults, **given}
     if "seq_len" not in given and values["model"] in MODELS:
         values["seq_len"] = min(values["seq_len"], MODELS[values["model"]].n_positions)
     if values["data"] not in BUILT_IN:
         values["data"] = os.path.abspath(values["data"])  # --resume may come from elsewhere
+    if is_path(values["tokenizer"]):
+        values["tokenizer"] = os.path.abspath(values["tokenizer"])
     micro = values["batch_size"] * values["seq_len"]
     if "total_batch_tokens" not in given and values["total_batch_tokens"] % max(1, micro):
         values["total_batch_tokens"] = micro
@@ -111,6 +116,9 @@ def _new_config(
 def _resumed_config(
     saved: TrainConfig, given: dict[str, Any], device: str, dtype: str
 ) -> TrainConfig:
+    for name in ("data", "tokenizer"):
+        if name in given and getattr(saved, name) == os.path.abspath(given[name]):
+            given[name] = os.path.abspath(given[name])
     if device != "auto":
         given["device"] = device
     if dtype != "auto":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
+import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,14 @@ from gpu_gpt2.cache import cache_dir
 from gpu_gpt2.data.corpus import BUILT_IN, VAL_FRACTION, Corpus, text_file
 from gpu_gpt2.errors import ConfigError, DataError, UserError
 from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_tokens, write_tokens
-from gpu_gpt2.tokenizer import Tokenizer, make_tokenizer, vocab_size_of
+from gpu_gpt2.tokenizer import Tokenizer, cache_key, make_tokenizer, vocab_size_of
 
-CACHE_VERSION: Final = 1  # raised whenever the same text would give other tokens
+CACHE_VERSION: Final = 2  # raised whenever the same text would give other tokens
+MAX_VAL_TOKENS: Final = 1 << 20  # of a long text: enough for three digits of the loss
 CACHED: Final = ("train.bin", "val.bin", "tokenizer.json", "tokenizer_config.json")
+
+
+_TRAIN_FILE: Final = re.compile(r"_train(_\d+)?\.bin$")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,8 +37,8 @@ class Dataset:
 
     name: str
     tokenizer: Tokenizer
-    train: Tokens  # (tokens,) uint16
-    val: Tokens  # (tokens,) uint16; its first token is never predicted
+    train: tuple[Tokens, ...]  # shards, each (tokens,)
+    val: Tokens  # (tokens,), MAX_VAL_TOKENS at most; its first token is never predicted
     val_bytes: int  # of text behind the predicted tokens of val; <|endoftext|> counts as none
 
     @property
@@ -46,15 +52,16 @@ class Dataset:
 
 
 def prepare(data: str, tokenizer_spec: str) -> Dataset:
-    """The tokens of `data`: the name of a built-in corpus, or the path of a text or token file.
+    """The tokens of `data`: the name of a built-in corpus, or the path of a text or token file,
+    or of many token files: a folder of shards, or a pattern such as 'data/fineweb_train_*.bin'.
 
     tokenizer_spec: "gpt2", "bytes" or "bpe:N". A text is tokenised once and then read from a
     cache. UserError says what is wrong with either.
     """
     vocab_size_of(tokenizer_spec)
     path = Path(data)
-    if data not in BUILT_IN and is_token_file(path):
-        return _from_token_file(path, tokenizer_spec)
+    if data not in BUILT_IN and (shards := token_files(data)):
+        return _from_token_files(shards, tokenizer_spec)
     corpus = BUILT_IN[data]() if data in BUILT_IN else text_file(path)
     cache = _cache_folder(corpus, tokenizer_spec)
     if cache is not None:
@@ -64,7 +71,7 @@ def prepare(data: str, tokenizer_spec: str) -> Dataset:
             pass  # none yet, or a damaged one
     tokenizer = make_tokenizer(tokenizer_spec, corpus.train)
     dataset = _dataset(
-        corpus.name, tokenizer, _encode(tokenizer, corpus.train), _encode(tokenizer, corpus.val)
+        corpus.name, tokenizer, [_encode(tokenizer, corpus.train)], _encode(tokenizer, corpus.val)
     )
     if cache is not None:
         with suppress(UserError, OSError):  # a full or read-only disk must not stop the training
@@ -79,37 +86,74 @@ def _encode(tokenizer: Tokenizer, documents: Sequence[str]) -> Tokens:
     return np.concatenate([tokens for pair in parts for tokens in pair])
 
 
-def _dataset(name: str, tokenizer: Tokenizer, train: Tokens, val: Tokens) -> Dataset:
+def _dataset(name: str, tokenizer: Tokenizer, train: Sequence[Tokens], val: Tokens) -> Dataset:
+    val = val[:MAX_VAL_TOKENS]
     counts = np.bincount(val[1:], minlength=tokenizer.vocab_size)
     val_bytes = int(counts @ tokenizer.token_bytes().astype(np.int64))
     if val_bytes == 0:
         raise DataError(f"{name}: no text is left for validation; give more")
-    return Dataset(name, tokenizer, train, val, val_bytes)
+    return Dataset(name, tokenizer, tuple(train), val, val_bytes)
 
 
-def _from_token_file(path: Path, spec: str) -> Dataset:
-    """Validation: the file X_val.bin beside X_train.bin, else the last tenth of the tokens."""
+def token_files(data: str) -> list[Path]:
+    """The token files that `data` names, sorted: one, those of a pattern, or the *_train*.bin of a
+    folder; none if it names something else. DataError if a pattern or folder has none."""
+    path = Path(data)
+    if path.is_dir():
+        found = sorted(p for p in path.glob("*.bin") if _TRAIN_FILE.search(p.name))
+        expected = "token files such as NAME_train.bin or NAME_train_000001.bin"
+    elif any(c in data for c in "*?[") and not path.exists():
+        found = sorted(map(Path, glob.glob(data)))
+        expected = "files of that pattern"
+    else:
+        return [path] if is_token_file(path) else []
+    if not found:
+        raise DataError(f"{data} holds no {expected}; make some with gpu-gpt2 data prepare")
+    return found
+
+
+def _from_token_files(paths: Sequence[Path], spec: str) -> Dataset:
+    """Validation: the shards named _val for _train, else the last tenth of the last shard."""
     if spec.startswith("bpe:"):
         raise ConfigError(
-            f"{path} is a token file, which carries no vocabulary: {spec} cannot be trained on "
-            f"it; use --tokenizer gpt2, or bytes"
+            f"{paths[0]} is a token file, which carries no vocabulary: {spec} cannot be trained "
+            f"on it; use --tokenizer gpt2, or bytes"
         )
     tokenizer = make_tokenizer(spec, ())
-    train = read_tokens(path)
-    check_tokens(train, tokenizer.vocab_size, str(path))
-    val_path = path.with_name(path.name.removesuffix("_train.bin") + "_val.bin")
-    if path.name.endswith("_train.bin") and val_path.exists():
-        val = read_tokens(val_path)
-        check_tokens(val, tokenizer.vocab_size, str(val_path))
+    train = [read_tokens(path) for path in paths]
+    if val_paths := sorted({val for path in paths for val in _val_files(path)} - set(paths)):
+        val = _first_tokens(val_paths, MAX_VAL_TOKENS)
     else:
-        cut = int(len(train) * (1 - VAL_FRACTION))
-        train, val = train[:cut], train[cut:]
-    return _dataset(path.stem, tokenizer, train, val)
+        cut = int(len(train[-1]) * (1 - VAL_FRACTION))
+        train[-1], val = train[-1][:cut], train[-1][cut:]
+        val = val[:MAX_VAL_TOKENS]
+    check_tokens(val, tokenizer.vocab_size, str((val_paths or paths)[-1]))
+    return _dataset(paths[0].stem, tokenizer, train, val)
+
+
+def _val_files(path: Path) -> Iterator[Path]:
+    """X_val.bin and X_val_*.bin beside X_train.bin or X_train_000001.bin."""
+    if match := _TRAIN_FILE.search(path.name):
+        start = path.name[: match.start()] + "_val"
+        for other in path.parent.glob("*.bin"):
+            if re.fullmatch(re.escape(start) + r"(_\d+)?\.bin", other.name):
+                yield other
+
+
+def _first_tokens(paths: Sequence[Path], count: int) -> Tokens:
+    """The first `count` tokens of files that follow each other."""
+    parts: list[Tokens] = []
+    for path in paths:
+        parts.append(read_tokens(path)[:count])
+        count -= len(parts[-1])
+        if count == 0:
+            break
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _cache_folder(corpus: Corpus, spec: str) -> Path | None:
     """Where the tokens of this text with this tokenizer lie, or None where there is no home."""
-    digest = hashlib.sha256(f"{CACHE_VERSION} {spec}".encode())
+    digest = hashlib.sha256(f"{CACHE_VERSION} {cache_key(spec)}".encode())
     for documents in (corpus.train, corpus.val):
         digest.update(f"\0{len(documents)}".encode())
         for text in documents:
@@ -124,9 +168,9 @@ def _read_cache(folder: Path, name: str) -> Dataset:
     sums = json.loads((folder / "meta.json").read_bytes())
     if sums != {file: _sha256(folder / file) for file in CACHED}:
         raise ValueError(f"{folder} is damaged")
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.open(folder)
     return _dataset(
-        name, tokenizer, read_tokens(folder / "train.bin"), read_tokens(folder / "val.bin")
+        name, tokenizer, [read_tokens(folder / "train.bin")], read_tokens(folder / "val.bin")
     )
 
 
@@ -135,7 +179,7 @@ def _write_cache(folder: Path, dataset: Dataset) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
     try:
-        write_tokens(temporary / "train.bin", dataset.train)
+        write_tokens(temporary / "train.bin", dataset.train[0])
         write_tokens(temporary / "val.bin", dataset.val)
         dataset.tokenizer.save(temporary)
         sums = {file: _sha256(temporary / file) for file in CACHED}

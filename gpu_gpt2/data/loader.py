@@ -1,17 +1,19 @@
-"""Batches from a row of tokens: shuffled without end for training, once in order for validation."""
+"""Batches of tokens: shuffled without end for training, once in order for validation."""
 
 from __future__ import annotations
 
+import base64
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.tokens import Tokens
+from gpu_gpt2.formats.tokens import Tokens, check_tokens
+from gpu_gpt2.rng import WORDS, MersenneTwister
 
 Int32 = npt.NDArray[np.int32]
 CHECKED_TOKENS: Final = 1 << 20  # whose checksum tells one text from another
@@ -27,73 +29,126 @@ class Batch:
 
 
 class BatchLoader:
-    """Rows of T tokens in a new order every epoch; its whole state is (epoch, position).
+    """Batches without end in llm.c's order, so that runs can be compared batch by batch.
 
-    An epoch cuts the tokens into rows from an offset below T on, so that every epoch has other
-    row ends, and takes each row once. Offset and order follow from (seed, epoch) alone. A batch
-    that the epoch cannot fill goes on with the next one.
+    A block is what all ranks read in one micro-step: world_size * B * T tokens in a row, of which
+    each rank takes its own B * T. In an epoch every shard comes once, in random order, and in it
+    every block, in random order; the tokens left over at a shard's end are not read. Documents are
+    not kept apart.
     """
 
-    def __init__(self, tokens: Tokens, B: int, T: int, seed: int = 0) -> None:
-        """tokens (count,) uint16; DataError if count is below T + 1."""
-        if len(tokens) < T + 1:
-            raise DataError(
-                f"{len(tokens)} tokens of training text are too few: one row of {T} and the token "
-                f"after it need {T + 1}; give more text or a smaller --seq-len"
-            )
-        self._tokens = tokens
+    def __init__(
+        self,
+        shards: Sequence[Tokens],
+        B: int,
+        T: int,
+        *,
+        vocab_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """shards: each (count,) integers. DataError for one too short, or with tokens >= V."""
+        self._shards = shards
         self._B, self._T = B, T
-        self._seed = seed
-        self._crc32 = zlib.crc32(tokens[:CHECKED_TOKENS].tobytes(), len(tokens))
-        self._open(0)
+        self._vocab_size = vocab_size
+        self._block_tokens = world_size * B * T
+        self._rank_offset = rank * B * T
+        self._random = MersenneTwister(seed + rank)
+        self._crc32 = 0
+        for shard in shards:
+            if len(shard) < self._block_tokens + 1:
+                raise DataError(
+                    f"{_name(shard)} holds {len(shard)} tokens, too few: batches of "
+                    f"{self._block_tokens} and the token after each need "
+                    f"{self._block_tokens + 1}; give more text, or a smaller --batch-size or "
+                    f"--seq-len"
+                )
+            self._crc32 = zlib.crc32(shard[:CHECKED_TOKENS].tobytes(), self._crc32 ^ len(shard))
+        self._order = np.arange(len(shards))
+        self._blocks = np.arange(0)
+        self._epoch = -1
+        self._next_epoch()
 
     def next_batch(self) -> Batch:
-        """The next B rows."""
-        starts = np.empty(self._B, np.int64)
-        filled = 0
-        while filled < self._B:
-            taken = self._starts[self._position : self._position + self._B - filled]
-            starts[filled : filled + len(taken)] = taken
-            filled += len(taken)
-            self._position += len(taken)
-            if self._position == len(self._starts):
-                self._open(self._epoch + 1)
-        return _batch(self._tokens[starts[:, None] + np.arange(self._T + 1)])
+        """This rank's part of the next block."""
+        if self._position == len(self._blocks):
+            if self._shard + 1 < len(self._shards):
+                self._open(self._shard + 1)
+            else:
+                self._next_epoch()
+        start = int(self._blocks[self._position]) * self._block_tokens + self._rank_offset
+        self._position += 1
+        # Row b ends where row b + 1 begins, so they are one piece of the text.
+        piece = self._tokens[start : start + self._B * self._T + 1]
+        return _batch(piece[:-1].reshape(self._B, self._T), piece[1:].reshape(self._B, self._T))
 
-    def state(self) -> dict[str, int]:
-        """Where the next batch begins, and a checksum of the data it belongs to."""
-        return {"epoch": self._epoch, "position": self._position, "crc32": self._crc32}
+    def state(self) -> dict[str, Any]:
+        """Where the next batch begins, as JSON can hold it, and a checksum of the data."""
+        words, drawn = self._before_blocks
+        return {
+            "epoch": self._epoch,
+            "shards": self._order.tolist(),
+            "shard": self._shard,
+            "position": self._position,
+            "generator": base64.b64encode(words.astype("<u4").tobytes()).decode("ascii"),
+            "drawn": drawn,
+            "crc32": self._crc32,
+        }
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on at a saved place, with the batches that would have come then.
 
-        The loader must have the same tokens, T and seed; DataError says where it has not.
+        The loader must have the same shards, sizes and rank; DataError says where it has not.
         """
         try:
-            epoch, position, crc32 = (int(state[key]) for key in ("epoch", "position", "crc32"))
-        except (KeyError, TypeError, ValueError) as e:
+            words = np.frombuffer(base64.b64decode(state["generator"], validate=True), "<u4")
+            order = np.array(state["shards"], np.int64)
+            epoch, shard, position, drawn, crc32 = (
+                int(state[key]) for key in ("epoch", "shard", "position", "drawn", "crc32")
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise DataError(f"cannot go on: the saved place in the data is damaged ({e})") from e
         if crc32 != self._crc32:
             raise DataError(
                 "cannot go on: the training tokens are not those of the saved run, its text or "
                 "tokenizer has changed; begin a new run with another --run-dir"
             )
-        if epoch < 0:
-            raise DataError(f"cannot go on in epoch {epoch}; the saved state is damaged")
-        self._open(epoch)
-        if not 0 <= position < len(self._starts):
+        if not (
+            epoch >= 0
+            and words.shape == (WORDS,)
+            and 0 <= drawn <= WORDS
+            and np.array_equal(np.sort(order), np.arange(len(self._shards)))
+            and 0 <= shard < len(self._shards)
+        ):
+            raise DataError("cannot go on: the saved place in the data is damaged")
+        self._epoch, self._order = epoch, order
+        self._random.restore(words.astype(np.uint32), drawn)
+        self._open(shard)
+        if not 0 <= position <= len(self._blocks):
             raise DataError(
-                f"cannot go on at row {position} of {len(self._starts)} in epoch {epoch}; "
-                f"the run was saved with another --seq-len"
+                f"cannot go on at block {position} of {len(self._blocks)}; the run was saved with "
+                f"another --batch-size or --seq-len"
             )
         self._position = position
 
-    def _open(self, epoch: int) -> None:
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch])))
-        last = len(self._tokens) - 1 - self._T  # where the last possible row begins
-        offset = int(rng.integers(min(self._T, last + 1)))
-        self._starts = rng.permutation(np.arange(offset, last + 1, self._T))
-        self._epoch, self._position = epoch, 0
+    def _next_epoch(self) -> None:
+        self._epoch += 1
+        self._random.shuffle(self._order)
+        self._open(0)
+
+    def _open(self, shard: int) -> None:
+        """Begins with the shard at place `shard` of this epoch's order."""
+        self._shard, self._position = shard, 0
+        self._tokens = self._shards[self._order[shard]]
+        check_tokens(self._tokens, self._vocab_size, _name(self._tokens))
+        self._before_blocks = self._random.state()
+        self._blocks = self._random.permutation((len(self._tokens) - 1) // self._block_tokens)
+
+
+def _name(tokens: Tokens) -> str:
+    """The file that tokens are mapped from, for messages."""
+    return str(getattr(tokens, "filename", None) or "the training text")
 
 
 def sequential_batches(tokens: Tokens, B: int, T: int) -> Iterator[Batch]:
@@ -111,18 +166,18 @@ def sequential_batches(tokens: Tokens, B: int, T: int) -> Iterator[Batch]:
     rows = (len(tokens) - 1) // T
     for first in range(0, rows, B):
         starts = np.arange(first, min(first + B, rows)) * T
-        yield _batch(tokens[starts[:, None] + np.arange(T + 1)])
+        picked = tokens[starts[:, None] + np.arange(T + 1)]
+        yield _batch(picked[:, :-1], picked[:, 1:])
     if rows * T < len(tokens) - 1:
-        yield _batch(tokens[None, rows * T :])
+        yield _batch(tokens[None, rows * T : -1], tokens[None, rows * T + 1 :])
 
 
-def _batch(rows: Tokens) -> Batch:
-    """rows (b, t + 1) uint16."""
-    inputs = np.ascontiguousarray(rows[:, :-1])
+def _batch(inputs: Tokens, targets: Tokens) -> Batch:
+    """inputs, targets (b, t), integers."""
     # NumPy's stable sort of 16-bit integers is a radix sort: it costs next to nothing.
     order = np.argsort(inputs, axis=None, kind="stable")
     return Batch(
-        inputs.astype(np.int32),
-        np.ascontiguousarray(rows[:, 1:], np.int32),
+        np.ascontiguousarray(inputs, np.int32),
+        np.ascontiguousarray(targets, np.int32),
         order.astype(np.int32),
     )

@@ -1,38 +1,41 @@
-"""Hugging Face GPT-2 folders: model.safetensors and config.json, bytes on disk and nothing else.
+"""Hugging Face GPT-2 folders and safetensors files: bytes on disk and nothing else.
 
 Differences from our layout: layers are separate tensors, the four projections are Conv1D weights
-(in, out), the vocabulary is not padded, and the tied head is not stored.
+(in, out), the vocabulary is not padded, and the tied head is not stored, or again as lm_head.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import EllipsisType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.errors import CheckpointError, ConfigError
-from gpu_gpt2.layout import flat_views, parameter_count, parameters
+from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig
+from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.formats.disk import BLOCK_BYTES
+from gpu_gpt2.formats.pieces import Piece, Weights, WeightSource, pieces
+from gpu_gpt2.formats.tensorfile import TensorFile, TensorWriter
 
 MODEL_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"  # of a model in several files
 CONFIG_FILE: Final = "config.json"
 
-FloatArray: TypeAlias = npt.NDArray[np.float32]
-
 _PREFIX: Final = "transformer."  # of GPT2LMHeadModel's names; GPT2Model has none
+_HEAD: Final = "lm_head.weight"
 
 # Our names, what Hugging Face calls them, and whether they are Conv1D weights, (in, out).
+_WHOLE: Final[Mapping[str, str]] = {
+    "wte": "wte.weight",
+    "wpe": "wpe.weight",
+    "lnfw": "ln_f.weight",
+    "lnfb": "ln_f.bias",
+}
 _LAYER: Final[Mapping[str, tuple[str, bool]]] = {
     "ln1w": ("ln_1.weight", False),
     "ln1b": ("ln_1.bias", False),
@@ -48,14 +51,8 @@ _LAYER: Final[Mapping[str, tuple[str, bool]]] = {
     "fcprojb": ("mlp.c_proj.bias", False),
 }
 
-# Causal masks that older files carry, and the head, which is wte again.
-_IGNORED: Final = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")
-
-_READABLE: Final[Mapping[str, np.dtype[Any]]] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+_MASK: Final = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks that older files carry
+_SHARD: Final = re.compile(r"[\w.-]+\.safetensors", re.ASCII)  # so it lies in the folder itself
 
 # Settings under which a GPT-2 computes something else than ours, and the values that do not.
 # The first value is what a config.json without the setting means.
@@ -69,21 +66,78 @@ _SUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "add_cross_attention": (False,),
 }
 
+_PUBLISHED_WIDTHS: Final = (768, 1024, 1280, 1600)  # of GPT-2s, whose heads all have size 64
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-def save_model(folder: Path, config: ModelConfig, weights: FloatArray, eot: int) -> None:
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HFModel:
+    """A model whose tensors were all checked, as a source of weights."""
+
+    folder: Path | None  # with its config.json, if it has one
+    config: ModelConfig
+    dtype: np.dtype[Any]
+    eot: int | None  # the token that ends a text
+    prefix: str
+    files: Mapping[str, TensorFile]  # by the tensor's name
+
+    def read(self) -> Iterator[tuple[Piece, Weights]]:
+        for piece in pieces(self.config):
+            name, transposed = _stored(piece)
+            values = self.files[self.prefix + name].read(self.prefix + name)
+            yield piece, values.T if transposed else values
+
+
+def open_folder(folder: Path) -> HFModel:
+    """The GPT-2 in a folder, in one file or several; DataError says what is wrong.
+
+    Reads what `GPT2LMHeadModel` and `GPT2Model` save, in float32, float16 or bfloat16.
+    """
+    if (folder / MODEL_FILE).is_file():
+        where = folder / MODEL_FILE
+        files = _tensors_of(TensorFile(where))
+    elif (folder / INDEX_FILE).is_file():
+        where = folder / INDEX_FILE
+        files = _sharded_tensors(where)
+    elif pickles := _pickles_in(folder):
+        raise refuse_pickle(pickles[0])
+    else:
+        raise DataError(f"{folder / MODEL_FILE}: no such file")
+    return _checked(where, files, read_json(folder / CONFIG_FILE))
+
+
+def open_file(path: Path) -> HFModel:
+    """The GPT-2 in one safetensors file; without a config.json beside it, of a published width."""
+    files = _tensors_of(TensorFile(path))
+    config = path.parent / CONFIG_FILE
+    return _checked(path, files, read_json(config) if config.is_file() else None)
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is meant to be a model, readable or not."""
+    names = (CONFIG_FILE, MODEL_FILE, INDEX_FILE)
+    return any((folder / name).is_file() for name in names) or bool(_pickles_in(folder))
+
+
+def write_model(folder: Path, source: WeightSource, eot: int | None) -> None:
     """Writes a folder that `transformers.GPT2LMHeadModel.from_pretrained` opens unchanged.
 
-    `weights` is a parameter arena (n,) float32, `eot` the token that ends a text. Needs as much
-    memory again as the transposed matrices. Raises OSError.
+    Weights keep the source's dtype; `eot` is the token that ends a text. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ours = named(config, weights)
-    tensors = {_PREFIX + t.name: t.view(ours) for t in _tensors(config)}
-    write_tensors(folder / MODEL_FILE, tensors)
+    shapes = {}
+    for piece in pieces(source.config):
+        name, transposed = _stored(piece)
+        shapes[_PREFIX + name] = piece.shape[::-1] if transposed else piece.shape
+    with (folder / MODEL_FILE).open("wb") as file:
+        writer = TensorWriter(file, shapes, source.dtype)
+        for piece, values in source.read():
+            name, transposed = _stored(piece)
+            writer.write(_PREFIX + name, values.T if transposed else values)
     settings = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        **asdict(config),
+        **asdict(source.config),
         **{name: values[0] for name, values in _SUPPORTED.items()},
         "n_inner": None,
         "bos_token_id": eot,
@@ -91,152 +145,209 @@ def save_model(folder: Path, config: ModelConfig, weights: FloatArray, eot: int)
         "embd_pdrop": 0.0,  # trained without dropout
         "resid_pdrop": 0.0,
         "attn_pdrop": 0.0,
-        "torch_dtype": "float32",
+        "torch_dtype": source.dtype.name,  # the key that every transformers understands
     }
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def load_model(folder: Path) -> tuple[ModelConfig, FloatArray]:
-    """The sizes of the GPT-2 in a folder and its weights as a parameter arena (n,) float32.
-
-    Reads what `GPT2LMHeadModel` and `GPT2Model` save, in float32, float16 or bfloat16. The padding
-    rows of wte are zero. Raises CheckpointError.
-    """
-    config = _load_config(folder / CONFIG_FILE)
-    file = TensorFile(folder / MODEL_FILE)
-    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in file.names) else ""
-    expected = {name for name in file.names if _IGNORED.fullmatch(name)}
-    for tensor in _tensors(config):  # all checks come before the first allocation
-        file.check(prefix + tensor.name, tensor.shape)
-        expected.add(prefix + tensor.name)
-    file.refuse_others(expected)
-    weights = np.zeros(parameter_count(config), np.float32)
-    ours = named(config, weights)
-    for tensor in _tensors(config):
-        file.read(prefix + tensor.name, out=tensor.view(ours))
-    return config, weights
-
-
-def named(config: ModelConfig, arena: FloatArray) -> dict[str, FloatArray]:
-    """The tensors of a parameter arena (n,) by `layout.parameters`' names, as views."""
-    return vars(flat_views(parameters(config), arena))
-
-
-class TensorFile:
-    """A safetensors file open for reading; every error is a CheckpointError naming the file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            file: Any = safe_open(path, framework="numpy")
-            self.names: frozenset[str] = frozenset(file.keys())
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file") from None
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
-        self._file = file
-
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuses a tensor that is missing, of another shape, or not of floats."""
-        if name not in self.names:
-            raise CheckpointError(f"{self._path}: tensor {name} of shape {shape} is missing")
-        header = self._file.get_slice(name)
-        if (found := tuple(header.get_shape())) != shape:
-            raise CheckpointError(f"{self._path}: {name}: expected shape {shape}, found {found}")
-        if (dtype := header.get_dtype()) not in _READABLE:
-            raise CheckpointError(
-                f"{self._path}: {name}: expected one of {', '.join(_READABLE)}, found {dtype}"
-            )
-
-    def refuse_others(self, expected: Collection[str]) -> None:
-        """Refuses a file that holds more than the expected tensors."""
-        if others := sorted(self.names.difference(expected)):
-            raise CheckpointError(
-                f"{self._path}: {others[0]!r} ({len(others)} such) is not a tensor of a GPT-2 of "
-                f"these sizes"
-            )
-
-    def read(self, name: str, out: FloatArray) -> None:
-        """Copies a checked tensor into `out` of the same shape, which may be a strided view."""
-        out[...] = self._file.get_tensor(name)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, FloatArray]) -> None:
-    """Writes a safetensors file. Raises OSError, a full disk included."""
-    # safetensors.numpy writes the memory behind an array and never looks at strides.
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata={"format": "pt"})  # older transformers insist
-    except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):
-            code = int(number.group(1))
-            raise OSError(code, os.strerror(code), str(path)) from error
-        raise
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError."""
+    """The object in a JSON file; DataError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+        raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        raise DataError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor as Hugging Face stores it, and the part of our arrays that it corresponds to."""
-
-    name: str  # without the prefix
-    shape: tuple[int, ...]
-    ours: str
-    part: int | slice | EllipsisType
-    transposed: bool = False
-
-    def view(self, weights: Mapping[str, FloatArray]) -> FloatArray:
-        part: FloatArray = weights[self.ours][self.part]
-        return part.T if self.transposed else part
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle, or a zip archive as PyTorch packs pickles into."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError:
+        return False  # whoever opens it to read says why not
+    return start == b"PK\3\4" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
 
 
-def _tensors(c: ModelConfig) -> Iterator[_Tensor]:
-    C = c.n_embd
-    yield _Tensor("wte.weight", (c.vocab_size, C), "wte", slice(c.vocab_size))
-    yield _Tensor("wpe.weight", (c.n_positions, C), "wpe", ...)
-    stacked = {spec.name: spec.shape[1:] for spec in parameters(c)}
-    for layer in range(c.n_layer):
-        for ours, (name, transposed) in _LAYER.items():
-            shape = stacked[ours][::-1] if transposed else stacked[ours]
-            yield _Tensor(f"h.{layer}.{name}", shape, ours, layer, transposed)
-    yield _Tensor("ln_f.weight", (C,), "lnfw", ...)
-    yield _Tensor("ln_f.bias", (C,), "lnfb", ...)
+def refuse_pickle(path: Path) -> DataError:
+    """Says how to convert a pickle, which is never opened here."""
+    message = (
+        f"{path} is a pickle, which can run any program when it is opened, so gpu-gpt2 does not; "
+        f"if you trust it, "
+    )
+    folder = path.parent
+    if not (path.name.startswith("pytorch_model") and (folder / CONFIG_FILE).is_file()):
+        return DataError(
+            message + "load it with PyTorch and save the model again with "
+            "save_pretrained(FOLDER, safe_serialization=True) of transformers"
+        )
+    safe = folder.with_name(folder.name + "-safetensors")
+    code = (
+        f"from transformers import GPT2LMHeadModel as M; "
+        f"M.from_pretrained({str(folder)!r}).save_pretrained({str(safe)!r}, "
+        f"safe_serialization=True)"
+    )
+    return DataError(f"{message}convert it with: python -c {shlex.quote(code)}")
 
 
-def _load_config(path: Path) -> ModelConfig:
-    values = read_json(path)
+def _stored(piece: Piece) -> tuple[str, bool]:
+    """The name of a piece in the file, without prefix, and whether it lies there transposed."""
+    if piece.layer is None:
+        return _WHOLE[piece.name], False
+    name, transposed = _LAYER[piece.name]
+    return f"h.{piece.layer}.{name}", transposed
+
+
+def _tensors_of(file: TensorFile) -> dict[str, TensorFile]:
+    return dict.fromkeys(file.names, file)
+
+
+def _sharded_tensors(index: Path) -> dict[str, TensorFile]:
+    """The tensors of a model in several files, each in the file that the index says."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise DataError(f"{index}: weight_map is missing or not an object; save the model again")
+    shards: dict[str, TensorFile] = {}
+    for name, shard in names.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise DataError(
+                f"{index}: {name!r} is said to be in {shard!r}, expected the name of a "
+                f".safetensors file in the same folder; save the model again"
+            )
+        if shard not in shards:
+            shards[shard] = TensorFile(index.parent / shard)
+        if name not in shards[shard].names:
+            raise DataError(
+                f"{index}: {name!r} is said to be in {shard}, which does not have it; the files "
+                f"belong to different models, so get them again"
+            )
+    return {name: shards[shard] for name, shard in names.items()}
+
+
+def _checked(
+    where: Path, files: Mapping[str, TensorFile], settings: dict[str, Any] | None
+) -> HFModel:
+    """The model in tensors found at `where`: all of it is checked before anything is read."""
+    prefix = _PREFIX if any(name.startswith(_PREFIX) for name in files) else ""
+    if settings is None:
+        config = _config_of_shapes(where, files, prefix)
+        eot: Any = GPT2_VOCAB_SIZE - 1
+    else:
+        config = _config_of_settings(where.parent / CONFIG_FILE, settings)
+        eot = settings.get("eos_token_id")
+    dtypes = set()
+    expected = {_HEAD}
+    for piece in pieces(config):
+        stored, transposed = _stored(piece)
+        name = prefix + stored
+        shape = piece.shape[::-1] if transposed else piece.shape
+        if name not in files:
+            raise DataError(f"{where}: tensor {name} of shape {shape} is missing")
+        files[name].check(name, shape)
+        dtypes.add(files[name].dtype(name))
+        expected.add(name)
+    others = [
+        name
+        for name in sorted(files.keys() - expected)
+        if not _MASK.fullmatch(name.removeprefix(_PREFIX))
+    ]
+    if others:
+        raise DataError(
+            f"{where}: {others[0]!r} ({len(others)} such) is not a tensor of a GPT-2 of these sizes"
+        )
+    if _HEAD in files:
+        _check_tied(files, prefix + _WHOLE["wte"], config)
+    return HFModel(
+        folder=None if settings is None else where.parent,
+        config=config,
+        dtype=dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32),
+        eot=eot if type(eot) is int and 0 <= eot < config.vocab_size else None,
+        prefix=prefix,
+        files=files,
+    )
+
+
+def _check_tied(files: Mapping[str, TensorFile], wte: str, config: ModelConfig) -> None:
+    """Refuses a stored head that is not wte again: our models have one matrix for both."""
+    head = files[_HEAD]
+    head.check(_HEAD, (config.vocab_size, config.n_embd))
+    step = max(1, BLOCK_BYTES // (4 * config.n_embd))
+    for start in range(0, config.vocab_size, step):
+        rows = range(start, min(start + step, config.vocab_size))
+        a, b = files[wte].read(wte, rows), head.read(_HEAD, rows)
+        if a.astype(np.float32).tobytes() != b.astype(np.float32).tobytes():
+            raise DataError(
+                f"{head.path}: {_HEAD} differs from {wte} in rows {rows.start} to "
+                f"{rows.stop - 1}; only models that share these two can be read"
+            )
+
+
+def _config_of_settings(path: Path, values: dict[str, Any]) -> ModelConfig:
+    """The sizes in a config.json, if that GPT-2 computes what ours does."""
     if values.get("model_type") != "gpt2":
-        raise CheckpointError(
+        raise DataError(
             f"{path}: model_type is {values.get('model_type')!r}; only 'gpt2' can be read"
         )
     for name, supported in _SUPPORTED.items():
         if (value := values.get(name, supported[0])) not in supported:
             allowed = " or ".join(repr(s) for s in supported)
-            raise CheckpointError(f"{path}: {name} is {value!r}; only {allowed} is supported")
+            raise DataError(f"{path}: {name} is {value!r}; only {allowed} is supported")
     sizes = {field.name: values.get(field.name) for field in fields(ModelConfig)}
     if missing := [name for name, value in sizes.items() if value is None]:
-        raise CheckpointError(f"{path}: {', '.join(missing)} missing")
+        raise DataError(f"{path}: {', '.join(missing)} missing")
     try:
         config = ModelConfig(**sizes)  # type: ignore[arg-type]  # it checks its arguments
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {error}") from error
     if values.get("n_inner") not in (None, 4 * config.n_embd):
-        raise CheckpointError(
+        raise DataError(
             f"{path}: n_inner is {values['n_inner']!r}; only 4 x n_embd = {4 * config.n_embd} "
             f"is supported"
         )
     return config
+
+
+def _config_of_shapes(where: Path, files: Mapping[str, TensorFile], prefix: str) -> ModelConfig:
+    """The sizes of a GPT-2 without config.json; shapes do not tell how many heads it has."""
+    shapes = []
+    for ours in ("wte", "wpe"):
+        name = prefix + _WHOLE[ours]
+        shape = files[name].shape(name) if name in files else ()
+        if len(shape) != 2:
+            raise DataError(
+                f"{where}: expected a matrix {name}, as every GPT-2 has, and found "
+                f"{shape or 'none'}; this is another kind of model"
+            )
+        shapes.append(shape)
+    (vocab_size, n_embd), (n_positions, _) = shapes
+    if n_embd not in _PUBLISHED_WIDTHS:
+        raise DataError(
+            f"{where}: the number of heads is not known for n_embd {n_embd}, which is no published "
+            f"GPT-2's; put the model's {CONFIG_FILE} beside the file"
+        )
+    layers = {match[1] for name in files if (match := re.match(rf"{prefix}h\.(\d+)\.", name))}
+    try:
+        return ModelConfig(
+            vocab_size=vocab_size,
+            n_positions=n_positions,
+            n_embd=n_embd,
+            n_layer=len(layers),
+            n_head=n_embd // 64,
+        )
+    except ConfigError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _pickles_in(folder: Path) -> list[Path]:
+    """The pickles in a folder that may hold a model."""
+    return [
+        path
+        for path in sorted(folder.glob("*"))
+        if path.suffix in _PICKLES and path.is_file() and is_pickle(path)
+    ]

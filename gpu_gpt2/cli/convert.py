@@ -1,0 +1,51 @@
+"""`gpu-gpt2 convert`: a model from one kind of file into another."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+from gpu_gpt2.cli.common import console, say
+from gpu_gpt2.config import GPT2_VOCAB_SIZE
+from gpu_gpt2.convert import TARGETS, TOKENIZER_FILES, bytes_of
+from gpu_gpt2.convert import convert as convert_model
+from gpu_gpt2.models import open_model
+
+
+def convert(
+    src: Annotated[
+        str,
+        typer.Argument(
+            help="A run, a checkpoint, a Hugging Face folder, a .safetensors file, a .bin file of "
+            "llm.c, or a name such as d12 for a new model."
+        ),
+    ],
+    dst: Annotated[Path, typer.Argument(help="The new folder (hf) or file (llmc).")],
+    to: Annotated[str, typer.Option(help=" | ".join(TARGETS))],
+) -> None:
+    """Write a model as another kind of file."""
+    source = open_model(src)
+    c = source.config
+    with Progress(
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=bytes_of(source))
+        convert_model(source, dst, to, lambda written: progress.advance(task, written))
+    say(
+        f"wrote {dst}: a GPT-2 of {c.n_layer} layers of {c.n_embd}, vocabulary {c.vocab_size}, "
+        f"context {c.n_positions}, from {source.dtype} to {to}"
+    )
+    has_tokenizer = any((dst / name).is_file() for name in TOKENIZER_FILES)
+    if c.vocab_size == GPT2_VOCAB_SIZE or has_tokenizer:
+        say(f'try it: gpu-gpt2 generate {shlex.quote(str(dst))} --prompt "Once upon a time"')
+    elif to == "hf":
+        say("it has no tokenizer: the source has none, and its vocabulary is not GPT-2's")

@@ -1,0 +1,197 @@
+"""`gpu-gpt2 evaluate`: the loss of a model on text, and its score on HellaSwag."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.progress import Progress
+
+from gpu_gpt2 import layout
+from gpu_gpt2.checkpoint import TRAINING_FILE, trained_seq_len
+from gpu_gpt2.cli.common import Device, Dtype, console, say
+from gpu_gpt2.config import MAX_BATCH_TOKENS, TrainConfig
+from gpu_gpt2.data.corpus import BUILT_IN, text_file
+from gpu_gpt2.data.dataset import prepare
+from gpu_gpt2.data.loader import Batch, sequential_batches
+from gpu_gpt2.device.select import choose_dtype, open_device
+from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
+from gpu_gpt2.evaluate import mean_loss
+from gpu_gpt2.formats.choices import Example, read_choices
+from gpu_gpt2.formats.hf import read_json
+from gpu_gpt2.formats.pieces import WeightSource, load_arena
+from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_tokens
+from gpu_gpt2.model import GPT2, check_seq_len
+from gpu_gpt2.models import folder_of, open_model, tokenizer_of
+from gpu_gpt2.multiple_choice import answers, check_examples, row_length
+from gpu_gpt2.ops.select import ops_for
+from gpu_gpt2.tokenizer import Tokenizer
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A run, a checkpoint, a Hugging Face folder, a .safetensors file or a .bin file "
+            "of llm.c."
+        ),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A text file or token files (a pattern such as 'val_*.bin'), all of which counts; "
+            "without it, what the run held out."
+        ),
+    ] = None,
+    hellaswag: Annotated[
+        Path | None, typer.Option(help="A multiple-choice file, such as hellaswag_val.bin.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence; else as many as it was trained on.")
+    ] = None,
+) -> None:
+    """Print the loss of a model on held-out text, or its score on HellaSwag."""
+    source = open_model(model)
+    config = source.config
+    T = trained_seq_len(folder_of(source), config) if seq_len is None else seq_len
+    check_seq_len(T, config)
+    if min(batch_size, T) < 1 or batch_size * T > MAX_BATCH_TOKENS:
+        raise ConfigError(
+            f"batches of {batch_size} x {T} tokens cannot be; use a --batch-size and a --seq-len "
+            f"of at least 1 that make at most {MAX_BATCH_TOKENS:,}"
+        )
+    examples: list[Example] = []
+    if hellaswag is not None:
+        examples = read_choices(hellaswag)
+        check_examples(examples, config.vocab_size, batch_size, T, str(hellaswag))
+    texts: Sequence[Tokens] = ()
+    tokenizer: Tokenizer | None = None
+    if data is not None or not examples:
+        tokenizer, texts = _run_data(model, source) if data is None else _given_data(data, source)
+    longest = T if texts else max(map(row_length, examples))
+    gpt2 = _load(source, device, dtype, batch_size, longest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # overflow: the checks below say it better
+        if texts:
+            _print_loss(gpt2, texts, tokenizer, batch_size, T)
+        if examples:
+            _print_score(gpt2, examples)
+
+
+def _run_data(name: str, source: WeightSource) -> tuple[Tokenizer, Sequence[Tokens]]:
+    """What the run held out, as far as training looks at it, and the tokenizer that made it."""
+    folder = folder_of(source)
+    if folder is None or not os.path.isfile(folder / TRAINING_FILE):
+        raise ConfigError(
+            f"{name} is no run of gpu-gpt2, so it has no text of its own; name one with --data, "
+            f"or a multiple-choice file with --hellaswag"
+        )
+    values = read_json(folder / TRAINING_FILE).get("train")
+    try:
+        config = TrainConfig.from_dict(values if isinstance(values, dict) else {})
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / TRAINING_FILE}: {error}") from error
+    dataset = prepare(config.data, config.tokenizer)
+    if dataset.tokenizer.tokens() != tokenizer_of(source).tokens():
+        raise DataError(
+            f"{config.data} gives another vocabulary than the run has: it was changed since; name "
+            f"the text with --data"
+        )
+    say(f"{dataset.name}, held out")
+    return dataset.tokenizer, [dataset.val]
+
+
+def _given_data(data: str, source: WeightSource) -> tuple[Tokenizer | None, Sequence[Tokens]]:
+    """The tokenizer, where it is known, and the tokens of token files or text files: all of them.
+
+    Of a built-in corpus, what is held out. <|endoftext|> stands in front of every document.
+    """
+    names = sorted(glob.glob(data)) if glob.has_magic(data) else [data]
+    if not names:
+        raise DataError(f"no file matches {data}; give a text file, or token files")
+    if data in BUILT_IN or not is_token_file(Path(names[0])):
+        tokenizer = tokenizer_of(source)
+        if data in BUILT_IN:
+            documents = list(BUILT_IN[data]().val)
+        else:
+            files = [text_file(Path(name)) for name in names]
+            documents = ["".join((*file.train, *file.val)) for file in files]
+        ids = [np.r_[tokenizer.eot, tokenizer.encode(text)] for text in documents]
+        return tokenizer, [np.concatenate(ids).astype(np.uint16)]
+    texts = []
+    for path in map(Path, names):
+        texts.append(read_tokens(path))
+        check_tokens(texts[-1], source.config.vocab_size, str(path))
+    try:
+        return tokenizer_of(source), texts
+    except DataError as error:
+        say(f"no bits per byte: {error}")
+        return None, texts
+
+
+def _load(source: WeightSource, device: str, dtype: str, B: int, T: int) -> GPT2:
+    place = open_device(device)
+    dtype = choose_dtype(dtype, place)
+    gpt2 = GPT2(
+        source.config,
+        ops_for(place, dtype, layout.widest(source.config)),
+        dtype=dtype,
+        max_batch=B,
+        max_seq_len=T,
+        training=False,
+    )
+    gpt2.load(load_arena(source))
+    return gpt2
+
+
+def _print_loss(
+    gpt2: GPT2, texts: Sequence[Tokens], tokenizer: Tokenizer | None, B: int, T: int
+) -> None:
+    count = sum(len(tokens) - 1 for tokens in texts)
+    lengths = None if tokenizer is None else tokenizer.token_bytes()
+    text_bytes = 0
+
+    with _progress() as progress:
+        task = progress.add_task("tokens", total=count)
+
+        def batches() -> Iterator[Batch]:
+            nonlocal text_bytes
+            for tokens in texts:
+                for batch in sequential_batches(tokens, B, T):
+                    yield batch
+                    progress.advance(task, batch.targets.size)
+                    if lengths is not None:
+                        text_bytes += int(lengths[batch.targets].sum())
+
+        loss = mean_loss(gpt2, batches())
+    if not math.isfinite(loss):
+        raise CheckpointError(f"the loss is {loss}: the model's weights are damaged")
+    perplexity = math.exp(min(loss, 700.0))  # beyond, a float has no room
+    per_byte = (
+        f"  {loss / math.log(2) * count / text_bytes:.3f} bits per byte" if text_bytes else ""
+    )
+    say(f"loss {loss:.4f}  perplexity {perplexity:.2f}{per_byte}  over {count:,} tokens")
+
+
+def _print_score(gpt2: GPT2, examples: Sequence[Example]) -> None:
+    correct = 0
+    with _progress() as progress:
+        task = progress.add_task("examples", total=len(examples))
+        for right in answers(gpt2, examples):
+            correct += right
+            progress.advance(task)
+    say(f"HellaSwag {correct}/{len(examples)} = {correct / len(examples):.4f} (acc_norm)")
+
+
+def _progress() -> Progress:
+    return Progress(console=console, disable=not console.is_terminal, transient=True)

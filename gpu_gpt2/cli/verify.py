@@ -1,0 +1,94 @@
+"""`gpu-gpt2 verify`: a model on this device against PyTorch's numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Annotated, Final
+
+import numpy as np
+import typer
+from rich.text import Text
+
+from gpu_gpt2.cli.common import Device, Dtype, console, say
+from gpu_gpt2.data.corpus import python_docs
+from gpu_gpt2.device.select import choose_dtype, open_device
+from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.formats.debug_state import read_debug_state
+from gpu_gpt2.formats.pieces import load_arena
+from gpu_gpt2.models import open_model
+from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.verify.judge import expected_losses, verify
+
+BATCH: Final = (4, 64)  # of the pairs that --make makes: llm.c's
+
+
+def verify_model(
+    model: Annotated[
+        str, typer.Argument(help="A model file or folder; with --make a name will do too.")
+    ] = "d6",
+    debug_state: Annotated[
+        Path | None, typer.Argument(help="Its numbers in PyTorch: llm.c's *_debug_state.bin.")
+    ] = None,
+    make: Annotated[
+        Path | None, typer.Option(help="Make such a pair in this folder (needs torch).")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Compare logits, loss, gradients and ten steps with PyTorch's; exit 1 if one is off.
+
+    `gpu-gpt2 verify --make DIR` makes a model and its numbers to try it with.
+    """
+    if make is not None:
+        _make(model, make)
+        return
+    if debug_state is None:
+        raise ConfigError(
+            "name a model and its debug state, or make a pair with: gpu-gpt2 verify --make DIR"
+        )
+    place = open_device(device)
+    dtype = choose_dtype(dtype, place)
+    source = open_model(model)
+    state = read_debug_state(debug_state, source.config)
+    losses = expected_losses(debug_state, source.config, state)
+    say(f"{model} in {dtype} on {place.name}, beside PyTorch in float32")
+    failed = count = 0
+    for finding in verify(source, state, losses, place, dtype):
+        mark = Text("ok   ", "green") if finding.passed else Text("FAIL ", "bold red")
+        console.print(mark + Text(f"{finding.what:<22}{finding.detail}"), soft_wrap=True)
+        count += 1
+        failed += not finding.passed
+    say(f"{count - failed} of {count} comparisons passed")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _make(model: str, folder: Path) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError("verify --make needs PyTorch: pip install torch")
+    from gpu_gpt2.verify.pair import make_pair, stirred
+
+    source = open_model(model)
+    B, T = BATCH[0], min(BATCH[1], source.config.n_positions)
+    tokenizer = Tokenizer.gpt2()
+    if source.config.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"{model} has another vocabulary than GPT-2's; choose one that has it")
+    weights = load_arena(source)
+    name = Path(model).stem
+    if not Path(model).exists():  # a name: initial weights
+        name = "gpt2_" + model.replace(":", "_")
+        weights = stirred(source.config, weights)
+    text = "\n\n".join(python_docs().val)
+    ids = tokenizer.encode(text[: 64 * B * T])[: B * T + 1]
+    tokens, targets = (np.ascontiguousarray(a.reshape(B, T)) for a in (ids[:-1], ids[1:]))
+    started = time.monotonic()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_bin(folder / "gpt2_tokenizer.bin")  # llm.c's programs want it there
+        for path in make_pair(folder, name, source.config, weights, tokens, targets):
+            say(f"{time.monotonic() - started:5.1f} s  {path}  {path.stat().st_size:,} bytes")
+    except OSError as e:
+        raise DataError(f"{folder}: cannot be written: {e.strerror or e}") from e
+    say(f"try it: gpu-gpt2 verify {folder / name}.bin {folder / name}_debug_state.bin")

@@ -1,0 +1,261 @@
+"""Documents from text files, one after the other, so that files larger than memory can be read.
+
+A long document comes in pieces that give the same tokens as the whole: it is cut only where white
+space begins, as GPT-2's pattern does too.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from gpu_gpt2.errors import DataError
+
+BLOCK_CHARS: Final = 1 << 18  # a longer document comes in pieces of about this length
+# A text without any place to cut is cut here all the same, as tiktoken cannot encode a run of more
+# than 10**6 blanks.
+FORCED_CHARS: Final = 2 * BLOCK_CHARS
+
+_BORDER: Final = re.compile(r"\S(?=[ \n])")
+_PARQUET_ROWS: Final = 256  # decoded at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A file of documents and how to read it."""
+
+    path: Path
+    kind: str  # of READERS
+    field: str = "text"  # of a .jsonl or .parquet file
+    seed: int = 0  # of the order of stories
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one."""
+
+    text: str
+    begins: bool  # a document, which gets the mark <|endoftext|> in front
+    read: int  # bytes of the file that have been read so far
+
+
+def read_pieces(source: Source) -> Iterator[Piece]:
+    """The documents of a file in pieces, in order; DataError names file and place."""
+    try:
+        yield from READERS[source.kind](source)
+    except OSError as e:
+        raise DataError(f"cannot read {source.path}: {e.strerror or e}") from e
+
+
+def find_sources(paths: Sequence[Path], field: str) -> tuple[Source, ...]:
+    """The text files among `paths` and in the folders among them, sorted; DataError if none."""
+    found = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file())
+            if not inside:
+                raise DataError(f"{path} holds no {_listed(KINDS)} file; name a folder that does")
+            found += inside
+        elif not path.exists():
+            raise DataError(f"no file or folder {path}; name one that is there")
+        elif path.suffix not in KINDS:
+            raise DataError(
+                f"{path}: expected a {_listed(KINDS)} file; convert it, or rename it if it is one"
+            )
+        else:
+            found.append(path)
+    return tuple(Source(path=path, kind=KINDS[path.suffix], field=field) for path in found)
+
+
+def json_lines(path: Path, keys: Mapping[str, type]) -> Iterator[tuple[dict[str, Any], int]]:
+    """The objects of a .jsonl file, which must have `keys` of these types, and the bytes read."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = _decoded(path, line, offset).removeprefix("\ufeff")
+            if text.strip():
+                where = f"{path}: line {number} at offset {offset}"
+                try:
+                    value = json.loads(text)
+                except (ValueError, RecursionError) as e:
+                    raise DataError(
+                        f"{where} is not JSON ({e}); expected one object in each line, so mend it"
+                    ) from e
+                offset += len(line)
+                yield _checked(where, value, keys), offset
+            else:
+                offset += len(line)
+
+
+def _checked(where: str, value: Any, keys: Mapping[str, type]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is a {type(value).__name__}, expected an object; mend it")
+    for key, kind in keys.items():
+        if not isinstance(value.get(key), kind):
+            found = f"a {type(value[key]).__name__}" if key in value else "nothing"
+            raise DataError(
+                f"{where}: expected a {kind.__name__} in the field {key!r}, found {found} (fields: "
+                f"{', '.join(map(str, list(value)[:8])) or 'none'}); mend it or name another field"
+            )
+    return value
+
+
+def _text(source: Source) -> Iterator[Piece]:
+    """A whole file is one document; an empty one is none."""
+    if source.path.stat().st_size:
+        yield from _in_pieces(_text_blocks(source.path))
+
+
+def _text_blocks(path: Path) -> Iterator[tuple[str, int]]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    offset = 0
+    with path.open("rb") as file:
+        while True:
+            block = file.read(BLOCK_CHARS)
+            kept = len(decoder.getstate()[0])  # bytes of a character that was cut off
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as e:
+                raise _not_utf8(path, offset - kept + e.start, e.object[e.start]) from e
+            offset += len(block)
+            yield text, offset
+            if not block:
+                return
+
+
+def _json_lines(source: Source) -> Iterator[Piece]:
+    for value, read in json_lines(source.path, {source.field: str}):
+        yield from _document(value[source.field], read)
+
+
+def _parquet(source: Source) -> Iterator[Piece]:
+    # Imported here: few need it, and it takes longer to load than the rest.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, column = source.path, source.field
+    size = path.stat().st_size
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if column not in schema.names:
+                raise DataError(
+                    f"{path} has no column {column!r}, only {', '.join(schema.names)}; name one "
+                    f"with --field"
+                )
+            kind = schema.field(column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise DataError(f"{path}: column {column!r} holds {kind}, expected strings")
+            rows = file.metadata.num_rows
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=[column], use_threads=False):
+                for value in batch.column(0):
+                    row += 1
+                    text = value.as_py()
+                    if text is None:
+                        raise DataError(f"{path}: row {row} of column {column!r} is empty")
+                    yield from _document(text, size * row // rows)
+    except (pa.ArrowException, UnicodeDecodeError) as e:
+        reason = " ".join(str(e).split())
+        raise DataError(
+            f"{path} is not a readable .parquet file behind row {row}: {reason}; get it again"
+        ) from e
+
+
+def _sections(source: Source) -> Iterator[Piece]:
+    """Parts of a text between blank lines; all but the last keep the blank line."""
+    content = source.path.read_bytes()
+    sections = _decoded(source.path, content, 0).split("\n\n")
+    read = 0
+    for i, section in enumerate(sections):
+        text = section if i == len(sections) - 1 else section + "\n\n"
+        read += len(text.encode())
+        yield from _document(text, read)
+
+
+def _stories(source: Source) -> Iterator[Piece]:
+    """TinyStories' JSON lists of objects with a "story", shuffled by the source's seed."""
+    path = source.path
+    content = path.read_bytes()
+    size = len(content)
+    try:
+        stories = json.loads(_decoded(path, content, 0))
+    except (ValueError, RecursionError) as e:
+        raise DataError(f"{path} is not JSON ({e}); get it again") from e
+    del content
+    if not isinstance(stories, list):
+        raise DataError(f"{path} holds no list of stories; get it again")
+    order = list(range(len(stories)))
+    random.Random(source.seed).shuffle(order)  # draws as for the stories themselves
+    for done, i in enumerate(order, 1):
+        story = _checked(f"{path}: element {i}", stories[i], {"story": str})["story"]
+        yield from _document(story.strip(), size * done // len(order))
+
+
+READERS: Final[Mapping[str, Callable[[Source], Iterator[Piece]]]] = {
+    "text": _text,
+    "jsonl": _json_lines,
+    "parquet": _parquet,
+    "sections": _sections,
+    "stories": _stories,
+}
+KINDS: Final[Mapping[str, str]] = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+
+
+def _document(text: str, read: int) -> Iterator[Piece]:
+    """A document that is in memory."""
+    if len(text) <= BLOCK_CHARS:
+        return iter((Piece(text, True, read),))
+    starts = range(0, len(text), BLOCK_CHARS)
+    return _in_pieces((text[start : start + BLOCK_CHARS], read) for start in starts)
+
+
+def _in_pieces(blocks: Iterable[tuple[str, int]]) -> Iterator[Piece]:
+    """One document, cut only where its tokens stay the same."""
+    rest, begins, read = "", True, 0
+    for block, read in blocks:
+        unsearched = max(0, len(rest) - 1)  # a border may lie at the seam
+        rest += block
+        if len(rest) <= BLOCK_CHARS:
+            continue
+        cut = _last_border(rest, max(unsearched, len(rest) - 4096)) or _last_border(
+            rest, unsearched
+        )
+        if not cut and len(rest) >= FORCED_CHARS:
+            cut = len(rest)
+        if cut:
+            yield Piece(rest[:cut], begins, read)
+            rest, begins = rest[cut:], False
+    if rest or begins:
+        yield Piece(rest, begins, read)
+
+
+def _last_border(text: str, start: int) -> int:
+    """Where to cut `text`, as late as possible behind `start`; 0 if nowhere."""
+    end = 0
+    for match in _BORDER.finditer(text, start):
+        end = match.end()
+    return end
+
+
+def _decoded(path: Path, content: bytes, offset: int) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise _not_utf8(path, offset + e.start, content[e.start]) from e
+
+
+def _not_utf8(path: Path, offset: int, byte: int) -> DataError:
+    return DataError(
+        f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {offset}; convert it first, as in: "
+        f"iconv -f LATIN1 -t UTF-8"
+    )
+
+
+def _listed(kinds: Mapping[str, str]) -> str:
+    return " or ".join(kinds)

@@ -1,0 +1,146 @@
+"""llm.c's model files: a header with the sizes, then the sixteen tensors of layout.parameters.
+
+They stand in llm.c's order, stacked over layers, matrices (out, in) as ours; wte has its padding
+rows, all zero. Version 3 is float32 and 5 is bfloat16; version 1, float32 without padding rows, is
+read but no longer written. Source: llm.c's train_gpt2.py and train_gpt2.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.formats.disk import BLOCK_BYTES, read_array, whole, write_array
+from gpu_gpt2.formats.header import HEADER_BYTES, header_bytes, read_header
+from gpu_gpt2.formats.pieces import BFLOAT16, Piece, Weights, WeightSource, pieces
+from gpu_gpt2.layout import parameters
+
+MAGIC: Final = 20240326
+TENSORS: Final = (
+    "wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
+    "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb",
+)  # fmt: skip
+DTYPES: Final[Mapping[str, np.dtype[Any]]] = {"fp32": np.dtype(np.float32), "bf16": BFLOAT16}
+
+_READ: Final = {1: "fp32", 3: "fp32", 5: "bf16"}  # dtypes by version
+_WRITTEN: Final = {"fp32": 3, "bf16": 5}
+_REFUSED: Final = {
+    2: "stood for several byte layouts that cannot be told apart",
+    4: "mixes bfloat16 with float32",
+}
+_SIZES: Final = range(1, 2**31)
+_OTHER_FILES: Final = {
+    20240803: "a Llama 3 model",
+    20240327: "a debug state, the numbers that gpu-gpt2 verify compares a model with",
+    20240527: "the optimizer state of a run; the model is in the model_*.bin beside it",
+    20240520: "text as tokens of GPT-2",
+    20240801: "text as tokens of Llama 3",
+    20240522: "questions with answers to choose from, such as HellaSwag",
+    20240328: "a tokenizer",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LlmcModel:
+    """A model file that was checked, as a source of weights."""
+
+    path: Path
+    config: ModelConfig
+    dtype: np.dtype[Any]
+    starts: Mapping[str, int]  # of tensors, in elements
+
+    def read(self) -> Iterator[tuple[Piece, Weights]]:
+        for piece in pieces(self.config):
+            offset = _offset(self.starts, piece, self.dtype)
+            yield piece, read_array(self.path, offset, piece.shape, self.dtype)
+
+
+def open_model(path: Path) -> LlmcModel:
+    """The model in a file of llm.c, version 1, 3 or 5; DataError says what is wrong."""
+    header = read_header(path, "model file of llm.c")
+    if header.magic in _OTHER_FILES:
+        raise DataError(
+            f"{path}: this file of llm.c is {_OTHER_FILES[header.magic]}; name a GPT-2 model "
+            f"(magic number {MAGIC})"
+        )
+    header.expect(0, "magic number", (MAGIC,))
+    if header.version in _REFUSED:
+        raise DataError(
+            f"{path}: version {header.version} at offset 4 {_REFUSED[header.version]}; export the "
+            f"model again with a current llm.c, which writes versions 3 and 5"
+        )
+    version = header.expect(1, "version", tuple(_READ))
+    vocab_size = header.expect(3, "vocabulary size", _SIZES)
+    sizes = {
+        "vocab_size": vocab_size,
+        "n_positions": header.expect(2, "context length", _SIZES),
+        "n_layer": header.expect(4, "number of layers", _SIZES),
+        "n_head": header.expect(5, "number of heads", _SIZES),
+        "n_embd": header.expect(6, "number of channels", _SIZES),
+    }
+    padded = (0,) if version == 1 else range(vocab_size, 2**31)
+    rows = header.expect(7, "padded vocabulary size", padded) or vocab_size
+    try:
+        config = ModelConfig(**sizes)
+    except ConfigError as e:
+        raise DataError(f"{path}: {e}; the file is damaged or of another kind") from e
+    starts, count = _layout(config, rows)
+    dtype = DTYPES[_READ[version]]
+    header.expect_size(
+        HEADER_BYTES + count * dtype.itemsize,
+        f"a GPT-2 of {config.n_layer} layers of {config.n_embd}, vocabulary {rows}, context "
+        f"{config.n_positions} in {dtype}",
+    )
+    model = LlmcModel(path=path, config=config, dtype=dtype, starts=starts)
+    _check_padding(model, rows)
+    return model
+
+
+def write_model(path: Path, source: WeightSource, dtype: str) -> None:
+    """Writes version 3 (`dtype` "fp32") or 5 ("bf16"), whole or not at all. Raises OSError."""
+    c = source.config
+    starts, _ = _layout(c, c.padded_vocab_size)
+    with whole(path) as temporary, temporary.open("wb") as file:
+        sizes = (c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.padded_vocab_size)
+        file.write(header_bytes(MAGIC, _WRITTEN[dtype], *sizes))
+        for piece, values in source.read():
+            offset = _offset(starts, piece, DTYPES[dtype])
+            write_array(file, offset, values, DTYPES[dtype])  # what is skipped, padding, is zero
+
+
+def _layout(config: ModelConfig, rows: int) -> tuple[dict[str, int], int]:
+    """The element at which each tensor starts where wte has `rows` rows, and how many there are."""
+    sizes = {spec.name: spec.size for spec in parameters(config)}
+    sizes["wte"] = rows * config.n_embd
+    starts, end = {}, 0
+    for name in TENSORS:
+        starts[name] = end
+        end += sizes[name]
+    return starts, end
+
+
+def _offset(starts: Mapping[str, int], piece: Piece, dtype: np.dtype[Any]) -> int:
+    """The byte at which a piece starts."""
+    element = starts[piece.name] + (piece.layer or 0) * math.prod(piece.shape)
+    return HEADER_BYTES + element * dtype.itemsize
+
+
+def _check_padding(model: LlmcModel, rows: int) -> None:
+    """Refuses rows of wte beyond the vocabulary that are not zero: nothing could keep them."""
+    V, C = model.config.vocab_size, model.config.n_embd
+    step = max(1, BLOCK_BYTES // (C * model.dtype.itemsize))
+    for row in range(V, rows, step):
+        offset = HEADER_BYTES + row * C * model.dtype.itemsize
+        block = read_array(model.path, offset, (min(step, rows - row), C), model.dtype)
+        if block.any():
+            raise DataError(
+                f"{model.path}: wte has values other than zero from offset {offset} on, in the "
+                f"padding rows {V} to {rows - 1}; the file is damaged, so write it again"
+            )
