@@ -340,7 +340,7 @@ def _damage_training(folder: Path) -> None:
         (("--data", "none.txt"), r"no file none\.txt"),
         (("--data", "*.bin"), r"no file matches \*\.bin"),
         (("--data", "latin1.txt"), r"latin1\.txt is not UTF-8 text: byte 0xe9 at offset 3"),
-        (("--data", "cut.tokens"), r"cut\.tokens: 40 tokens at offset 8"),
+        (("--data", "cut.tokens"), r"cut\.tokens: 40 tokens, as offset 8 says"),
         (("--data", "beyond.tokens"), r"beyond\.tokens: token 257 at position 3 is outside"),
         (("--data", "one.tokens"), r"1 tokens of validation text are too few"),
         (("--hellaswag", "none.h"), r"cannot read the multiple-choice file none\.h"),

@@ -19,6 +19,7 @@ from gpu_gpt2 import checkpoint, layout
 from gpu_gpt2.config import TrainConfig
 from gpu_gpt2.errors import ConfigError, TrainingError
 from gpu_gpt2.formats.pieces import load_arena
+from gpu_gpt2.formats.tokens import write_tokens
 from gpu_gpt2.model import GPT2
 from gpu_gpt2.models import open_model
 from gpu_gpt2.ops.reference import ReferenceOps
@@ -118,9 +119,13 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one() -> None:
 
 
 def test_micro_batches_do_not_change_the_first_update() -> None:
-    """Rows come in the same order, so four batches of 2 see what one of 8 sees."""
-    one = train(settings(batch_size=8, steps=1, run_dir="one"), quiet()).checkpoint
-    four = train(settings(batch_size=2, steps=1, run_dir="four"), quiet()).checkpoint
+    """With text for 8 rows alone, four batches of 2 see what one of 8 sees."""
+    rng = np.random.default_rng(0)
+    write_tokens(Path("x_train.bin"), rng.integers(0, 256, 8 * 32 + 1))
+    write_tokens(Path("x_val.bin"), rng.integers(0, 256, 40))
+    once = {"data": "x_train.bin", "steps": 1}
+    one = train(settings(batch_size=8, run_dir="one", **once), quiet()).checkpoint
+    four = train(settings(batch_size=2, run_dir="four", **once), quiet()).checkpoint
     loss = [metrics(run)[0]["loss"] for run in ("one", "four")]
     assert loss[0] == pytest.approx(loss[1], rel=1e-6)
     a, b = checkpoint.load(one), checkpoint.load(four)
