@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,7 @@ from gpu_gpt2.formats import hf, llmc
 from gpu_gpt2.formats.disk import whole
 from gpu_gpt2.formats.pieces import Piece, Weights, WeightSource, pieces
 from gpu_gpt2.layout import parameter_count
-from gpu_gpt2.models import folder_of
+from gpu_gpt2.models import TOKENIZER_BIN, folder_of, tokenizer_of
 from gpu_gpt2.tokenizer import Tokenizer
 
 TARGETS: Final = ("hf", "llmc-fp32", "llmc-bf16")
@@ -60,8 +61,8 @@ def convert(source: WeightSource, destination: Path, to: str, watch: Callable[[i
     """Writes a model as `to`, one of TARGETS, whole or not at all; UserError.
 
     "hf" makes a folder with the weights in the source's dtype, and a tokenizer if there is one;
-    the others make a file of llm.c. `watch` gets the bytes dealt with since its last call; in the
-    end their sum is `bytes_of(source)`.
+    the others make a file of llm.c, and gpt2_tokenizer.bin beside it where there is none. `watch`
+    gets the bytes dealt with since its last call; in the end their sum is `bytes_of(source)`.
     """
     if to not in TARGETS:
         raise ConfigError(f"unknown kind of file {to!r}; choose --to {' | '.join(TARGETS)}")
@@ -76,6 +77,7 @@ def convert(source: WeightSource, destination: Path, to: str, watch: Callable[[i
                 _write_tokenizer(folder, source)
         else:
             llmc.write_model(destination, _Watched(source, watch), to.removeprefix("llmc-"))
+            _write_tokenizer_bin(destination.parent, source)
     except OSError as e:
         raise DataError(
             f"cannot write {destination}: {e.strerror or e}; nothing of it is left, so mend that "
@@ -121,3 +123,11 @@ def _write_tokenizer(folder: Path, source: WeightSource) -> None:
         shutil.copyfile(path, folder / path.name)
     if not found and source.config.vocab_size == GPT2_VOCAB_SIZE:
         Tokenizer.gpt2().save(folder)
+
+
+def _write_tokenizer_bin(folder: Path, source: WeightSource) -> None:
+    """The source's tokenizer as llm.c's programs look for it, unless one lies there already."""
+    if (folder / TOKENIZER_BIN).exists():
+        return
+    with suppress(DataError):  # a model without a tokenizer is a model all the same
+        tokenizer_of(source).save_bin(folder / TOKENIZER_BIN)

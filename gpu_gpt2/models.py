@@ -15,6 +15,7 @@ from gpu_gpt2.formats.vocabulary import holds_vocabulary
 from gpu_gpt2.init import InitialWeights
 from gpu_gpt2.tokenizer import Tokenizer
 
+TOKENIZER_BIN: Final = "gpt2_tokenizer.bin"  # as llm.c's programs call it, beside the model
 SEED: Final = 42  # of new models: llm.c's
 
 _SUFFIXES: Final = (".safetensors", ".bin")
@@ -47,7 +48,7 @@ def folder_of(source: WeightSource) -> Path | None:
 
 
 def tokenizer_of(source: WeightSource) -> Tokenizer:
-    """The tokenizer in the model's folder, else GPT-2's where the vocabulary has its size."""
+    """The tokenizer in the model's folder that fits it, else GPT-2's where that does."""
     folder, size = folder_of(source), source.config.vocab_size
     if folder is not None and holds_vocabulary(folder):
         tokenizer = Tokenizer.open(folder)
@@ -57,11 +58,16 @@ def tokenizer_of(source: WeightSource) -> Tokenizer:
                 f"they belong to different models"
             )
         return tokenizer
+    if isinstance(source, llmc.LlmcModel) and (file := source.path.parent / TOKENIZER_BIN).exists():
+        tokenizer = Tokenizer.open(file)
+        if tokenizer.vocab_size == size:  # else it belongs to another model in that folder
+            return tokenizer
     if size == GPT2_VOCAB_SIZE:
         return Tokenizer.gpt2()
     raise DataError(
         f"{folder or 'the model'} has {size} tokens and no tokenizer; only GPT-2's "
-        f"{GPT2_VOCAB_SIZE} are known without one, so name a folder that has a tokenizer.json"
+        f"{GPT2_VOCAB_SIZE} are known without one, so name a folder that has a tokenizer.json, or "
+        f"put a {TOKENIZER_BIN} beside the model"
     )
 
 

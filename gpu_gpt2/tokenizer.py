@@ -20,7 +20,7 @@ import numpy.typing as npt
 import tiktoken
 
 from gpu_gpt2.config import GPT2_VOCAB_SIZE
-from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.tokenizer_bin import write_tokenizer_bin
 from gpu_gpt2.formats.vocabulary import (
     END_OF_TEXT,
@@ -129,8 +129,19 @@ class Tokenizer:
         return cls(f"bpe:{vocab_size}", {bytes_of(word): rank for word, rank in vocab.items()})
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        """ids (tokens,) int32 of `text`; lone surrogates become U+FFFD, as UTF-8 has none."""
-        ids = self._encoding.encode_to_numpy(_without_lone_surrogates(text), disallowed_special=())
+        """ids (tokens,) int32 of `text`; lone surrogates become U+FFFD, as UTF-8 has none.
+
+        DataError for a text that tiktoken cannot cut.
+        """
+        try:
+            ids = self._encoding.encode_to_numpy(
+                _without_lone_surrogates(text), disallowed_special=()
+            )
+        except ValueError as e:
+            raise DataError(
+                "the text has too many blanks in a row to be cut into words, about a million; "
+                "take some of them out"
+            ) from e
         return ids.astype(np.int32)
 
     def decode(self, tokens: npt.NDArray[Any] | Sequence[int]) -> str:

@@ -12,6 +12,7 @@ import sys
 import tracemalloc
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import disk, hf, llmc
 from gpu_gpt2.formats.header import header_bytes
 from gpu_gpt2.formats.pieces import Arena, FloatArray, load_arena, named
+from gpu_gpt2.init import InitialWeights
 from gpu_gpt2.layout import parameter_count
 from gpu_gpt2.models import open_model, tokenizer_of
 from gpu_gpt2.tokenizer import Tokenizer
@@ -123,9 +125,10 @@ def test_a_run_is_converted_with_its_tokenizer(run: Run) -> None:
         assert Path("out", name).read_bytes() == (newest / name).read_bytes(), name
     assert run("convert", "run/step_00000010", "a.bin", "--to", "llmc-fp32")[0] == 0
     assert load_arena(open_model("a.bin")).tobytes() == (arena * 10).tobytes()
-    for model in ("run", "out", "out/model.safetensors"):
+    for model in ("run", "out", "out/model.safetensors", "a.bin"):
         code, out, err = run("generate", model, "--max-tokens", "0", "--prompt", "a b")
         assert (code, out) == (0, "a b\n"), err
+    Path("gpt2_tokenizer.bin").unlink()
     code, _, err = run("generate", "a.bin")
     assert code == 1
     assert "the model has 257 tokens and no tokenizer; only GPT-2's 50257 are known" in err
@@ -345,3 +348,18 @@ def test_memory_does_not_grow_with_the_model(kind: str, to: str, run: Run) -> No
         tracemalloc.stop()
     assert convert.bytes_of(source) == sum(seen) > 50_000_000
     assert peak < 8_000_000
+
+
+def test_a_models_own_vocabulary_goes_to_llm_c_and_is_found_there(tmp_path: Path) -> None:
+    """Written beside the file, used only by a model of its size, and never written over."""
+    config = ModelConfig(vocab_size=257, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    folder = tmp_path / "hf"
+    hf.write_model(folder, InitialWeights(config=config, seed=1), 256)
+    Tokenizer.of_bytes().save(folder)
+    convert.convert(open_model(folder), tmp_path / "a.bin", "llmc-fp32", lambda _: None)
+    written = (tmp_path / "gpt2_tokenizer.bin").read_bytes()
+    assert tokenizer_of(open_model(tmp_path / "a.bin")).tokens() == Tokenizer.of_bytes().tokens()
+    gpt2 = InitialWeights(config=replace(config, vocab_size=50257), seed=1)
+    convert.convert(gpt2, tmp_path / "b.bin", "llmc-bf16", lambda _: None)
+    assert (tmp_path / "gpt2_tokenizer.bin").read_bytes() == written
+    assert tokenizer_of(open_model(tmp_path / "b.bin")).name == "gpt2"

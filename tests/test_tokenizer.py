@@ -625,3 +625,8 @@ def test_pieces_are_those_of_tiktokens_own_gpt2() -> None:
 
     assert tokenizer_module._PIECES == openai_public.r50k_pat_str
     assert tiktoken.Encoding.encode_to_numpy  # missing before tiktoken 0.9
+
+
+def test_more_blanks_than_tiktoken_can_cut_are_one_line() -> None:
+    with pytest.raises(DataError, match="too many blanks in a row"):
+        Tokenizer.of_bytes().encode(" " * 3_000_000 + "x")

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from gpu_gpt2.device.select import DEVICES
 
+INTERRUPTED: Final = 130  # exit status after Ctrl-C, by convention
+
 console: Final = Console()
 
 Device = Annotated[str, typer.Option(help=f"{' | '.join(DEVICES)}")]

@@ -13,7 +13,7 @@ from gpu_gpt2.cli.common import console, say
 from gpu_gpt2.config import GPT2_VOCAB_SIZE
 from gpu_gpt2.convert import TARGETS, TOKENIZER_FILES, bytes_of
 from gpu_gpt2.convert import convert as convert_model
-from gpu_gpt2.models import open_model
+from gpu_gpt2.models import TOKENIZER_BIN, open_model
 
 
 def convert(
@@ -45,6 +45,9 @@ def convert(
         f"context {c.n_positions}, from {source.dtype} to {to}"
     )
     has_tokenizer = any((dst / name).is_file() for name in TOKENIZER_FILES)
+    if (dst.parent / TOKENIZER_BIN).exists() and to != "hf":
+        has_tokenizer = True
+        say(f"its tokenizer for llm.c's programs: {dst.parent / TOKENIZER_BIN}")
     if c.vocab_size == GPT2_VOCAB_SIZE or has_tokenizer:
         say(f'try it: gpu-gpt2 generate {shlex.quote(str(dst))} --prompt "Once upon a time"')
     elif to == "hf":

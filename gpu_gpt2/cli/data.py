@@ -21,8 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from gpu_gpt2.cli.common import console, say
-from gpu_gpt2.cli.train import INTERRUPTED
+from gpu_gpt2.cli.common import INTERRUPTED, console, say
 from gpu_gpt2.data import recipes
 from gpu_gpt2.data.download import Remote, download_all
 from gpu_gpt2.data.prepare import Plan, Prepared, finished, prepare

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from gpu_gpt2 import checkpoint
-from gpu_gpt2.cli.common import Device, Dtype, console, say
+from gpu_gpt2.cli.common import INTERRUPTED, Device, Dtype, console, say
 from gpu_gpt2.config import MODEL_NAMES, MODELS, TRAIN_DEFAULTS, TrainConfig
 from gpu_gpt2.data.corpus import BUILT_IN
 from gpu_gpt2.device.select import choose_dtype, open_device
@@ -20,7 +20,6 @@ from gpu_gpt2.tokenizer import is_path
 from gpu_gpt2.train import train as run_training
 
 RUNS: Final = Path("runs")
-INTERRUPTED: Final = 130  # exit status after Ctrl-C, by convention
 RESUMABLE: Final = {"device", "dtype", "steps", "eval_every", "sample_every"}  # may change
 
 

@@ -17,7 +17,7 @@ from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.debug_state import read_debug_state
 from gpu_gpt2.formats.pieces import load_arena
-from gpu_gpt2.models import open_model
+from gpu_gpt2.models import TOKENIZER_BIN, open_model
 from gpu_gpt2.tokenizer import Tokenizer
 from gpu_gpt2.verify.judge import expected_losses, verify
 
@@ -86,7 +86,7 @@ def _make(model: str, folder: Path) -> None:
     started = time.monotonic()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_bin(folder / "gpt2_tokenizer.bin")  # llm.c's programs want it there
+        tokenizer.save_bin(folder / TOKENIZER_BIN)  # llm.c's programs want it there
         for path in make_pair(folder, name, source.config, weights, tokens, targets):
             say(f"{time.monotonic() - started:5.1f} s  {path}  {path.stat().st_size:,} bytes")
     except OSError as e:
