@@ -63,6 +63,7 @@ def train(
         data.train,
         config.batch_size,
         config.seq_len,
+        scattered=not data.shards,
         vocab_size=sizes.vocab_size,
         seed=config.seed,
     )

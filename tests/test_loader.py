@@ -31,7 +31,9 @@ def _rows(batch: Batch) -> np.ndarray:
 
 
 def make(shards: list[np.ndarray], B: int, T: int, **options: int) -> BatchLoader:
-    return BatchLoader(shards, B, T, **{"vocab_size": 2**16, "seed": 42} | options)
+    return BatchLoader(
+        shards, B, T, **{"scattered": False, "vocab_size": 2**16, "seed": 42} | options
+    )
 
 
 def shards_of(*counts: int) -> list[np.ndarray]:
@@ -96,15 +98,18 @@ def test_an_epoch_of_all_ranks_takes_every_block_once() -> None:
         np.testing.assert_array_equal(np.sort(np.ravel(seen)), np.concatenate(expected))
 
 
-@given(st.integers(0, 40), st.lists(st.integers(40, 150), min_size=1, max_size=4))
+@given(done=st.integers(0, 40), counts=st.lists(st.integers(40, 150), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=60)
-def test_a_restored_loader_gives_the_same_batches(done: int, counts: list[int]) -> None:
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_restored_loader_gives_the_same_batches(
+    done: int, counts: list[int], scattered: bool
+) -> None:
     shards = shards_of(*counts)
-    loader = make(shards, 2, 7)
+    loader = make(shards, 2, 7, scattered=scattered)
     for _ in range(done):
         loader.next_batch()
     saved = json.loads(json.dumps(loader.state()))
-    restored = make(shards, 2, 7)
+    restored = make(shards, 2, 7, scattered=scattered)
     restored.restore(saved)
     for _ in range(30):
         expected, got = loader.next_batch(), restored.next_batch()
@@ -137,6 +142,34 @@ def test_another_text_is_not_gone_on_with() -> None:
     for changed in ([np.append(tokens, tokens[:1])], [tokens + 1]):
         with pytest.raises(DataError, match="not those of the saved run"):
             make(changed, 4, 10).restore(saved)
+
+
+@pytest.mark.parametrize(("count", "B", "T"), [(1000, 4, 16), (97, 1, 7), (65, 3, 1), (130, 2, 64)])
+def test_scattered_rows_come_once_an_epoch_from_changing_offsets(
+    count: int, B: int, T: int
+) -> None:
+    shards = shards_of(count)
+    rows = make(shards, 1, T, scattered=True)  # one row at a time tells the epochs apart
+    batches = make(shards, B, T, scattered=True)
+    starts: dict[int, list[int]] = {}
+    for _ in range(3 * count // (B * T)):
+        picked = []
+        for _ in range(B):
+            picked.append(_rows(rows.next_batch())[0])
+            starts.setdefault(rows.state()["epoch"], []).append(int(picked[-1][0]))
+        np.testing.assert_array_equal(_rows(batches.next_batch()), picked)
+        assert batches.state() == rows.state()
+    offsets = [min(starts[epoch]) for epoch in range(2)]
+    for epoch, offset in enumerate(offsets):
+        assert offset < T
+        assert sorted(starts[epoch]) == list(range(offset, count - T, T))
+    assert starts[0] != starts[1]
+    assert T == 1 or offsets[0] != offsets[1]
+
+
+def test_the_smallest_text_fills_any_scattered_batch() -> None:
+    batch = make(shards_of(9), 5, 8, scattered=True).next_batch()
+    np.testing.assert_array_equal(_rows(batch), [np.arange(9)] * 5)
 
 
 def test_a_shard_must_fill_a_block() -> None:

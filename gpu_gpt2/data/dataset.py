@@ -39,6 +39,7 @@ class Dataset:
     tokenizer: Tokenizer
     train: tuple[Tokens, ...]  # shards, each (tokens,)
     val: Tokens  # (tokens,), MAX_VAL_TOKENS at most; its first token is never predicted
+    shards: bool  # whether it was read from token files, not made here from one text
     val_bytes: int  # of text behind the predicted tokens of val; <|endoftext|> counts as none
 
     @property
@@ -86,13 +87,20 @@ def _encode(tokenizer: Tokenizer, documents: Sequence[str]) -> Tokens:
     return np.concatenate([tokens for pair in parts for tokens in pair])
 
 
-def _dataset(name: str, tokenizer: Tokenizer, train: Sequence[Tokens], val: Tokens) -> Dataset:
+def _dataset(
+    name: str,
+    tokenizer: Tokenizer,
+    train: Sequence[Tokens],
+    val: Tokens,
+    *,
+    shards: bool = False,
+) -> Dataset:
     val = val[:MAX_VAL_TOKENS]
     counts = np.bincount(val[1:], minlength=tokenizer.vocab_size)
     val_bytes = int(counts @ tokenizer.token_bytes().astype(np.int64))
     if val_bytes == 0:
         raise DataError(f"{name}: no text is left for validation; give more")
-    return Dataset(name, tokenizer, tuple(train), val, val_bytes)
+    return Dataset(name, tokenizer, tuple(train), val, shards, val_bytes)
 
 
 def token_files(data: str) -> list[Path]:
@@ -128,7 +136,7 @@ def _from_token_files(paths: Sequence[Path], spec: str) -> Dataset:
         train[-1], val = train[-1][:cut], train[-1][cut:]
         val = val[:MAX_VAL_TOKENS]
     check_tokens(val, tokenizer.vocab_size, str((val_paths or paths)[-1]))
-    return _dataset(paths[0].stem, tokenizer, train, val)
+    return _dataset(paths[0].stem, tokenizer, train, val, shards=True)
 
 
 def _val_files(path: Path) -> Iterator[Path]:

@@ -35,6 +35,9 @@ class BatchLoader:
     each rank takes its own B * T. In an epoch every shard comes once, in random order, and in it
     every block, in random order; the tokens left over at a shard's end are not read. Documents are
     not kept apart.
+
+    So a batch is one passage, from which a small text is learnt badly. With `scattered`, blocks are
+    single rows, B of which make a batch, and begin at another offset below T in every epoch.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class BatchLoader:
         B: int,
         T: int,
         *,
+        scattered: bool,
         vocab_size: int,
         seed: int,
         rank: int = 0,
@@ -50,10 +54,14 @@ class BatchLoader:
     ) -> None:
         """shards: each (count,) integers. DataError for one too short, or with tokens >= V."""
         self._shards = shards
-        self._B, self._T = B, T
+        self._T = T
+        self._scattered = scattered
+        self._blocks_per_batch = B if scattered else 1
+        block_rows = 1 if scattered else B
+        self._part_tokens = block_rows * T
         self._vocab_size = vocab_size
-        self._block_tokens = world_size * B * T
-        self._rank_offset = rank * B * T
+        self._block_tokens = world_size * block_rows * T
+        self._rank_offset = rank * block_rows * T
         self._random = MersenneTwister(seed + rank)
         self._crc32 = 0
         for shard in shards:
@@ -71,17 +79,26 @@ class BatchLoader:
         self._next_epoch()
 
     def next_batch(self) -> Batch:
-        """This rank's part of the next block."""
+        """This rank's rows of the next blocks."""
+        parts = [self._next_part() for _ in range(self._blocks_per_batch)]
+        inputs = np.concatenate([part[:-1] for part in parts]).reshape(-1, self._T)
+        targets = np.concatenate([part[1:] for part in parts]).reshape(-1, self._T)
+        return _batch(inputs, targets)
+
+    def _next_part(self) -> Tokens:
+        """This rank's part of the next block and the token after it: one row ends where the next
+        begins.
+        """
         if self._position == len(self._blocks):
             if self._shard + 1 < len(self._shards):
                 self._open(self._shard + 1)
             else:
                 self._next_epoch()
-        start = int(self._blocks[self._position]) * self._block_tokens + self._rank_offset
+        block_start = self._offset + int(self._blocks[self._position]) * self._block_tokens
+        start = block_start + self._rank_offset
         self._position += 1
-        # Row b ends where row b + 1 begins, so they are one piece of the text.
-        piece = self._tokens[start : start + self._B * self._T + 1]
-        return _batch(piece[:-1].reshape(self._B, self._T), piece[1:].reshape(self._B, self._T))
+        part: Tokens = self._tokens[start : start + self._part_tokens + 1]
+        return part
 
     def state(self) -> dict[str, Any]:
         """Where the next batch begins, as JSON can hold it, and a checksum of the data."""
@@ -143,7 +160,12 @@ class BatchLoader:
         self._tokens = self._shards[self._order[shard]]
         check_tokens(self._tokens, self._vocab_size, _name(self._tokens))
         self._before_blocks = self._random.state()
-        self._blocks = self._random.permutation((len(self._tokens) - 1) // self._block_tokens)
+        inputs = len(self._tokens) - 1
+        self._offset = 0
+        if self._scattered:
+            offsets = min(self._T, inputs - self._block_tokens + 1)
+            self._offset = int(self._random.draw(1)[0]) % offsets
+        self._blocks = self._random.permutation((inputs - self._offset) // self._block_tokens)
 
 
 def _name(tokens: Tokens) -> str:

@@ -294,8 +294,13 @@ def _write_manifest(plan: Plan, done: Prepared) -> None:
         "shards": [asdict(shard) for shard in done.shards],
         "complete": done.complete,
     }
-    with whole(plan.manifest) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    try:
+        with whole(plan.manifest) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as e:
+        raise DataError(
+            f"cannot write {plan.manifest}: {e.strerror}; make room or choose another folder"
+        ) from e
 
 
 def _sources(plan: Plan) -> list[list[str | int]]:
