@@ -197,7 +197,7 @@ TRAIN_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "cpu": {
         "model": "mini", "tokenizer": "bpe:1024", "steps": 1400, "batch_size": 8, "seq_len": 64,
-        "total_batch_tokens": 512, "lr": 2e-3, "warmup_steps": 50, "weight_decay": 0.5,
+        "total_batch_tokens": 512, "lr": 1e-3, "warmup_steps": 50, "weight_decay": 0.5,
         "eval_every": 350, "sample_every": 0,
     },
     "emulator": {
