@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu_gpt2.data import loader as loader_module
 from gpu_gpt2.data.loader import Batch, BatchLoader, sequential_batches
 from gpu_gpt2.data.prefetch import DEPTH, Prefetcher
 from gpu_gpt2.errors import DataError
@@ -124,7 +125,7 @@ def test_a_restored_loader_gives_the_same_batches(
     [
         {"position": 100}, {"position": -1}, {"epoch": -1}, {"crc32": 0}, {"epoch": "x"},
         {"shards": [0, 0]}, {"shards": [0, 1, 2]}, {"shards": ["x", 1]}, {"shard": 2},
-        {"shard": -1}, {"drawn": 625}, {"drawn": -1}, {"generator": "AAAA"}, {"generator": "?"},
+        {"shard": -1}, {"drawn": 625}, {"drawn": -1}, {"generator": "AAAA"}, {"generator": "A" * 16}, {"generator": "?"},
         {"generator": 3}, {"epoch": 1e400},
     ],
 )  # fmt: skip
@@ -170,6 +171,13 @@ def test_scattered_rows_come_once_an_epoch_from_changing_offsets(
 def test_the_smallest_text_fills_any_scattered_batch() -> None:
     batch = make(shards_of(9), 5, 8, scattered=True).next_batch()
     np.testing.assert_array_equal(_rows(batch), [np.arange(9)] * 5)
+
+
+def test_a_text_that_goes_on_beyond_the_checksum_is_another(monkeypatch: Any) -> None:
+    monkeypatch.setattr(loader_module, "CHECKED_TOKENS", 10)
+    (tokens,) = shards_of(1000)
+    with pytest.raises(DataError, match="not those of the saved run"):
+        make([tokens], 4, 10).restore(make([tokens[:900]], 4, 10).state())
 
 
 def test_a_shard_must_fill_a_block() -> None:
