@@ -125,7 +125,8 @@ def test_a_restored_loader_gives_the_same_batches(
     [
         {"position": 100}, {"position": -1}, {"epoch": -1}, {"crc32": 0}, {"epoch": "x"},
         {"shards": [0, 0]}, {"shards": [0, 1, 2]}, {"shards": ["x", 1]}, {"shard": 2},
-        {"shard": -1}, {"drawn": 625}, {"drawn": -1}, {"generator": "AAAA"}, {"generator": "A" * 16}, {"generator": "?"},
+        {"shard": -1}, {"drawn": 625}, {"drawn": -1}, {"generator": "AAAA"}, {"generator": "?"},
+        {"generator": "A" * 16},
         {"generator": 3}, {"epoch": 1e400},
     ],
 )  # fmt: skip
