@@ -374,6 +374,35 @@ def test_validation_reads_no_more_than_it_says(
     assert dataset.val_bytes == len(predicted)
 
 
+def test_validation_of_a_text_and_of_a_last_tenth_is_no_longer(
+    shards: Path, text_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "MAX_VAL_TOKENS", 5)
+    (shards / "README.md").unlink()
+    for data in (text_path, shards / "other_val.bin"):
+        if data.suffix == ".bin":
+            write_tokens(data, np.arange(400))
+        dataset = prepare(str(data), "gpt2")
+        assert len(dataset.val) == 5
+        assert dataset.val_bytes == len(dataset.tokenizer.decode_bytes(dataset.val[1:]))
+
+
+def test_validation_stops_at_the_file_that_fills_it(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third file, damaged, is not even opened."""
+    monkeypatch.setattr(dataset_module, "MAX_VAL_TOKENS", 80)
+    (shards / "web_val_000002.bin").write_bytes(b"damaged")
+    assert len(prepare(str(shards), "gpt2").val) == 80
+
+
+def test_a_pattern_that_names_validation_files_trains_on_them_alone(shards: Path) -> None:
+    """What is trained on is not held out: then the last tenth of the last file is."""
+    dataset = prepare(str(shards / "web_*.bin"), "gpt2")
+    assert [len(shard) for shard in dataset.train] == [100, 100, 100, 40, 36]
+    assert dataset.val.tolist() == list(range(1036, 1040))
+
+
 def test_without_validation_shards_the_last_tenth_is_held_out(shards: Path) -> None:
     for path in shards.glob("*_val*.bin"):
         path.unlink()

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ from gpu_gpt2.formats.pieces import Arena
 from gpu_gpt2.init import initial_weights
 from gpu_gpt2.models import open_model
 from gpu_gpt2.verify.judge import (
+    LIMITS,
     STARTER_PACK_LOSSES,
     STEPS,
     Finding,
+    _compared,
     expected_losses,
     losses_path,
     verify,
@@ -116,6 +119,19 @@ def test_a_small_error_everywhere_is_found(pair: Path) -> None:
     grads = dict(read_debug_state(pair / "small_debug_state.bin", CONFIG).grads)
     grads["fcw"] = grads["fcw"] * 1.00005
     assert failed(findings(pair, grads=grads)) == ["dfcw"]
+
+
+def test_an_element_is_judged_by_its_row(pair: Path) -> None:
+    """Beside large neighbours a small element may be off by what they may, in a tensor of zeros."""
+    expected = np.zeros((100, 8), np.float32)
+    expected[3] = 1.0
+    expected[3, 5] = 0.0
+    ours = expected.copy()
+    ours[3, 5] = 0.5e-4  # half of the limit for this row, five limits for the tensor
+    limits = replace(LIMITS["fp32"], rms=1.0)
+    assert _compared("x", ours, expected, limits).passed
+    ours[3, 5] = 2e-4
+    assert not _compared("x", ours, expected, limits).passed
 
 
 def test_a_wrong_logit_and_a_wrong_loss_are_named(pair: Path) -> None:

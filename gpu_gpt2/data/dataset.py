@@ -134,7 +134,6 @@ def _from_token_files(paths: Sequence[Path], spec: str) -> Dataset:
     else:
         cut = int(len(train[-1]) * (1 - VAL_FRACTION))
         train[-1], val = train[-1][:cut], train[-1][cut:]
-        val = val[:MAX_VAL_TOKENS]
     check_tokens(val, tokenizer.vocab_size, str((val_paths or paths)[-1]))
     return _dataset(paths[0].stem, tokenizer, train, val, shards=True)
 
