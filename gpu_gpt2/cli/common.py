@@ -7,7 +7,11 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-from gpu_gpt2.device.select import DEVICES
+from gpu_gpt2 import layout
+from gpu_gpt2.device.select import DEVICES, choose_dtype, open_device
+from gpu_gpt2.formats.pieces import WeightSource, load_arena
+from gpu_gpt2.model import GPT2
+from gpu_gpt2.ops.select import ops_for
 
 INTERRUPTED: Final = 130  # exit status after Ctrl-C, by convention
 
@@ -20,3 +24,19 @@ Dtype = Annotated[str, typer.Option(help="auto | fp32 | bf16")]
 def say(text: str) -> None:
     """One line, never wrapped, so that a path or a command in it can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def model_on_device(source: WeightSource, device: str, dtype: str, B: int, T: int) -> GPT2:
+    """A model that reads, but is not trained, for batches of up to (B, T)."""
+    place = open_device(device)
+    dtype = choose_dtype(dtype, place)
+    gpt2 = GPT2(
+        source.config,
+        ops_for(place, dtype, layout.widest(source.config)),
+        dtype=dtype,
+        max_batch=B,
+        max_seq_len=T,
+        training=False,
+    )
+    gpt2.load(load_arena(source))
+    return gpt2

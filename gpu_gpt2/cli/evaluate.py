@@ -14,24 +14,21 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from gpu_gpt2 import layout
 from gpu_gpt2.checkpoint import TRAINING_FILE, trained_seq_len
-from gpu_gpt2.cli.common import Device, Dtype, console, say
+from gpu_gpt2.cli.common import Device, Dtype, console, model_on_device, say
 from gpu_gpt2.config import MAX_BATCH_TOKENS, TrainConfig
 from gpu_gpt2.data.corpus import BUILT_IN, text_file
 from gpu_gpt2.data.dataset import prepare
 from gpu_gpt2.data.loader import Batch, sequential_batches
-from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
 from gpu_gpt2.evaluate import mean_loss
 from gpu_gpt2.formats.choices import Example, read_choices
 from gpu_gpt2.formats.hf import read_json
-from gpu_gpt2.formats.pieces import WeightSource, load_arena
+from gpu_gpt2.formats.pieces import WeightSource
 from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_tokens
 from gpu_gpt2.model import GPT2, check_seq_len
 from gpu_gpt2.models import folder_of, open_model, tokenizer_of
 from gpu_gpt2.multiple_choice import answers, check_examples, row_length
-from gpu_gpt2.ops.select import ops_for
 from gpu_gpt2.tokenizer import Tokenizer
 
 
@@ -79,7 +76,7 @@ def evaluate(
     if data is not None or not examples:
         tokenizer, texts = _run_data(model, source) if data is None else _given_data(data, source)
     longest = T if texts else max(map(row_length, examples))
-    gpt2 = _load(source, device, dtype, batch_size, longest)
+    gpt2 = model_on_device(source, device, dtype, batch_size, longest)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # overflow: the checks below say it better
         if texts:
@@ -137,21 +134,6 @@ def _given_data(data: str, source: WeightSource) -> tuple[Tokenizer | None, Sequ
     except DataError as error:
         say(f"no bits per byte: {error}")
         return None, texts
-
-
-def _load(source: WeightSource, device: str, dtype: str, B: int, T: int) -> GPT2:
-    place = open_device(device)
-    dtype = choose_dtype(dtype, place)
-    gpt2 = GPT2(
-        source.config,
-        ops_for(place, dtype, layout.widest(source.config)),
-        dtype=dtype,
-        max_batch=B,
-        max_seq_len=T,
-        training=False,
-    )
-    gpt2.load(load_arena(source))
-    return gpt2
 
 
 def _print_loss(

@@ -7,15 +7,10 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from gpu_gpt2 import layout
 from gpu_gpt2.checkpoint import trained_seq_len
-from gpu_gpt2.cli.common import Device, Dtype
-from gpu_gpt2.device.select import choose_dtype, open_device
-from gpu_gpt2.formats.pieces import load_arena
+from gpu_gpt2.cli.common import Device, Dtype, model_on_device
 from gpu_gpt2.generate import generate as generate_tokens
-from gpu_gpt2.model import GPT2
 from gpu_gpt2.models import folder_of, open_model, tokenizer_of
-from gpu_gpt2.ops.select import ops_for
 
 
 def generate(
@@ -39,17 +34,8 @@ def generate(
     tokenizer = tokenizer_of(source)
     tokens = tokenizer.encode(prompt)
     tokens = np.concatenate([np.array([tokenizer.eot], np.int32), tokens.astype(np.int32)])
-    place = open_device(device)
-    dtype = choose_dtype(dtype, place)
-    gpt2 = GPT2(
-        source.config,
-        ops_for(place, dtype, layout.widest(source.config)),
-        dtype=dtype,
-        max_batch=1,
-        max_seq_len=trained_seq_len(folder_of(source), source.config),
-        training=False,
-    )
-    gpt2.load(load_arena(source))
+    seq_len = trained_seq_len(folder_of(source), source.config)
+    gpt2 = model_on_device(source, device, dtype, 1, seq_len)
     pieces = [tokenizer.decode_bytes(tokens[1:])]
     for token in generate_tokens(
         gpt2, tokens, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed

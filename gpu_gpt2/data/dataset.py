@@ -20,6 +20,7 @@ import numpy as np
 from gpu_gpt2.cache import cache_dir
 from gpu_gpt2.data.corpus import BUILT_IN, VAL_FRACTION, Corpus, text_file
 from gpu_gpt2.errors import ConfigError, DataError, UserError
+from gpu_gpt2.formats.disk import sha256_of
 from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_tokens, write_tokens
 from gpu_gpt2.tokenizer import Tokenizer, cache_key, make_tokenizer, vocab_size_of
 
@@ -173,7 +174,7 @@ def _cache_folder(corpus: Corpus, spec: str) -> Path | None:
 def _read_cache(folder: Path, name: str) -> Dataset:
     """The dataset in `folder`; OSError, ValueError or DataError if any byte of it is wrong."""
     sums = json.loads((folder / "meta.json").read_bytes())
-    if sums != {file: _sha256(folder / file) for file in CACHED}:
+    if sums != {file: sha256_of(folder / file) for file in CACHED}:
         raise ValueError(f"{folder} is damaged")
     tokenizer = Tokenizer.open(folder)
     return _dataset(
@@ -189,17 +190,9 @@ def _write_cache(folder: Path, dataset: Dataset) -> None:
         write_tokens(temporary / "train.bin", dataset.train[0])
         write_tokens(temporary / "val.bin", dataset.val)
         dataset.tokenizer.save(temporary)
-        sums = {file: _sha256(temporary / file) for file in CACHED}
+        sums = {file: sha256_of(temporary / file) for file in CACHED}
         (temporary / "meta.json").write_text(json.dumps(sums, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from typing import Any, Final
 import requests
 
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.disk import sync
+from gpu_gpt2.formats.disk import sha256_of, sync
 
 AT_ONCE: Final = 4  # downloads
 ATTEMPTS: Final = 5  # in a row without a single byte
@@ -287,17 +286,9 @@ def _check(remote: Remote, part: Path, origin: _Origin) -> None:
     size = part.stat().st_size
     if remote.size is not None and size != _wanted(remote, remote.size):
         raise DataError(f"{size} bytes, expected {_wanted(remote, remote.size)}")
-    if origin.sha256 and size == origin.total and (found := _sha256(part)) != origin.sha256:
+    if origin.sha256 and size == origin.total and (found := sha256_of(part)) != origin.sha256:
         raise DataError(f"its SHA-256 is {found}, expected {origin.sha256}")
     remote.check(part)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _unreachable(remote: Remote, reason: str) -> DataError:

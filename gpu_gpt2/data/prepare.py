@@ -7,7 +7,6 @@ text the next one begins.
 from __future__ import annotations
 
 import glob
-import hashlib
 import itertools
 import json
 import time
@@ -23,7 +22,7 @@ import numpy.typing as npt
 from gpu_gpt2.data.documents import Piece, Source, read_pieces
 from gpu_gpt2.data.encode import Encoded, Place, encode_pieces
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.disk import whole
+from gpu_gpt2.formats.disk import sha256_of, whole
 from gpu_gpt2.formats.tokens import token_writer
 
 FORMAT: Final = 1  # raised whenever the same text would give other files
@@ -164,7 +163,7 @@ def _write_stream(plan: Plan, number: int, done: Prepared, progress: Progress) -
                 Shard(
                     file=name,
                     tokens=count,
-                    sha256=_sha256(plan.folder / name),
+                    sha256=sha256_of(plan.folder / name),
                     stream=number,
                     index=index,
                     source=feed.place.source,
@@ -268,7 +267,7 @@ def _read_manifest(plan: Plan) -> Prepared:
     for name, sha256 in sums.items():
         file = plan.folder / name
         try:
-            damaged = _sha256(file) != sha256
+            damaged = sha256_of(file) != sha256
         except OSError as e:
             raise DataError(f"cannot read {file}: {e.strerror}; {again}") from e
         if damaged:
@@ -314,11 +313,3 @@ def _sources(plan: Plan) -> list[list[str | int]]:
 
 def _bytes_of(source: Source) -> int:
     return source.path.stat().st_size
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -116,8 +116,6 @@ def _bare_tokens(path: Path, size: int) -> Tokens:
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> Tokens:
-    if count == 0:
-        return np.empty(0, dtype)  # an empty file cannot be mapped
     return np.memmap(path, dtype, "r", offset=offset, shape=(count,))
 
 
