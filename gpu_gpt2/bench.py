@@ -16,12 +16,12 @@ from rich.table import Table
 
 from gpu_gpt2 import layout
 from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, model_config
-from gpu_gpt2.device.base import FLOAT32
+from gpu_gpt2.device.base import FLOAT32, X_DTYPES
 from gpu_gpt2.device.cupy_device import CupyDevice
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.init import initial_weights
-from gpu_gpt2.model import DTYPES, GPT2
+from gpu_gpt2.model import GPT2
 from gpu_gpt2.ops.interface import AdamWStep
 from gpu_gpt2.ops.select import ops_for
 from gpu_gpt2.optimizer import AdamW
@@ -85,7 +85,7 @@ def training_step(
 
 def planned_bytes(config: ModelConfig, dtype: str, batch_size: int, seq_len: int) -> int:
     """Weights, gradients, two moments, master weights if separate, and activations."""
-    x = DTYPES[dtype]
+    x = X_DTYPES[dtype]
     per_parameter = x.itemsize + 3 * FLOAT32.itemsize + (FLOAT32.itemsize if x != FLOAT32 else 0)
     activations = layout.activations(config, batch_size, seq_len)
     return int(layout.parameter_count(config) * per_parameter + layout.bytes_of(activations, x))

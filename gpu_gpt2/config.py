@@ -117,7 +117,7 @@ class TrainConfig:
     data: str
     model: str
     device: str
-    dtype: str  # "fp32" or "bf16"
+    dtype: str  # "fp32", "bf16" or "fp16"
     tokenizer: str  # "gpt2", "bytes", "bpe:N" or a path
     steps: int
     batch_size: int  # sequences in one micro-batch
@@ -154,8 +154,8 @@ class TrainConfig:
             raise ConfigError(f"lr must be a positive number, not {self.lr}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"weight_decay must be a finite number >= 0, not {self.weight_decay}")
-        if self.dtype not in ("fp32", "bf16"):
-            raise ConfigError(f"dtype must be fp32 or bf16, not {self.dtype!r}")
+        if self.dtype not in ("fp32", "bf16", "fp16"):
+            raise ConfigError(f"dtype must be fp32, bf16 or fp16, not {self.dtype!r}")
         micro = self.batch_size * self.seq_len
         if micro > MAX_BATCH_TOKENS:
             raise ConfigError(

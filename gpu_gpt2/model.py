@@ -6,18 +6,15 @@ The same lines run on every device: `ops` decides whether an op is NumPy or a ke
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2 import layout
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.device.base import BFLOAT16, FLOAT32, Array
+from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops.interface import Ops
-
-DTYPES: Final = {"fp32": FLOAT32, "bf16": BFLOAT16}
 
 
 def check_seq_len(T: int, config: ModelConfig) -> None:
@@ -50,7 +47,7 @@ class GPT2:
         check_seq_len(max_seq_len, config)
         self.config = config
         self.ops = ops
-        self.dtype = DTYPES[dtype]
+        self.dtype = X_DTYPES[dtype]
         self.max_batch, self.max_seq_len = max_batch, max_seq_len
         specs = layout.parameters(config)
         n = layout.parameter_count(config)

@@ -11,13 +11,24 @@
 
 // --- types ---
 
-// bfloat16: the upper 16 bits of a float32. Only a storage format here; all arithmetic is float32.
+// Formats to store in, 16 bits wide; all arithmetic is float32, or a tensor core's. bfloat16 is the
+// upper half of a float32; float16 has 5 bits of exponent (6.1e-5 to 65504 at full accuracy, and
+// down to 6.0e-8 at less) and 11 significant ones.
 struct bf16 {
     unsigned short bits;
 };
+struct fp16 {
+    unsigned short bits;
+};
 
-#if FLOATX_IS_BF16
+// The type of activations and weights, chosen when the file is compiled: -DFLOATX=BF16.
+#define FP32 0
+#define BF16 1
+#define FP16 2
+#if FLOATX == BF16
 typedef bf16 floatX;
+#elif FLOATX == FP16
+typedef fp16 floatX;
 #else
 typedef float floatX;
 #endif
@@ -26,6 +37,23 @@ __device__ inline float to_float(float value) { return value; }
 
 __device__ inline float to_float(bf16 value) {
     return __uint_as_float((unsigned int)value.bits << 16);
+}
+
+__device__ inline float to_float(fp16 value) {
+#ifndef GPU_GPT2_EMULATOR
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+#else
+    unsigned int sign = (value.bits & 0x8000u) << 16;
+    unsigned int magnitude = value.bits & 0x7fffu;
+    if (magnitude >= 0x7c00u) {  // infinity or NaN
+        return __uint_as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    }
+    // Moved into a float32's place the exponent is 127 - 15 too small. This product repairs it, for
+    // numbers below full accuracy too, and is exact.
+    return __uint_as_float(sign | magnitude << 13) * __uint_as_float((127u + 112u) << 23);
+#endif
 }
 
 // Rounds to nearest, ties to even. Adding 0x7fff carries into the kept half when the dropped half
@@ -42,9 +70,35 @@ __device__ inline bf16 to_bf16(float value) {
     return result;
 }
 
+// Rounds to nearest, ties to even; beyond 65519 to infinity.
+__device__ inline fp16 to_fp16(float value) {
+    fp16 result;
+#ifndef GPU_GPT2_EMULATOR
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+#else
+    unsigned int bits = __float_as_uint(value);
+    unsigned int sign = bits >> 16 & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) {
+        result.bits = (unsigned short)(sign | 0x7e00u | (bits >> 13 & 0x3ffu));
+    } else if (bits >= 0x477ff000u) {  // 65520 and more
+        result.bits = (unsigned short)(sign | 0x7c00u);
+    } else if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 leaves units of 2^-24, rounded
+        bits = __float_as_uint(__uint_as_float(bits) + 0.5f) - 0x3f000000u;
+        result.bits = (unsigned short)(sign | bits);
+    } else {  // as in to_bf16, with 13 bits dropped and the exponent made 112 smaller
+        bits = (bits - (112u << 23) + 0xfffu + (bits >> 13 & 1u)) >> 13;
+        result.bits = (unsigned short)(sign | bits);
+    }
+#endif
+    return result;
+}
+
 __device__ inline floatX to_floatX(float value) {
-#if FLOATX_IS_BF16
+#if FLOATX == BF16
     return to_bf16(value);
+#elif FLOATX == FP16
+    return to_fp16(value);
 #else
     return value;
 #endif

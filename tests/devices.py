@@ -10,9 +10,10 @@ import numpy.typing as npt
 import pytest
 
 from gpu_gpt2.check import CASES, LARGE_CASES, Case, run_case, widest_column_sum
-from gpu_gpt2.device.base import BFLOAT16, FLOAT32, Array, Device
+from gpu_gpt2.device.base import Array, Device
 from gpu_gpt2.device.cupy_device import CupyDevice
 from gpu_gpt2.device.emulator import EmulatorDevice
+from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.ops.interface import Ops
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
@@ -24,11 +25,10 @@ CPU = [pytest.param("fp32", "cpu", id="fp32-cpu")]
 KERNELS = [
     pytest.param(dtype, device, id=f"{dtype}-{device}", marks=marks)
     for device, marks in (("emulator", ()), ("cuda", pytest.mark.gpu))
-    for dtype in ("fp32", "bf16")
+    for dtype in DTYPES
 ]
 every_device = pytest.mark.parametrize(("dtype", "device"), CPU + KERNELS)
 kernel_devices = pytest.mark.parametrize(("dtype", "device"), KERNELS)
-X_DTYPES = {"fp32": FLOAT32, "bf16": BFLOAT16}
 
 
 def op_cases(*ops: str) -> pytest.MarkDecorator:
@@ -43,7 +43,7 @@ def _runs(ops: tuple[str, ...]) -> Iterator[object]:
     for case in (*CASES, *LARGE_CASES):
         if case.op not in ops:
             continue
-        for dtype in ("fp32", "bf16"):
+        for dtype in DTYPES:
             name = f"{case}-{dtype}"
             if case in CASES:
                 if dtype == "fp32":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from devices import X_DTYPES, assert_case, every_device, make_ops, op_cases, upload
+from devices import assert_case, every_device, make_ops, op_cases, upload
 
 from gpu_gpt2.check import Case
-from gpu_gpt2.device.base import FLOAT32
+from gpu_gpt2.device.base import FLOAT32, X_DTYPES
 from gpu_gpt2.ops.interface import AdamWStep
 
 

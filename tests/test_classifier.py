@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from devices import X_DTYPES, assert_case, every_device, kernel_devices, make_ops, op_cases, upload
+from devices import assert_case, every_device, kernel_devices, make_ops, op_cases, upload
 
 from gpu_gpt2.check import Case
-from gpu_gpt2.device.base import FLOAT32, INT32
+from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES
 
 
 @op_cases("classifier_fwd", "classifier_fwd_bwd")

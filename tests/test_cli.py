@@ -65,7 +65,7 @@ def write_bad_inputs() -> None:
         (["--data", "text.txt", "--tokenizer", "bpe:12"], "bpe:12"),
         (["--data", "text.txt", "--model", "gpt5"], "unknown model 'gpt5'; choose one of dN"),
         (["--device", "tpu"], "unknown device 'tpu'; choose one of auto, cuda, cpu, emulator"),
-        (["--dtype", "fp8"], "unknown dtype 'fp8'; choose one of auto, fp32, bf16"),
+        (["--dtype", "fp8"], "unknown dtype 'fp8'; choose one of auto, fp32, bf16, fp16"),
         (["--device", "cpu", "--dtype", "bf16"], "the CPU trains in fp32 only"),
         (["--data", "text.txt", "--model", "nano", "--seq-len", "33"], "context of 32"),
         (["--steps", "0"], "steps must be at least 1"),

@@ -40,7 +40,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelSource:
     shutil.copy(kernels_dir() / "common.cuh", tmp_path)
     (tmp_path / "sums.cu").write_text(KERNELS)
     monkeypatch.setattr(source_module, "kernels_dir", lambda: tmp_path)
-    return kernel_source("sums.cu", bf16=False)
+    return kernel_source("sums.cu", "fp32")
 
 
 @pytest.mark.parametrize("device", ["emulator"])

@@ -118,7 +118,7 @@ def test_the_size_that_no_head_divides() -> None:
         ({"seed": -1}, "seed must not be negative"),
         ({"seed": 1 << 32}, "seed must be at most 4294967295, not 4294967296"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative"),
-        ({"dtype": "fp8"}, "dtype must be fp32 or bf16"),
+        ({"dtype": "fp8"}, "dtype must be fp32, bf16 or fp16"),
         ({"batch_size": 3, "seq_len": 5, "total_batch_tokens": 31}, "not a multiple .* use 45"),
     ],
 )

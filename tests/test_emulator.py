@@ -97,7 +97,7 @@ def run_planted(on: EmulatorDevice, planted: Planted, fault: int) -> list[Any]:
 
     Inputs hold 1, 2, 3 ...; outputs of whole numbers start as zeros, others as `empty` makes them.
     """
-    kernels = kernel_source(planted.file, bf16=False, FAULT=fault)
+    kernels = kernel_source(planted.file, "fp32", FAULT=fault)
     n = planted.grid * planted.block
     arrays: list[Any] = []
     for parameter in kernels.parameters(planted.kernel):
@@ -121,7 +121,7 @@ def run_planted(on: EmulatorDevice, planted: Planted, fault: int) -> list[Any]:
 
 def test_every_kernel_has_a_planted_fault() -> None:
     for file in PLANTED_FILES:
-        kernels = kernel_source(file, bf16=False).signatures
+        kernels = kernel_source(file, "fp32").signatures
         assert set(kernels) == {planted.kernel for planted in PLANTED if planted.file == file}
 
 
@@ -144,7 +144,7 @@ def test_is_silent_without_the_fault(order: Order, planted: Planted) -> None:
 
 
 def test_the_arrays_keep_their_contents_after_a_report(emulator: EmulatorDevice) -> None:
-    kernels = kernel_source("bounds.cu", bf16=False, FAULT=1)
+    kernels = kernel_source("bounds.cu", "fp32", FAULT=1)
     y, x = emulator.zeros((64,), F32), numbers(emulator, 64)
     with pytest.raises(KernelError):
         emulator.launch(kernels, "read_past_end", (2,), (32,), (y, x))
@@ -160,7 +160,7 @@ def test_transpose(order: Order, n: int, m: int) -> None:
     on = EmulatorDevice(order, seed=3)
     y, x = on.empty((m, n), F32), numbers(on, n * m).reshape(n, m)
     grid = (-(-m // 32), -(-n // 32))
-    on.launch(kernel_source("right.cu", bf16=False), "transpose", grid, (32, 32), (y, x, n, m))
+    on.launch(kernel_source("right.cu", "fp32"), "transpose", grid, (32, 32), (y, x, n, m))
     np.testing.assert_array_equal(y, x.T)
 
 
@@ -172,7 +172,7 @@ def test_a_sum_has_the_same_bits_in_every_order(block: int) -> None:
         on = EmulatorDevice(order, seed=7)
         y = on.empty((1,), F32)
         args = (y, x, x.size, 0.5)
-        total = kernel_source("right.cu", bf16=False)
+        total = kernel_source("right.cu", "fp32")
         on.launch(total, "total", (1,), (block,), args, shared_bytes=block // 8)
         sums.append(y.tobytes())
     np.testing.assert_allclose(y[0], 0.5 * x.sum(dtype=np.float64), rtol=1e-5)
@@ -182,7 +182,7 @@ def test_a_sum_has_the_same_bits_in_every_order(block: int) -> None:
 def test_the_orders_differ() -> None:
     def rank(on: EmulatorDevice) -> list[int]:
         counter, ranks = on.zeros((1,), I32), on.empty((3 * 64,), I32)
-        kernel = kernel_source("right.cu", bf16=False)
+        kernel = kernel_source("right.cu", "fp32")
         on.launch(kernel, "order_of_threads", (3,), (64,), (counter, ranks))
         return [int(value) for value in ranks]
 
@@ -198,7 +198,7 @@ def test_the_orders_differ() -> None:
 
 def test_what_a_kernel_wrote_is_not_taken_for_unwritten(emulator: EmulatorDevice) -> None:
     y = emulator.empty((32,), F32)
-    emulator.launch(kernel_source("right.cu", bf16=False), "write_poison", (1,), (32,), (y,))
+    emulator.launch(kernel_source("right.cu", "fp32"), "write_poison", (1,), (32,), (y,))
     assert np.isnan(y[1:]).all()
 
 
@@ -206,12 +206,12 @@ def test_what_a_kernel_wrote_is_not_taken_for_unwritten(emulator: EmulatorDevice
 def test_threads_that_share_a_word_do_not_race(order: Order) -> None:
     on = EmulatorDevice(order)
     y, x = on.empty((64,), BF16), numbers(on, 64, BF16)
-    on.launch(kernel_source("right.cu", bf16=True), "reverse_halves", (1,), (64,), (y, x))
+    on.launch(kernel_source("right.cu", "bf16"), "reverse_halves", (1,), (64,), (y, x))
     np.testing.assert_array_equal(y, x[::-1])
 
 
 def test_overlapping_arrays_stay_one_memory(emulator: EmulatorDevice) -> None:
-    right = kernel_source("right.cu", bf16=False)
+    right = kernel_source("right.cu", "fp32")
     x = numbers(emulator, 64)
     emulator.launch(right, "add", (2,), (32,), (x, x))
     np.testing.assert_array_equal(x, 2 * np.arange(1, 65))
@@ -227,14 +227,14 @@ def test_an_index_into_the_next_array_of_an_arena_is_out_of_bounds(
     emulator: EmulatorDevice,
 ) -> None:
     arena = numbers(emulator, 128)
-    kernels = kernel_source("bounds.cu", bf16=False, FAULT=1)
+    kernels = kernel_source("bounds.cu", "fp32", FAULT=1)
     with pytest.raises(KernelError, match=r"reads x\[64\] out of bounds \(x has 64 elements"):
         emulator.launch(kernels, "read_past_end", (2,), (32,), (arena[64:], arena[:64]))
 
 
 def test_the_place_of_a_view_is_kept(emulator: EmulatorDevice) -> None:
     arena = numbers(emulator, 96)
-    right = kernel_source("bounds.cu", bf16=False, FAULT=0)
+    right = kernel_source("bounds.cu", "fp32", FAULT=0)
     y = emulator.empty((32,), F32)
     emulator.launch(right, "misaligned", (1,), (32,), (y, arena[4:]))
     with pytest.raises(KernelError, match=r"x\[0\], an address that is not a multiple of 16"):
@@ -243,7 +243,7 @@ def test_the_place_of_a_view_is_kept(emulator: EmulatorDevice) -> None:
 
 def test_exchanges_within_a_warp(emulator: EmulatorDevice) -> None:
     out = emulator.empty((11, 32), I32)
-    emulator.launch(kernel_source("right.cu", bf16=False), "exchanges", (1,), (32,), (out,))
+    emulator.launch(kernel_source("right.cu", "fp32"), "exchanges", (1,), (32,), (out,))
     lanes = np.arange(32)
     thirds = sum(1 << lane for lane in range(0, 32, 3))
     expected = [
@@ -266,7 +266,7 @@ def test_exchanges_within_a_warp(emulator: EmulatorDevice) -> None:
 def test_atomic_sums_of_whole_numbers(order: Order) -> None:
     on = EmulatorDevice(order)
     counts = on.zeros((2,), I32)
-    right = kernel_source("right.cu", bf16=False)
+    right = kernel_source("right.cu", "fp32")
     on.launch(right, "count", (3,), (32,), (counts, numbers(on, 77, I32), 77))
     assert counts.tolist() == [38, 39]
 
@@ -292,7 +292,7 @@ def test_a_compile_error_names_file_and_line(
     emulator: EmulatorDevice, fault: int, line: int
 ) -> None:
     y = emulator.empty((32,), F32)
-    broken = kernel_source("broken.cu", bf16=False, FAULT=fault)
+    broken = kernel_source("broken.cu", "fp32", FAULT=fault)
     report = rf"broken\.cu does not compile:\n(.|\n)*broken\.cu:{line}:\d+: error"
     with pytest.raises(KernelError, match=report):
         emulator.launch(broken, "broken", (1,), (32,), (y,))
@@ -353,7 +353,7 @@ from gpu_gpt2.device.emulator import EmulatorDevice
 source.kernels_dir = lambda: Path(sys.argv[1])
 on = EmulatorDevice(sanitize=True)
 y, z, x = on.empty((32,), np.float32), on.empty((32,), np.int32), on.zeros((32,), np.float32)
-kernel = source.kernel_source("sanitizers.cu", bf16=False, FAULT=int(sys.argv[2]))
+kernel = source.kernel_source("sanitizers.cu", "fp32", FAULT=int(sys.argv[2]))
 on.launch(kernel, "sanitized", (1,), (32,), (y, z, x, 1))
 print("sum", y.sum())
 """

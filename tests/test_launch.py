@@ -19,9 +19,9 @@ from gpu_gpt2.device.source import kernel_files, kernel_source
 from gpu_gpt2.errors import ConfigError, LaunchError
 from gpu_gpt2.ops.kernels import KernelOps, attention_defines
 
-EMBEDDING = kernel_source("embedding.cu", bf16=False)
-GELU = kernel_source("gelu.cu", bf16=False)
-ADAMW = kernel_source("adamw.cu", bf16=False)
+EMBEDDING = kernel_source("embedding.cu", "fp32")
+GELU = kernel_source("gelu.cu", "fp32")
+ADAMW = kernel_source("adamw.cu", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_signature_with_a_type_that_cannot_be_passed(
     write_kernel(f'extern "C" __global__ void odd(float* y, {parameter}) {{}}')
     message = f"odd.cu: odd: cannot pass parameter '{parameter}'; pointers are to float, floatX"
     with pytest.raises(LaunchError, match=re.escape(message)):
-        _ = kernel_source("odd.cu", bf16=False).signatures
+        _ = kernel_source("odd.cu", "fp32").signatures
 
 
 def test_signature_is_read_past_comments_and_qualifiers(
@@ -190,7 +190,7 @@ def test_signature_is_read_past_comments_and_qualifiers(
         "    float* __restrict__ y /* (N) */, const floatX *x, bf16* z,  // three arrays\n"
         "    const int n, long long m, float scale) {}\n"
     )
-    signatures = kernel_source("odd.cu", bf16=True).signatures
+    signatures = kernel_source("odd.cu", "bf16").signatures
     assert {name: [str(p) for p in found] for name, found in signatures.items()} == {
         "kept": [
             "float* y",
@@ -204,7 +204,7 @@ def test_signature_is_read_past_comments_and_qualifiers(
 
 
 def test_every_kernel_file_has_kernels_that_can_be_passed() -> None:
-    found = [name for file in kernel_files() for name in kernel_source(file, bf16=True).signatures]
+    found = [name for file in kernel_files() for name in kernel_source(file, "bf16").signatures]
     assert len(found) == len(set(found)) > len(kernel_files())
 
 
@@ -292,8 +292,8 @@ def test_sizes_beyond_what_counters_hold() -> None:
 
 
 def test_dtype_that_kernels_do_not_know() -> None:
-    with pytest.raises(ConfigError, match="kernels run in fp32 or bf16, not 'fp16'"):
-        KernelOps(EmulatorDevice(), "fp16", widest=8)
+    with pytest.raises(ConfigError, match="kernels run in fp32, bf16, fp16, not 'fp8'"):
+        KernelOps(EmulatorDevice(), "fp8", widest=8)
 
 
 def test_activations_of_the_other_dtype() -> None:

@@ -5,17 +5,17 @@ import pytest
 
 from gpu_gpt2 import layout
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.model import DTYPES
+from gpu_gpt2.device.base import X_DTYPES
 
 CONFIG = ModelConfig(vocab_size=259, n_positions=9, n_embd=15, n_layer=2, n_head=3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", X_DTYPES)
 def test_activations_do_not_overlap_and_are_aligned(dtype: str) -> None:
     specs = layout.activations(CONFIG, B=2, T=7)
-    size = layout.bytes_of(specs, DTYPES[dtype])
+    size = layout.bytes_of(specs, X_DTYPES[dtype])
     arena = np.zeros(size, np.uint8)
-    named = layout.views(specs, DTYPES[dtype], arena)
+    named = layout.views(specs, X_DTYPES[dtype], arena)
     start = arena.ctypes.data
     for spec in specs:
         view = getattr(named, spec.name)
@@ -27,9 +27,9 @@ def test_activations_do_not_overlap_and_are_aligned(dtype: str) -> None:
 
 def test_an_arena_that_is_too_small_is_refused() -> None:
     specs = layout.activations(CONFIG, B=2, T=7)
-    arena = np.zeros(layout.bytes_of(specs, DTYPES["fp32"]) - layout.ALIGNMENT, np.uint8)
+    arena = np.zeros(layout.bytes_of(specs, X_DTYPES["fp32"]) - layout.ALIGNMENT, np.uint8)
     with pytest.raises(MemoryError, match=r"the arena of .* is too small"):
-        layout.views(specs, DTYPES["fp32"], arena)
+        layout.views(specs, X_DTYPES["fp32"], arena)
 
 
 def test_parameters_fill_their_arena_without_gaps() -> None:

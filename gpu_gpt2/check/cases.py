@@ -12,13 +12,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.device.base import BFLOAT16, FLOAT32, INT32
+from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
 from gpu_gpt2.ops.interface import AdamWStep
 from gpu_gpt2.ops.reference import ReferenceOps
 
 NDArray = npt.NDArray[Any]
 
-DTYPES: Final = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int32": INT32}
+DTYPES: Final = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16, "int32": INT32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +292,23 @@ def cast_to_bfloat16(g: Maker, n: int) -> Call:
     return Call({"y": g.out(n, dtype="bfloat16", exact=True), "x": g.tensor(x, "float32")})
 
 
+def cast_every_float16(g: Maker, n: int) -> Call:
+    """All that is not a NaN, if n = 2 x 0x7c01: zeros, infinities, all between."""
+    magnitudes = np.arange(n // 2, dtype=np.uint16)
+    x = np.concatenate([magnitudes, magnitudes | 0x8000]).view(np.float16).astype(np.float64)
+    return Call({"y": g.out(n, dtype="float32", exact=True), "x": Tensor("float16", "in", x)})
+
+
+def cast_to_float16(g: Maker, n: int) -> Call:
+    """Among numbers of all sizes: ties, the last that stay finite, the first that vanish."""
+    x = g.normal(n).values() * 2.0 ** g.rng.integers(-30, 16, n)
+    special = [1 + 2**-11, 1 + 3 * 2**-11, 65519.99, 65520, -1e9, 2**-14 - 2**-26, 2**-25,
+               3 * 2**-25, -(2**-25 + 2**-40), 1e-9, -0.0, np.inf, -np.inf]  # fmt: skip
+    x[: len(special)] = special[:n]
+    x[n // 2 :: 97] = np.array(0x7FFFFFFF, np.uint32).view(np.float32)
+    return Call({"y": g.out(n, dtype="float16", exact=True), "x": g.tensor(x, "float32")})
+
+
 def cast_copy(g: Maker, n: int) -> Call:
     return Call({"y": g.out(n, exact=True), "x": g.normal(n)})
 
@@ -351,6 +368,8 @@ CASES: Final[tuple[Case, ...]] = (
     *_cases(adamw, "n decayed clipped", (1, 1, 0), (31, 0, 1), (257, 100, 1), (1000, 1000, 0)),
     *_cases(cast_to_float32, "n", *LENGTHS),
     *_cases(cast_to_bfloat16, "n", *LENGTHS),
+    *_cases(cast_every_float16, "n", (2 * 0x7C01,)),
+    *_cases(cast_to_float16, "n", *LENGTHS, (20_011,)),
     *_cases(cast_copy, "n", (31,)),
     *_cases(matmul, "M K N accumulate", (1, 1, 1, 0), (7, 31, 33, 0), (33, 129, 127, 1)),
 )
@@ -374,6 +393,7 @@ LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases(squared_norm, "n", (5_000_001,)),
     *_cases(adamw, "n decayed clipped", (3_000_001, 2_000_000, 1)),
     *_cases(cast_to_bfloat16, "n", (3_000_001,)),
+    *_cases(cast_to_float16, "n", (3_000_001,)),
     *_cases(matmul, "M K N accumulate", (512, 768, 2304, 0), (768, 4096, 768, 1)),
 )
 

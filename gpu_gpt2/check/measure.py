@@ -28,7 +28,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from gpu_gpt2.check.cases import CASES, Call, Case, Maker
-from gpu_gpt2.device.base import BFLOAT16, FLOAT32, Array
+from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array
 from gpu_gpt2.ops.interface import Ops
 from gpu_gpt2.ops.reference import ReferenceOps
 
@@ -100,7 +100,7 @@ class RoundingReference(ReferenceOps):
 def run_checks(
     make_ops: Callable[[str], Ops], dtypes: Iterable[str], cases: Iterable[Case] = CASES
 ) -> Iterator[CheckResult]:
-    """Runs every case in every dtype ("fp32", "bf16") on make_ops(dtype), one result per output."""
+    """Runs every case in every dtype on make_ops(dtype); one result per output."""
     cases = tuple(cases)
     for dtype in dtypes:
         ops = make_ops(dtype)
@@ -110,7 +110,7 @@ def run_checks(
 
 def run_case(case: Case, ops: Ops, dtype: str) -> list[CheckResult]:
     """Runs one case on `ops`, whose X must be that of `dtype`."""
-    x_dtype = BFLOAT16 if dtype == "bf16" else FLOAT32
+    x_dtype = X_DTYPES[dtype]
     maker = Maker(zlib.crc32(str(case).encode()), x_dtype)
     call = case.make(maker, **case.sizes)
     truth = _in_numpy(case.op, call, x_dtype, np.float64)
@@ -244,7 +244,7 @@ def _chain(case: Case, dtype: str) -> float:
         return 0.0
     K = case.sizes["K"]
     place = float(np.finfo(np.float32).eps) / 2
-    return place * (K / 8 if dtype == "bf16" else 4 * math.sqrt(K))
+    return place * (K / 8 if dtype != "fp32" else 4 * math.sqrt(K))
 
 
 def _compare(

@@ -18,7 +18,7 @@ INTERRUPTED: Final = 130  # exit status after Ctrl-C, by convention
 console: Final = Console()
 
 Device = Annotated[str, typer.Option(help=f"{' | '.join(DEVICES)}")]
-Dtype = Annotated[str, typer.Option(help="auto | fp32 | bf16")]
+Dtype = Annotated[str, typer.Option(help="auto | fp32 | bf16 | fp16")]
 
 
 def say(text: str) -> None:

@@ -12,6 +12,7 @@ from gpu_gpt2 import bench, check, info
 from gpu_gpt2.cli.common import Device, Dtype, console, say
 from gpu_gpt2.config import MODEL_NAMES
 from gpu_gpt2.device.select import choose_dtype, open_device
+from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.ops.select import ops_for
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
@@ -31,7 +32,7 @@ def show_info() -> None:
 def check_ops(device: Device = "auto", dtype: Dtype = "auto") -> None:
     """Run every op against the NumPy reference in float64; exit 1 if one is off."""
     place = open_device(device)
-    dtypes = ["fp32"] if place.name == "cpu" else ["fp32", "bf16"]
+    dtypes = ["fp32"] if place.name == "cpu" else list(DTYPES)
     if dtype != "auto":
         dtypes = [choose_dtype(dtype, place)]
     cases = (*check.CASES, *check.LARGE_CASES) if place.name == "cuda" else check.CASES

@@ -18,6 +18,8 @@ Array: TypeAlias = Any
 FLOAT32: Final = np.dtype(np.float32)
 INT32: Final = np.dtype(np.int32)
 BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
+FLOAT16: Final = np.dtype(np.float16)
+X_DTYPES: Final = {"fp32": FLOAT32, "bf16": BFLOAT16, "fp16": FLOAT16}  # by the name users give
 
 
 class Device(ABC):
@@ -49,7 +51,7 @@ class Device(ABC):
     def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
         """out (M, N) = a (M, K) @ b (K, N), or += with `accumulate`.
 
-        a and b are float32 or both bfloat16, C-contiguous or transposed views of such; out is
+        a and b are of one X dtype, C-contiguous or transposed views of such; out is
         C-contiguous, float32 or the inputs' dtype. Sums are kept in float32.
         """
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.device.base import BFLOAT16, Array, Device
+from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, Array, Device
 from gpu_gpt2.device.launch import Dim3, scalar_value
 from gpu_gpt2.device.source import KernelSource
 from gpu_gpt2.errors import DeviceError, KernelError
@@ -142,7 +142,11 @@ class CupyDevice(Device):
 
         (M, K), N = a.shape, b.shape[1]
         runtime = self._cupy.cuda.runtime
-        cuda_type = {BFLOAT16: runtime.CUDA_R_16BF, np.dtype(np.float32): runtime.CUDA_R_32F}
+        cuda_type = {
+            FLOAT32: runtime.CUDA_R_32F,
+            BFLOAT16: runtime.CUDA_R_16BF,
+            FLOAT16: runtime.CUDA_R_16F,
+        }
         b_op, ldb = _operand(b, cublas)
         a_op, lda = _operand(a, cublas)
         cublas.gemmEx(

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.device.base import BFLOAT16, Array, Device
+from gpu_gpt2.device.base import FLOAT32, Array, Device
 from gpu_gpt2.device.launch import Dim3
 from gpu_gpt2.device.source import KernelSource
 from gpu_gpt2.errors import LaunchError
@@ -36,7 +36,7 @@ class HostDevice(Device):
         dst.fill(0)
 
     def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
-        if a.dtype == BFLOAT16:
+        if a.dtype != FLOAT32:
             product = np.matmul(a.astype(np.float32), b.astype(np.float32))
             out[...] = product + out if accumulate else product
         elif accumulate:

@@ -62,11 +62,12 @@ def pointer_dtype(parameter: Parameter, source: KernelSource) -> np.dtype[Any]:
     """The element type a pointer parameter means in this compilation of the source."""
     ctype = parameter.ctype
     if ctype == "floatX":
-        ctype = "bf16" if source.floatx_is_bf16 else "float"
+        ctype = {"fp32": "float"}.get(source.dtype, source.dtype)
     dtypes: dict[str, Any] = {
         "float": np.float32,
         "int": np.int32,
         "bf16": ml_dtypes.bfloat16,
+        "fp16": np.float16,
     }
     dtype: np.dtype[Any] = np.dtype(dtypes[ctype])
     return dtype

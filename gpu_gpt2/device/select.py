@@ -6,10 +6,12 @@ from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.cupy_device import CupyDevice, gpu_count
 from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.device.host import HostDevice
+from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.errors import ConfigError, DeviceError
 
 DEVICES = ("auto", "cuda", "cpu", "emulator")
 BF16_CAPABILITY = 80  # tensor cores take bfloat16 from Ampere on
+FP16_CAPABILITY = 70  # and float16 from Volta on
 
 
 def open_device(name: str) -> Device:
@@ -36,12 +38,14 @@ def has_gpu() -> bool:
 
 
 def choose_dtype(name: str, device: Device) -> str:
-    """ "fp32" or "bf16" for `name`, where "auto" is bf16 on a GPU whose tensor cores take it."""
+    """One of DTYPES for `name`; "auto" is the fastest that the device's tensor cores take."""
     if name == "auto":
-        fast = isinstance(device, CupyDevice) and device.compute_capability >= BF16_CAPABILITY
-        return "bf16" if fast else "fp32"
-    if name not in ("fp32", "bf16"):
-        raise ConfigError(f"unknown dtype {name!r}; choose one of auto, fp32, bf16")
-    if name == "bf16" and device.name == "cpu":
-        raise ConfigError("the CPU trains in fp32 only; leave out --dtype bf16")
+        capability = device.compute_capability if isinstance(device, CupyDevice) else 0
+        if capability >= BF16_CAPABILITY:
+            return "bf16"
+        return "fp16" if capability >= FP16_CAPABILITY else "fp32"
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}; choose one of auto, {', '.join(DTYPES)}")
+    if name != "fp32" and device.name == "cpu":
+        raise ConfigError(f"the CPU trains in fp32 only; leave out --dtype {name}")
     return name

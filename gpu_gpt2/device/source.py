@@ -16,7 +16,8 @@ from gpu_gpt2.errors import LaunchError
 
 HEADER: Final = "common.cuh"
 SCALARS: Final = ("int", "long long", "float")
-POINTEES: Final = ("float", "floatX", "bf16", "int")
+POINTEES: Final = ("float", "floatX", "bf16", "fp16", "int")
+DTYPES: Final = ("fp32", "bf16", "fp16")  # what floatX can be
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,11 @@ class Parameter:
 class KernelSource:
     """One kernel file with the values of its compile-time names.
 
-    `defines` always holds FLOATX_IS_BF16 (0 or 1), which gives `floatX` its type.
+    `dtype` is what `floatX` means: "fp32", "bf16" or "fp16".
     """
 
     file: str
+    dtype: str
     defines: tuple[tuple[str, int], ...]
 
     @property
@@ -51,10 +53,6 @@ class KernelSource:
     def signatures(self) -> dict[str, tuple[Parameter, ...]]:
         return _signatures(self.file)
 
-    @property
-    def floatx_is_bf16(self) -> bool:
-        return dict(self.defines)["FLOATX_IS_BF16"] == 1
-
     def parameters(self, kernel: str) -> tuple[Parameter, ...]:
         if kernel not in self.signatures:
             raise LaunchError(
@@ -64,12 +62,14 @@ class KernelSource:
 
     def options(self) -> tuple[str, ...]:
         """The -D options for any compiler."""
-        return tuple(f"-D{name}={value}" for name, value in self.defines)
+        floatx = ("FLOATX", self.dtype.upper())
+        return tuple(f"-D{name}={value}" for name, value in (floatx, *self.defines))
 
 
-def kernel_source(file: str, *, bf16: bool, **defines: int) -> KernelSource:
-    """The kernels of `file` with activations in bfloat16 or float32."""
-    return KernelSource(file, (("FLOATX_IS_BF16", int(bf16)), *sorted(defines.items())))
+def kernel_source(file: str, dtype: str, **defines: int) -> KernelSource:
+    """The kernels of `file` with activations in `dtype`, one of DTYPES."""
+    assert dtype in DTYPES, dtype
+    return KernelSource(file, dtype, tuple(sorted(defines.items())))
 
 
 @functools.cache

@@ -12,9 +12,9 @@ import math
 from typing import Any, Final
 
 from gpu_gpt2.config import MAX_HEAD_SIZE
-from gpu_gpt2.device.base import FLOAT32, Array, Device
+from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, Array, Device
 from gpu_gpt2.device.launch import MAX_GRID, MAX_THREADS, Dim3
-from gpu_gpt2.device.source import KernelSource, kernel_files, kernel_source
+from gpu_gpt2.device.source import DTYPES, KernelSource, kernel_files, kernel_source
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops.interface import AdamWStep, Ops
 
@@ -60,15 +60,15 @@ def scratch_floats(widest: int) -> int:
 
 
 class KernelOps(Ops):
-    """The ops as kernel launches, with X = float32 ("fp32") or bfloat16 ("bf16").
+    """The ops as kernel launches, with X named by `dtype`: "fp32", "bf16" or "fp16".
 
     `widest` is the largest number of columns that `bias_bwd` will sum, and at least twice that of
     `layernorm_bwd`: 4 C for a GPT-2. It sizes the scratch array, the only memory allocated here.
     """
 
     def __init__(self, device: Device, dtype: str, *, widest: int) -> None:
-        if dtype not in ("fp32", "bf16"):
-            raise ConfigError(f"kernels run in fp32 or bf16, not {dtype!r}")
+        if dtype not in DTYPES:
+            raise ConfigError(f"kernels run in {', '.join(DTYPES)}, not {dtype!r}")
         self.device = device
         self.dtype = dtype
         self._widest = widest
@@ -306,7 +306,7 @@ class KernelOps(Ops):
             _one_shape("cast", y=y, x=x)
             y[...] = x
         else:
-            name = "bf16_to_float" if y.dtype == FLOAT32 else "float_to_bf16"
+            name = f"{_c_name(x)}_to_{_c_name(y)}"
             self._launch_by_elements(name, y=y, x=x)
 
     # --- launches ---
@@ -314,7 +314,7 @@ class KernelOps(Ops):
     def _launch(
         self, name: str, grid: Dim3, block: Dim3, args: tuple[Any, ...], **defines: int
     ) -> None:
-        source = _source(name, self.dtype == "bf16", **defines)
+        source = _source(name, self.dtype, **defines)
         self.device.launch(source, name, grid, block, args)
 
     def _launch_by_elements(self, name: str, **tensors: Array) -> None:
@@ -367,17 +367,20 @@ class KernelOps(Ops):
 
 
 @functools.cache
-def _source(kernel: str, bf16: bool, **defines: int) -> KernelSource:
-    return kernel_source(_files()[kernel], bf16=bf16, **defines)
+def _source(kernel: str, dtype: str, **defines: int) -> KernelSource:
+    return kernel_source(_files()[kernel], dtype, **defines)
+
+
+def _c_name(array: Array) -> str:
+    """What the kernels call an element of the array."""
+    return {FLOAT32: "float", BFLOAT16: "bf16", FLOAT16: "fp16"}[array.dtype]
 
 
 @functools.cache
 def _files() -> dict[str, str]:
     """The file of each kernel."""
     return {
-        kernel: file
-        for file in kernel_files()
-        for kernel in kernel_source(file, bf16=False).signatures
+        kernel: file for file in kernel_files() for kernel in kernel_source(file, "fp32").signatures
     }
 
 
