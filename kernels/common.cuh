@@ -112,9 +112,10 @@ __device__ inline floatX to_floatX(float value) {
 
 // --- shared memory ---
 
-// An array that all threads of the block see. Nothing is in it until a thread writes it.
+// An array that all threads of the block see, at a multiple of 16 bytes. Nothing is in it until a
+// thread writes it.
 #ifndef GPU_GPT2_EMULATOR
-#define SHARED_ARRAY(type, name, count) __shared__ type name[count]
+#define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
 #endif
 
 // --- a warp together: all 32 threads must call these, or the hardware hangs ---

@@ -27,6 +27,11 @@ class Device(ABC):
 
     name: str
 
+    @property
+    def has_tensor_cores(self) -> bool:
+        """Whether kernels that include tensor_core.cuh run here."""
+        return True
+
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """A new C-contiguous array with undefined contents."""

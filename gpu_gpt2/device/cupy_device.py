@@ -21,6 +21,7 @@ from gpu_gpt2.errors import DeviceError, KernelError
 NO_DRIVER: Final = "no driver"
 NOT_USABLE: Final = "not usable"
 DISALLOW_REDUCED_PRECISION_REDUCTION: Final = 16  # a cublasMath_t that CuPy has no name for
+TENSOR_CORE_CAPABILITY: Final = 80  # mma.m16n8k16, and cp.async, came with Ampere
 DEFAULT_SHARED_BYTES: Final = 48 * 1024  # a kernel must ask before it gets more
 
 
@@ -67,6 +68,10 @@ class CupyDevice(Device):
     def compute_capability(self) -> int:
         """Ten times the capability: 75 is Turing, 80 Ampere, 90 Hopper."""
         return int(self._cupy.cuda.Device().compute_capability)
+
+    @property
+    def has_tensor_cores(self) -> bool:
+        return self.compute_capability >= TENSOR_CORE_CAPABILITY
 
     @property
     def product_name(self) -> str:

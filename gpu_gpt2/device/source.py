@@ -1,7 +1,8 @@
 """The text of a kernel file as every compiler gets it, and the signatures found in it.
 
-A source is `common.cuh` and one `.cu` file, joined with `#line` marks: compile errors name the
-real file and line, and a compiler cache keyed by the text can never serve a stale header.
+A source is `common.cuh`, the headers of ours that the `.cu` file includes, and that file, joined with
+`#line` marks: compile errors name the real file and line, and a compiler cache keyed by the text can
+never serve a stale header.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Final
 from gpu_gpt2.errors import LaunchError
 
 HEADER: Final = "common.cuh"
+INCLUDE: Final = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 SCALARS: Final = ("int", "long long", "float")
 POINTEES: Final = ("float", "floatX", "bf16", "fp16", "int")
 DTYPES: Final = ("fp32", "bf16", "fp16")  # what floatX can be
@@ -92,8 +94,11 @@ def kernel_files() -> tuple[str, ...]:
 
 @functools.cache
 def _joined_text(file: str) -> str:
-    parts = [f'#line 1 "{name}"\n{(kernels_dir() / name).read_text()}' for name in (HEADER, file)]
-    return "\n".join(parts)
+    text = (kernels_dir() / file).read_text()
+    headers = (HEADER, *INCLUDE.findall(text))
+    parts = [(name, (kernels_dir() / name).read_text()) for name in headers]
+    parts.append((file, INCLUDE.sub("", text)))
+    return "\n".join(f'#line 1 "{name}"\n{part}' for name, part in parts)
 
 
 @functools.cache

@@ -54,6 +54,22 @@ def attention_defines(head_size: int) -> dict[str, int]:
     }
 
 
+# Flash attention (kernels/flash_attention.cu). Two row tiles a warp halve what is read from shared
+# memory, and fit into registers up to D = 64; two buffers of two tiles stay within 48 KiB.
+FLASH_HEAD_SIZES: Final = range(16, 129, 16)
+FLASH_WARPS: Final = 4
+
+
+def flash_attention_defines(head_size: int) -> dict[str, int]:
+    """The compile-time names of kernels/flash_attention.cu for one of FLASH_HEAD_SIZES."""
+    return {
+        "HEAD_SIZE": head_size,
+        "WARPS": FLASH_WARPS,
+        "TILE": 64 if head_size <= 80 else 32,
+        "QUERY_TILES": 2 if head_size <= 64 else 1,
+    }
+
+
 def scratch_floats(widest: int) -> int:
     """Elements of the float32 scratch array: partial sums of the widest column sum or norm."""
     return max(MAX_CHUNKS * widest, NORM_BLOCKS)
@@ -194,7 +210,10 @@ class KernelOps(Ops):
         B, T, H, D = _sizes(
             "attention_fwd", "BTHD", y=(y, "BTHD"), lse=(lse, "BHT"), qkv=(qkv, "BT3HD")
         )
-        self._launch_attention("attention_fwd", (B, T, H, D), (y, lse, qkv))
+        if self._is_flash(D):
+            self._launch_flash("flash_attention_fwd", (B, T, H, D), (y, lse, qkv))
+        else:
+            self._launch_attention("attention_fwd", (B, T, H, D), (y, lse, qkv))
 
     def attention_bwd(
         self, dqkv: Array, delta: Array, dy: Array, qkv: Array, y: Array, lse: Array
@@ -209,6 +228,11 @@ class KernelOps(Ops):
             y=(y, "BTHD"),
             lse=(lse, "BHT"),
         )
+        if self._is_flash(D):
+            sizes = (B, T, H, D)
+            self._launch_flash("flash_attention_bwd_dq", sizes, (dqkv, delta, dy, y, qkv, lse))
+            self._launch_flash("flash_attention_bwd_dkv", sizes, (dqkv, dy, qkv, lse, delta))
+            return
         rows = _at_most("attention_bwd", "B * T * H", B * T * H, MAX_SIZE)
         defines = attention_defines(D)
         self._launch_by_warps("attention_delta", rows, (delta, dy, y, B, T, H), **defines)
@@ -336,6 +360,22 @@ class KernelOps(Ops):
         _at_most(name, "T", T, MAX_GRID[1] * rows)
         grid = (B * H, _blocks(T, rows))
         self._launch(name, grid, (defines["THREADS"],), (*tensors, T, H), **defines)
+
+    def _is_flash(self, head_size: int) -> bool:
+        """Whether attention runs on tensor cores: else kernels/attention.cu, which takes all."""
+        fits = self.dtype != "fp32" and head_size in FLASH_HEAD_SIZES
+        return fits and self.device.has_tensor_cores
+
+    def _launch_flash(
+        self, name: str, sizes: tuple[int, int, int, int], tensors: tuple[Array, ...]
+    ) -> None:
+        B, T, H, D = sizes
+        defines = flash_attention_defines(D)
+        _at_most(name, "B * H", B * H, MAX_GRID[1])
+        tiles = 1 if name == "flash_attention_bwd_dkv" else defines["QUERY_TILES"]
+        rows = 16 * tiles * defines["WARPS"]
+        grid = (_blocks(T, rows), B * H)
+        self._launch(name, grid, (defines["WARPS"] * WARP,), (*tensors, T, H), **defines)
 
     def _launch_classifier(
         self,

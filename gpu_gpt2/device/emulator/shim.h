@@ -29,7 +29,7 @@
     static char EMULATOR_JOIN(emulator_guard_, __COUNTER__)[256] __attribute__((used)); \
     static
 
-#define SHARED_ARRAY(type, name, count) __shared__ type name[count]
+#define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(emulator_dynamic_shared())
 
 // --- vector types ---
@@ -70,6 +70,12 @@ void emulator_syncthreads(const char* file, int line);
 unsigned long long emulator_collective(int kind, unsigned int mask, unsigned long long value,
                                        int operand, int width, const char* file, int line);
 int emulator_atomic_add(int* address, int value);
+void emulator_mma(float* c, const unsigned int* a, const unsigned int* b, int bf16,
+                  const char* file, int line);
+void emulator_ldmatrix(unsigned int* words, const void* row, int transposed, const char* file,
+                       int line);
+void emulator_copy_async(void* to, const void* from, int bytes, int exists);
+void emulator_wait_for_copies(void);
 [[noreturn]] void emulator_trap(const char* file, int line);
 }
 

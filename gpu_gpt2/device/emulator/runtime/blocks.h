@@ -5,6 +5,14 @@
 
 namespace {
 
+// A copy under way: its bytes, and where they will be.
+struct Copy {
+    uint8_t data[16];
+    uint32_t bytes;
+    uintptr_t to;
+};
+std::vector<Copy> copies[MAX_THREADS];  // of each thread
+
 uint64_t next_random() {  // splitmix64
     uint64_t z = random_state += 0x9e3779b97f4a7c15u;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
@@ -49,6 +57,7 @@ void start_fiber(uint32_t number) {
     Fiber& fiber = fibers[number];
     fiber.state = READY;
     fiber.thread = static_cast<uint16_t>(number);
+    fiber.exchanges = 0;
     fiber.index = thread_index(number);
     // Stacks that begin at equal offsets would fight for the same lines of the cache.
     uintptr_t top = reinterpret_cast<uintptr_t>(stack_of(number)) + STACK - 64 - number % 16 * 256;
@@ -249,6 +258,7 @@ void run_block(uint64_t number) {
     if (launch->shared_bytes) {
         fill_poison(reinterpret_cast<void*>(dynamic_start), launch->shared_bytes);
     }
+    for (uint32_t i = 0; i < thread_count; i++) copies[i].clear();
     for (uint32_t i = 0; i < thread_count; i++) start_fiber(i);
     for (uint32_t warp = 0; warp < warp_count; warp++) arrived[warp] = 0;
 

@@ -18,6 +18,7 @@
 #include "blocks.h"
 #include "judge.h"
 #include "switch.h"
+#include "tensor_core.h"
 
 #define PLACE place_of(__builtin_return_address(0))
 #define ADDRESS reinterpret_cast<uintptr_t>(address)
@@ -35,29 +36,74 @@ void emulator_syncthreads(const char* file, int line) {
 
 uint64_t emulator_collective(int kind, uint32_t mask, uint64_t value, int operand, int width,
                              const char* file, int line) {
-    Fiber& self = *current;
-    uint32_t warp = self.thread / WARP, lane = self.thread % WARP;
-    uint32_t present = lanes_in_warp(warp);
-    bool stranger = !(mask >> lane & 1);
-    if (stranger || (mask & ~present)) {
-        say("%s has %s in its mask 0x%08x at %s:%d", KIND_NAMES[kind],
-            stranger ? "not the calling lane" : "lanes that the block lacks", mask, file, line);
+    return meet(static_cast<Kind>(kind), mask, value, operand, width, file, line);
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8): each lane has 4, 8 and 4 numbers of them, and adds the
+// products to its own numbers of c in rising order of the inner index. Of its numbers in c, lane
+// 4 r + q has columns 2q and 2q + 1 of rows r and r + 8.
+void emulator_mma(float* c, const uint32_t* a, const uint32_t* b, int bf16, const char* file,
+                  int line) {
+    const Words* lanes = exchange(MMA, {{a[0], a[1], a[2], a[3], b[0], b[1]}}, file, line);
+    uint32_t row = current->thread % WARP / 4, column = current->thread % 4 * 2;
+    for (int k = 0; k < 16; k++) {
+        // Of row r, lane 4 r + q has k = 2q, 2q + 1 in word 0 and 8 more in word 2; of row r + 8 in
+        // words 1 and 3. Of column n of b, lane 4 n + q has the same k in words 4 and 5.
+        int q = k % 8 / 2, odd = k % 2, upper = k / 8;
+        for (int i = 0; i < 4; i++) {
+            const uint32_t* of_a = lanes[4 * row + q].word + i / 2 + 2 * upper;
+            const uint32_t* of_b = lanes[4 * (column + i % 2) + q].word + 4 + upper;
+            c[i] += half_of(of_a, odd, bf16) * half_of(of_b, odd, bf16);
+        }
+    }
+}
+
+// Four matrices of 8 rows of 8 halves; lane 8 m + i says where row i of matrix m is. Word m of
+// lane 4 r + q becomes halves 2q and 2q + 1 of row r of matrix m, or, transposed, of its column r.
+void emulator_ldmatrix(uint32_t* words, const void* row, int transposed, const char* file,
+                       int line) {
+    uintptr_t from = reinterpret_cast<uintptr_t>(row);
+    if (UNLIKELY(from % 16)) {
+        say("ldmatrix reads a row that does not start at a multiple of 16 bytes at %s:%d", file,
+            line);
         say_where();
-        say(", lane %u of the %d lanes in its warp", lane, __builtin_popcount(present));
         leave(FAULT);
     }
-    self.state = AT_COLLECTIVE;
-    self.kind = static_cast<uint8_t>(kind);
-    self.mask = mask;
-    self.value = value;
-    self.operand = operand;
-    self.width = width;
-    self.file = file;
-    self.line = line;
-    arrived[warp] |= 1u << lane;
-    try_collective(warp, self);
-    yield();
-    return self.result;
+    if (!launch->sanitized) judge<READ>(from, 16, PLACE);
+    Words mine{};
+    memcpy(mine.word, row, 16);
+    const Words* lanes = exchange(LDMATRIX, mine, file, line);
+    uint32_t r = current->thread % WARP / 4, q = current->thread % 4;
+    for (uint32_t m = 0; m < 4; m++) {
+        if (!transposed) {
+            words[m] = lanes[8 * m + r].word[q];
+            continue;
+        }
+        uint32_t first = lanes[8 * m + 2 * q].word[r / 2] >> (r % 2 * 16) & 0xffffu;
+        uint32_t second = lanes[8 * m + 2 * q + 1].word[r / 2] >> (r % 2 * 16) & 0xffffu;
+        words[m] = first | second << 16;
+    }
+}
+
+// Bytes of global memory, or zeros, that arrive in shared memory when the thread waits for them. Until
+// then whoever reads there races with the copy, or finds poison.
+void emulator_copy_async(void* to, const void* from, int bytes, int exists) {
+    Copy copy{{}, static_cast<uint32_t>(bytes), reinterpret_cast<uintptr_t>(to)};
+    if (!launch->sanitized) {
+        judge<WRITE>(copy.to, copy.bytes, PLACE);
+        if (exists) judge<READ>(reinterpret_cast<uintptr_t>(from), copy.bytes, PLACE);
+    }
+    if (exists) memcpy(copy.data, from, copy.bytes);
+    fill_poison(to, copy.bytes);
+    copies[current->thread].push_back(copy);
+}
+
+void emulator_wait_for_copies() {
+    for (const Copy& copy : copies[current->thread]) {
+        if (!launch->sanitized) judge<WRITE>(copy.to, copy.bytes, PLACE);
+        memcpy(reinterpret_cast<void*>(copy.to), copy.data, copy.bytes);
+    }
+    copies[current->thread].clear();
 }
 
 int emulator_atomic_add(int* address, int value) {

@@ -78,10 +78,13 @@ void emulator_switch(void** save, void* load);
 namespace {
 
 enum Order { ASCENDING, DESCENDING, RANDOM };
-enum Kind { SHFL, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, SYNCWARP };
+enum Kind {
+    SHFL, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, SYNCWARP, MMA, LDMATRIX
+};
 const char* const KIND_NAMES[] = {"__shfl_sync",   "__shfl_up_sync", "__shfl_down_sync",
                                   "__shfl_xor_sync", "__ballot_sync", "__any_sync",
-                                  "__all_sync",    "__syncwarp"};
+                                  "__all_sync",    "__syncwarp",     "mma.sync",
+                                  "ldmatrix"};
 enum State : uint8_t { READY, AT_BARRIER, AT_COLLECTIVE, DONE };
 enum Outcome { FINE, FAULT, FINER_GRANULE };
 enum Access { READ, WRITE, ATOMIC };
@@ -133,6 +136,7 @@ struct Fiber {
     uint32_t mask;
     int32_t operand, width;
     int32_t line;
+    uint32_t exchanges;  // of words with the rest of the warp, so far
     const char* file;
     uint64_t value, result;
 };

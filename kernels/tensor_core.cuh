@@ -1,0 +1,135 @@
+// Tensor cores, and the copies that feed them, as small functions: one PTX instruction each on a
+// GPU of Ampere or later, a call of the emulator elsewhere. floatX is bf16 or fp16 here.
+//
+// A warp multiplies tiles together: c (16 x 8) += a (16 x 16) b (16 x 8), with c in float32. Each
+// number of a tile is in the registers of one of the 32 lanes. With lane = 4 r + q:
+//
+//     of        lane has                                    in registers
+//     c         rows r and r + 8, columns 2q and 2q + 1     c[0], c[1] (row r), c[2], c[3]
+//     a         rows r and r + 8, columns 2q, 2q + 1        a[0] (row r), a[1]
+//               and 2q + 8, 2q + 9                          a[2] (row r), a[3]
+//     b         column r, rows 2q, 2q + 1                   b[0]
+//               and 2q + 8, 2q + 9                          b[1]
+//
+// A register of a or b holds two numbers, the one of lower index in its lower half. So the four
+// numbers of c in two neighbouring tiles are, once rounded, exactly a lane's numbers of an a: a
+// product can go on into the next without leaving its registers.
+//
+// Source: NVIDIA, "PTX ISA", sections on mma.m16n8k16, ldmatrix and cp.async.
+
+// Two floats rounded to floatX in one register, `low` in the lower half.
+__device__ inline unsigned int pack(float low, float high) {
+#ifndef GPU_GPT2_EMULATOR
+    unsigned int result;
+#if FLOATX == BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#endif
+    return result;
+#else
+    return to_floatX(low).bits | (unsigned int)to_floatX(high).bits << 16;
+#endif
+}
+
+// c += a b, by the whole warp.
+__device__ inline void multiply_add(float* c, const unsigned int* a, const unsigned int* b) {
+#ifndef GPU_GPT2_EMULATOR
+#if FLOATX == BF16
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+#else
+    emulator_mma(c, a, b, FLOATX == BF16, __builtin_FILE(), __builtin_LINE());
+#endif
+}
+
+// The two numbers in a register as floats.
+__device__ inline float low(unsigned int pair) {
+    floatX half;
+    half.bits = (unsigned short)pair;
+    return to_float(half);
+}
+
+__device__ inline float high(unsigned int pair) { return low(pair >> 16); }
+
+// A generic pointer into shared memory as the number that PTX wants.
+#ifndef GPU_GPT2_EMULATOR
+__device__ inline unsigned int shared_address(const void* pointer) {
+    unsigned int address;
+    asm("{ .reg .u64 shared; cvta.to.shared.u64 shared, %1; cvt.u32.u64 %0, shared; }"
+        : "=r"(address)
+        : "l"(pointer));
+    return address;
+}
+#endif
+
+// Four 8 x 8 matrices from shared memory, by the whole warp: lane 8 m + i gives the address of row i
+// of matrix m, a multiple of 16 bytes. words[m] of lane 4 r + q becomes numbers 2q and 2q + 1 of row
+// r of matrix m ...
+__device__ inline void load_matrices(unsigned int* words, const floatX* row) {
+#ifndef GPU_GPT2_EMULATOR
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#else
+    emulator_ldmatrix(words, row, 0, __builtin_FILE(), __builtin_LINE());
+#endif
+}
+
+// ... or of column r of matrix m.
+__device__ inline void load_matrices_transposed(unsigned int* words, const floatX* row) {
+#ifndef GPU_GPT2_EMULATOR
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#else
+    emulator_ldmatrix(words, row, 1, __builtin_FILE(), __builtin_LINE());
+#endif
+}
+
+// Starts a copy of 16 bytes from global to shared memory, both at multiples of 16, or of as many
+// zeros if not `exists`. The thread goes on at once; the bytes are there after wait_for_copies.
+__device__ inline void copy_async(floatX* to, const floatX* from, bool exists) {
+#ifndef GPU_GPT2_EMULATOR
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(to)), "l"(from), "r"(exists ? 16 : 0)
+                 : "memory");
+#else
+    emulator_copy_async(to, from, 16, exists);
+#endif
+}
+
+// The same for one float.
+__device__ inline void copy_async(float* to, const float* from, bool exists) {
+#ifndef GPU_GPT2_EMULATOR
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :
+                 : "r"(shared_address(to)), "l"(from), "r"(exists ? 4 : 0)
+                 : "memory");
+#else
+    emulator_copy_async(to, from, 4, exists);
+#endif
+}
+
+// Waits until all copies that this thread has started have arrived. Other threads see the bytes only
+// after a __syncthreads that follows.
+__device__ inline void wait_for_copies() {
+#ifndef GPU_GPT2_EMULATOR
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+    emulator_wait_for_copies();
+#endif
+}
