@@ -5,7 +5,8 @@ struct bf16 {
     unsigned short bits;
 };
 
-#if FLOATX_IS_BF16
+#define BF16 1
+#if FLOATX == BF16
 typedef bf16 floatX;
 #else
 typedef float floatX;

@@ -1,0 +1,171 @@
+"""kernels/tensor_core.cuh in the emulator: lane layouts against matrix products, and faults."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from devices import ORDERS
+
+from gpu_gpt2.device import source as source_module
+from gpu_gpt2.device.base import X_DTYPES
+from gpu_gpt2.device.emulator import EmulatorDevice
+from gpu_gpt2.device.source import kernel_source, kernels_dir
+from gpu_gpt2.errors import KernelError
+
+KERNELS = """
+#include "tensor_core.cuh"
+
+// c (16, 16) = a (16, 16) times b (16, 16), or times its transpose.
+extern "C" __global__ void product(float* c, const floatX* a, const floatX* b, int transposed) {
+    SHARED_ARRAY(floatX, a_rows, 16 * 24);
+    SHARED_ARRAY(floatX, b_rows, 16 * 24);
+    int lane = threadIdx.x;
+    copy_async(a_rows + lane / 2 * 24 + lane % 2 * 8, a + lane * 8, true);
+    copy_async(b_rows + lane / 2 * 24 + lane % 2 * 8, b + lane * 8, true);
+    wait_for_copies();
+    __syncthreads();
+    unsigned int left[4], right[4];
+    load_matrices(left, a_rows + lane % 16 * 24 + lane / 16 * 8);
+    if (transposed) {
+        load_matrices(right, b_rows + (lane % 8 + lane / 16 * 8) * 24 + lane / 8 % 2 * 8);
+    } else {
+        load_matrices_transposed(right, b_rows + lane % 16 * 24 + lane / 16 * 8);
+    }
+    float sum[2][4] = {};
+    multiply_add(sum[0], left, right);
+    multiply_add(sum[1], left, right + 2);
+    for (int i = 0; i < 8; i++) {
+        int row = lane / 4 + i / 2 % 2 * 8;
+        int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        c[row * 16 + column] = sum[i / 4][i % 4];
+    }
+}
+
+// Each lane's pair of numbers through a register.
+extern "C" __global__ void pairs(float* y, const float* x) {
+    unsigned int pair = pack(x[2 * threadIdx.x], x[2 * threadIdx.x + 1]);
+    y[2 * threadIdx.x] = low(pair);
+    y[2 * threadIdx.x + 1] = high(pair);
+}
+
+// y = x through shared memory; the last thread's copy is of zeros. FAULT leaves something out.
+extern "C" __global__ void copies(floatX* y, const floatX* x) {
+    SHARED_ARRAY(floatX, tile, 8 * 64);
+    int from = threadIdx.x * 8;
+    copy_async(tile + from, x + from, threadIdx.x < 63);
+#if FAULT != 1
+    wait_for_copies();
+#endif
+#if FAULT != 2
+    __syncthreads();
+#endif
+    for (int i = 0; i < 8; i++) {
+        y[from + i] = tile[(from + 256 + i) % 512];
+    }
+#if FAULT == 3
+    copy_async(tile + from, x + from, true);
+    wait_for_copies();
+#endif
+}
+
+extern "C" __global__ void half_a_warp(float* c, const floatX* a) {
+    float sum[4] = {};
+    unsigned int left[4] = {};
+    if (threadIdx.x < 16) {
+        multiply_add(sum, left, left);
+    }
+    c[threadIdx.x] = sum[0] + to_float(a[0]);
+}
+
+extern "C" __global__ void odd_row(float* c, const floatX* a) {
+    SHARED_ARRAY(floatX, rows, 64 * 9);
+    for (int i = threadIdx.x; i < 64 * 9; i += WARP) {
+        rows[i] = a[0];
+    }
+    __syncthreads();
+    unsigned int words[4];
+    load_matrices(words, rows + threadIdx.x * 9);
+    c[threadIdx.x] = low(words[0]);
+}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for header in ("common.cuh", "tensor_core.cuh"):
+        shutil.copy(kernels_dir() / header, tmp_path)
+    (tmp_path / "tensor_core_test.cu").write_text(KERNELS)
+    monkeypatch.setattr(source_module, "kernels_dir", lambda: tmp_path)
+
+
+def launch(name: str, dtype: str, *args: Any, threads: int = 32, fault: int = 0, **on: Any) -> None:
+    kernels = kernel_source("tensor_core_test.cu", dtype, FAULT=fault)
+    EmulatorDevice(**on).launch(kernels, name, (1,), (threads,), args)
+
+
+half_types = pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+
+
+@half_types
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_product(transposed: int, order: str, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-9, 10, (2, 16, 16)).astype(X_DTYPES[dtype])
+    c = EmulatorDevice().empty((16, 16), np.float32)
+    launch("product", dtype, c, a, b, transposed, order=order)
+    right = b.astype(np.float32)
+    np.testing.assert_array_equal(c, a.astype(np.float32) @ (right.T if transposed else right))
+
+
+@half_types
+def test_pairs_are_rounded_to_nearest_even(dtype: str) -> None:
+    x = np.random.default_rng(0).standard_normal(64).astype(np.float32)
+    x[:4] = 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 2.0**-25
+    y = EmulatorDevice().empty((64,), np.float32)
+    launch("pairs", dtype, y, x)
+    np.testing.assert_array_equal(y, x.astype(X_DTYPES[dtype]).astype(np.float32))
+
+
+@half_types
+@pytest.mark.parametrize("order", ORDERS)
+def test_copies_arrive(order: str, dtype: str) -> None:
+    x = np.arange(1, 513).astype(X_DTYPES[dtype])
+    y = EmulatorDevice().empty((512,), x.dtype)
+    launch("copies", dtype, y, x, threads=64, order=order)
+    expected = np.roll(np.where(np.arange(512) < 504, x, 0).astype(x.dtype), -256)
+    np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("fault", "report"),
+    [
+        (1, "ended without writing y"),  # what is read there is still poison
+        (2, "at byte 512 of shared 'tile' .* which no thread of the block has written yet"),
+        (3, "race on byte 0 of shared 'tile'"),
+    ],
+    ids=["not waited for", "no barrier", "too early again"],
+)
+def test_reports_copies_in_a_wrong_order(fault: int, report: str) -> None:
+    x = np.ones(512, X_DTYPES["bf16"])
+    y = EmulatorDevice().empty((512,), x.dtype)
+    with pytest.raises(KernelError, match=f"copies .*{report}"):
+        launch("copies", "bf16", y, x, threads=64, fault=fault)
+
+
+def test_a_product_needs_the_whole_warp() -> None:
+    c, a = np.zeros(32, np.float32), np.ones(1, X_DTYPES["bf16"])
+    with pytest.raises(
+        KernelError, match=r"mma.sync at .* is not reached by all lanes of its mask"
+    ):
+        launch("half_a_warp", "bf16", c, a)
+
+
+def test_rows_of_matrices_start_at_16_bytes() -> None:
+    c, a = np.zeros(32, np.float32), np.ones(1, X_DTYPES["bf16"])
+    with pytest.raises(KernelError, match="odd_row ldmatrix reads a row that does not start at"):
+        launch("odd_row", "bf16", c, a)
