@@ -36,6 +36,8 @@
 
 #define THREADS (WARPS * WARP)
 #define STRIDE (HEAD_SIZE + 8)                // numbers from one row of a tile to the next
+#define PIECES (HEAD_SIZE / 8)                // of 16 bytes in a row
+#define ROWS_AT_ONCE (THREADS / PIECES)       // that a block's threads can copy
 #define STEPS (HEAD_SIZE / 16)                // of 16 numbers in a row
 #define QUERY_ROWS (16 * QUERY_TILES * WARPS) // of a block in _fwd and _bwd_dq
 #define KEY_ROWS (16 * WARPS)                 // of a block in _bwd_dkv
@@ -108,13 +110,18 @@ __device__ inline void store_rows(floatX* x, float (*c)[2 * STEPS][4], float (*f
 
 // Starts the copies of positions first, first + 1, ... first + TILE - 1 into a tile.
 __device__ inline void start_tile(floatX* tile, const floatX* x, Head head, int first, int T) {
+    int row = threadIdx.x / PIECES;
+    int d = threadIdx.x % PIECES * 8;
+    const floatX* from = x + head.first + (first + row) * head.stride + d;
+    if (row >= ROWS_AT_ONCE) {
+        return;
+    }
 #pragma unroll
-    for (int i = threadIdx.x; i < TILE * (HEAD_SIZE / 8); i += THREADS) {
-        int row = i / (HEAD_SIZE / 8);
-        int d = i % (HEAD_SIZE / 8) * 8;
-        bool exists = first + row < T;
-        int t = exists ? first + row : 0;
-        copy_async(tile + row * STRIDE + d, x + head.first + t * head.stride + d, exists);
+    for (int pass = 0; pass < TILE; pass += ROWS_AT_ONCE) {
+        if (row + pass < TILE) {
+            copy_async(tile + (row + pass) * STRIDE + d, from, first + row + pass < T);
+            from += ROWS_AT_ONCE * head.stride;
+        }
     }
 }
 
@@ -133,7 +140,7 @@ __device__ inline void scores_with_rows(float (*c)[2][4], unsigned int (*a)[STEP
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         unsigned int b[4];
-        load_matrices(b, from + 16 * step);
+        load_matrices(b, from, 16 * step);
 #pragma unroll
         for (int m = 0; m < tiles; m++) {
             multiply_add(c[m][0], a[m][step], b);
@@ -150,7 +157,7 @@ __device__ inline void add_rows(float (*c)[2 * STEPS][4], unsigned int (*a)[4], 
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         unsigned int b[4];
-        load_matrices_transposed(b, from + 16 * step);
+        load_matrices_transposed(b, from, 16 * step);
 #pragma unroll
         for (int m = 0; m < tiles; m++) {
             multiply_add(c[m][2 * step], a[m], b);
@@ -180,7 +187,41 @@ __device__ inline void set_zero(float (*c)[2 * STEPS][4], int tiles) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// --- scores of _fwd: 16 QUERY_TILES rows, PART columns ---
+
+// Number c of the PART / 4 that this lane has of a row, which is row r + 8 half of tile m; it is in
+// column 16 (c / 4) + 8 (c / 2 % 2) + 2q + c % 2.
+#define SCORE(s, m, half, c) (&s[(c) / 4][m][(c) / 2 % 2][2 * (half) + (c) % 2])
+
+__device__ inline void mask_scores(float (*s)[QUERY_TILES][2][4], int first_key, int first_query) {
+    int r = threadIdx.x % WARP / 4;
+    int q = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 2 * QUERY_TILES; i++) {
+        int m = i / 2, half = i % 2;
+#pragma unroll
+        for (int c = 0; c < PART / 4; c++) {
+            int key = first_key + 16 * (c / 4) + 8 * (c / 2 % 2) + 2 * q + c % 2;
+            if (key > first_query + 16 * m + r + 8 * half) {
+                *SCORE(s, m, half, c) = -LARGEST_FLOAT;  // exp of that is 0
+            }
+        }
+    }
+}
+
+__device__ inline float largest_in_row(float largest, float (*s)[QUERY_TILES][2][4], int m,
+                                       int half) {
+#pragma unroll
+    for (int c = 0; c < PART / 4; c++) {
+        largest = fmaxf(largest, *SCORE(s, m, half, c));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    return fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+}
+
+// The second number is of blocks that a multiprocessor shall hold: it makes ptxas use as many
+// registers as that leaves, and no fewer, so that nothing has to go to memory.
+extern "C" __global__ void __launch_bounds__(THREADS, 4 - QUERY_TILES)
     flash_attention_fwd(floatX* y, float* lse, const floatX* qkv, int T, int H) {
     SHARED_ARRAY(floatX, k_tiles, 2 * TILE * STRIDE);
     SHARED_ARRAY(floatX, v_tiles, 2 * TILE * STRIDE);
@@ -230,40 +271,40 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 const floatX* rows = k_tile + (part - first_key + 16 * i) * STRIDE;
                 scores_with_rows(s[i], query, QUERY_TILES, rows);
             }
-            bool on_diagonal = part + PART - 1 > first_query;
+            if (part + PART - 1 > first_query) {  // on the diagonal
+                mask_scores(s, part, first_query);
+            }
+            float before[QUERY_TILES][2];
+            bool changed = false;
 #pragma unroll
-            for (int m = 0; m < QUERY_TILES; m++) {
+            for (int i = 0; i < 2 * QUERY_TILES; i++) {
+                int m = i / 2, half = i % 2;
+                before[m][half] = largest[m][half];
+                largest[m][half] = largest_in_row(largest[m][half], s, m, half);
+                changed = changed || largest[m][half] > before[m][half];
+            }
+            if (__any_sync(0xffffffffu, changed)) {  // else the factor is 1 in all rows
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    int t = first_query + 16 * m + r + 8 * half;
-                    float before = largest[m][half];
-                    float now = before;
-#pragma unroll
-                    for (int i = 0; i < PART / 4; i++) {  // this lane's scores of the row
-                        float* score = &s[i / 4][m][i / 2 % 2][2 * half + i % 2];
-                        int key = part + i / 4 * 16 + i / 2 % 2 * 8 + 2 * q + i % 2;
-                        if (on_diagonal && key > t) {
-                            *score = -LARGEST_FLOAT;  // exp of that is 0
-                        }
-                        now = fmaxf(now, *score);
-                    }
-                    now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
-                    now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
-                    largest[m][half] = now;
-                    float rescale = exp2f((before - now) * to_exponent);
-                    float shift = now * to_exponent;
-                    sum[m][half] *= rescale;
+                for (int i = 0; i < 2 * QUERY_TILES; i++) {
+                    int m = i / 2, half = i % 2;
+                    float factor = exp2f((before[m][half] - largest[m][half]) * to_exponent);
+                    sum[m][half] *= factor;
 #pragma unroll
                     for (int n = 0; n < 2 * STEPS; n++) {
-                        acc[m][n][2 * half] *= rescale;
-                        acc[m][n][2 * half + 1] *= rescale;
+                        acc[m][n][2 * half] *= factor;
+                        acc[m][n][2 * half + 1] *= factor;
                     }
+                }
+            }
 #pragma unroll
-                    for (int i = 0; i < PART / 4; i++) {
-                        float* score = &s[i / 4][m][i / 2 % 2][2 * half + i % 2];
-                        *score = exp2f(*score * to_exponent - shift);
-                        sum[m][half] += *score;
-                    }
+            for (int i = 0; i < 2 * QUERY_TILES; i++) {
+                int m = i / 2, half = i % 2;
+                float shift = largest[m][half] * to_exponent;
+#pragma unroll
+                for (int c = 0; c < PART / 4; c++) {
+                    float* score = SCORE(s, m, half, c);
+                    *score = exp2f(*score * to_exponent - shift);  // p of the formula
+                    sum[m][half] += *score;
                 }
             }
 #pragma unroll
@@ -368,16 +409,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             scores_with_rows(s, query, QUERY_TILES, k_tile + part * STRIDE);
             scores_with_rows(dp, dout, QUERY_TILES, v_tile + part * STRIDE);
             unsigned int ds[QUERY_TILES][4];
+            bool on_diagonal = first_key + part + 15 > first_query;
 #pragma unroll
             for (int m = 0; m < QUERY_TILES; m++) {
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     int half = i / 2 % 2;
-                    int t = first_query + 16 * m + r + 8 * half;
-                    int key = first_key + part + i / 4 * 8 + 2 * q + i % 2;
                     float* score = &s[m][i / 4][i % 4];
                     float p = exp2f(*score * (scale * LOG2_E) - row_exponent[m][half]);
-                    *score = key <= t ? p * (dp[m][i / 4][i % 4] - row_delta[m][half]) : 0.0f;
+                    int key = first_key + part + i / 4 * 8 + 2 * q + i % 2;
+                    if (on_diagonal && key > first_query + 16 * m + r + 8 * half) {
+                        p = 0.0f;
+                    }
+                    *score = p * (dp[m][i / 4][i % 4] - row_delta[m][half]);
                 }
                 round_scores(ds[m], s[m]);
             }

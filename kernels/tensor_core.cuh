@@ -62,7 +62,7 @@ __device__ inline float low(unsigned int pair) {
 
 __device__ inline float high(unsigned int pair) { return low(pair >> 16); }
 
-// A generic pointer into shared memory as the number that PTX wants.
+// A generic pointer into shared memory as the number of bytes that PTX wants.
 #ifndef GPU_GPT2_EMULATOR
 __device__ inline unsigned int shared_address(const void* pointer) {
     unsigned int address;
@@ -74,28 +74,29 @@ __device__ inline unsigned int shared_address(const void* pointer) {
 #endif
 
 // Four 8 x 8 matrices from shared memory, by the whole warp: lane 8 m + i gives the address of row i
-// of matrix m, a multiple of 16 bytes. words[m] of lane 4 r + q becomes numbers 2q and 2q + 1 of row
-// r of matrix m ...
-__device__ inline void load_matrices(unsigned int* words, const floatX* row) {
+// of matrix m, row + offset, a multiple of 16 bytes. (The offset is apart so that it can be part of
+// the instruction.) words[m] of lane 4 r + q becomes numbers 2q and 2q + 1 of row r of matrix m ...
+__device__ inline void load_matrices(unsigned int* words, const floatX* row, int offset) {
 #ifndef GPU_GPT2_EMULATOR
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(shared_address(row))
+                 : "r"(shared_address(row) + offset * (int)sizeof(floatX))
                  : "memory");
 #else
-    emulator_ldmatrix(words, row, 0, __builtin_FILE(), __builtin_LINE());
+    emulator_ldmatrix(words, row + offset, 0, __builtin_FILE(), __builtin_LINE());
 #endif
 }
 
 // ... or of column r of matrix m.
-__device__ inline void load_matrices_transposed(unsigned int* words, const floatX* row) {
+__device__ inline void load_matrices_transposed(unsigned int* words, const floatX* row,
+                                                int offset) {
 #ifndef GPU_GPT2_EMULATOR
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(shared_address(row))
+                 : "r"(shared_address(row) + offset * (int)sizeof(floatX))
                  : "memory");
 #else
-    emulator_ldmatrix(words, row, 1, __builtin_FILE(), __builtin_LINE());
+    emulator_ldmatrix(words, row + offset, 1, __builtin_FILE(), __builtin_LINE());
 #endif
 }
 

@@ -29,11 +29,11 @@ extern "C" __global__ void product(float* c, const floatX* a, const floatX* b, i
     wait_for_copies();
     __syncthreads();
     unsigned int left[4], right[4];
-    load_matrices(left, a_rows + lane % 16 * 24 + lane / 16 * 8);
+    load_matrices(left, a_rows + lane % 16 * 24, lane / 16 * 8);
     if (transposed) {
-        load_matrices(right, b_rows + (lane % 8 + lane / 16 * 8) * 24 + lane / 8 % 2 * 8);
+        load_matrices(right, b_rows + (lane % 8 + lane / 16 * 8) * 24, lane / 8 % 2 * 8);
     } else {
-        load_matrices_transposed(right, b_rows + lane % 16 * 24 + lane / 16 * 8);
+        load_matrices_transposed(right, b_rows + lane % 16 * 24 + lane / 16 * 8, 0);
     }
     float sum[2][4] = {};
     multiply_add(sum[0], left, right);
@@ -88,7 +88,7 @@ extern "C" __global__ void odd_row(float* c, const floatX* a) {
     }
     __syncthreads();
     unsigned int words[4];
-    load_matrices(words, rows + threadIdx.x * 9);
+    load_matrices(words, rows + threadIdx.x * 9, 0);
     c[threadIdx.x] = low(words[0]);
 }
 """
