@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from gpu_gpt2 import checkpoint, layout
 from gpu_gpt2.config import ModelConfig, TrainConfig
-from gpu_gpt2.device.base import BFLOAT16, Device
+from gpu_gpt2.device.base import FLOAT32, Device
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.debug_state import DebugState
 from gpu_gpt2.formats.pieces import FloatArray, WeightSource, load_arena, named
@@ -56,7 +56,7 @@ class Limits:
 
 LIMITS: Final[Mapping[str, Limits]] = {
     "fp32": Limits(element=1e-4, rms=1e-5, loss=1e-5, later_loss=2e-4),
-    "bf16": Limits(element=0.5, rms=0.05, loss=0.02, later_loss=0.05),
+    "16 bits": Limits(element=0.5, rms=0.05, loss=0.02, later_loss=0.05),
 }
 
 
@@ -72,12 +72,12 @@ class Finding:
 def verify(
     source: WeightSource, state: DebugState, losses: Sequence[float], device: Device, dtype: str
 ) -> Iterator[Finding]:
-    """Findings, one by one, about the model on a device in "fp32" or "bf16".
+    """Findings, one by one, about the model on a device in one of its dtypes.
 
     losses: of ten steps with HYPER, or empty where they are not known.
     """
     config = source.config
-    limits = LIMITS["bf16" if dtype == "bf16" or source.dtype == BFLOAT16 else "fp32"]
+    limits = LIMITS["fp32" if dtype == "fp32" and source.dtype == FLOAT32 else "16 bits"]
     trainer = _Trainer(config, state, device, dtype)
     trainer.optimizer.load(load_arena(source))
 
