@@ -20,6 +20,9 @@ from gpu_gpt2.device.base import Array
 ALIGNMENT: Final = 256  # bytes; what cudaMalloc gives, and more than any vector access needs
 
 
+MAX_RECOMPUTE: Final = 3
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One named tensor. `dtype` is "X" for the activations' dtype, else "float32" or "int32"."""
@@ -28,6 +31,8 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: str = "X"
     init: str = ""  # of parameters: "normal", "residual", "ones" or "zeros"
+    stacked: bool = False  # the first dimension is the layer; it is 1 if layers take turns
+    shares: str = ""  # the tensor whose memory this one uses while that one is not needed
 
     @property
     def size(self) -> int:
@@ -44,18 +49,18 @@ def parameters(c: ModelConfig) -> tuple[TensorSpec, ...]:
     return (
         TensorSpec("wte", (Vp, C), init="normal"),
         TensorSpec("wpe", (c.n_positions, C), init="normal"),
-        TensorSpec("qkvw", (L, 3 * C, C), init="normal"),
-        TensorSpec("attprojw", (L, C, C), init="residual"),
-        TensorSpec("fcw", (L, 4 * C, C), init="normal"),
-        TensorSpec("fcprojw", (L, C, 4 * C), init="residual"),
-        TensorSpec("ln1w", (L, C), init="ones"),
-        TensorSpec("ln1b", (L, C), init="zeros"),
-        TensorSpec("qkvb", (L, 3 * C), init="zeros"),
-        TensorSpec("attprojb", (L, C), init="zeros"),
-        TensorSpec("ln2w", (L, C), init="ones"),
-        TensorSpec("ln2b", (L, C), init="zeros"),
-        TensorSpec("fcb", (L, 4 * C), init="zeros"),
-        TensorSpec("fcprojb", (L, C), init="zeros"),
+        TensorSpec("qkvw", (L, 3 * C, C), init="normal", stacked=True),
+        TensorSpec("attprojw", (L, C, C), init="residual", stacked=True),
+        TensorSpec("fcw", (L, 4 * C, C), init="normal", stacked=True),
+        TensorSpec("fcprojw", (L, C, 4 * C), init="residual", stacked=True),
+        TensorSpec("ln1w", (L, C), init="ones", stacked=True),
+        TensorSpec("ln1b", (L, C), init="zeros", stacked=True),
+        TensorSpec("qkvb", (L, 3 * C), init="zeros", stacked=True),
+        TensorSpec("attprojb", (L, C), init="zeros", stacked=True),
+        TensorSpec("ln2w", (L, C), init="ones", stacked=True),
+        TensorSpec("ln2b", (L, C), init="zeros", stacked=True),
+        TensorSpec("fcb", (L, 4 * C), init="zeros", stacked=True),
+        TensorSpec("fcprojb", (L, C), init="zeros", stacked=True),
         TensorSpec("lnfw", (C,), init="ones"),
         TensorSpec("lnfb", (C,), init="zeros"),
     )
@@ -76,48 +81,67 @@ def widest(c: ModelConfig) -> int:
     return 4 * c.n_embd
 
 
-def activations(c: ModelConfig, B: int, T: int) -> tuple[TensorSpec, ...]:
+def activations(
+    c: ModelConfig, B: int, T: int, *, recompute: int = 0, training: bool = True
+) -> tuple[TensorSpec, ...]:
     """Every tensor of a forward and backward pass besides parameters, for a batch of (B, T).
 
-    The first group is kept from forward to backward, the second is scratch.
+    The first group is kept from forward to backward, the second is scratch. Each level of
+    `recompute` keeps less, and computes it again in the backward pass: 1 the outputs of GELU, 2
+    also those of the layernorms, 3 all of a block but its input. Without `training` nothing is
+    kept, and there is no backward pass.
     """
     L, C, H, D, Vp = c.n_layer, c.n_embd, c.n_head, c.head_size, c.padded_vocab_size
     N = B * T
-    return (
+
+    def copies(level: int) -> int:
+        """How many layers keep their own copy of what is computed again from `level` on."""
+        return L if training and recompute < level else 1
+
+    def stacked(name: str, level: int, *shape: int, dtype: str = "X") -> TensorSpec:
+        return TensorSpec(name, (copies(level), *shape), dtype, stacked=True)
+
+    kept = (
         TensorSpec("embedded", (N, C)),
-        TensorSpec("ln1", (L, N, C)),
-        TensorSpec("ln1_mean", (L, N), "float32"),
-        TensorSpec("ln1_rstd", (L, N), "float32"),
-        TensorSpec("qkv", (L, B, T, 3, H, D)),
-        TensorSpec("lse", (L, B, H, T), "float32"),
-        TensorSpec("att", (L, B, T, H, D)),
-        TensorSpec("res_att", (L, N, C)),  # residual stream after attention
-        TensorSpec("ln2", (L, N, C)),
-        TensorSpec("ln2_mean", (L, N), "float32"),
-        TensorSpec("ln2_rstd", (L, N), "float32"),
-        TensorSpec("fc", (L, N, 4 * C)),
-        TensorSpec("gelu", (L, N, 4 * C)),
-        TensorSpec("res_mlp", (L, N, C)),  # residual stream after the MLP
+        stacked("ln1", 2, N, C),
+        stacked("ln1_mean", 2, N, dtype="float32"),
+        stacked("ln1_rstd", 2, N, dtype="float32"),
+        stacked("qkv", 3, B, T, 3, H, D),
+        stacked("lse", 3, B, H, T, dtype="float32"),
+        stacked("att", 3, B, T, H, D),
+        stacked("res_att", 3, N, C),  # residual stream after attention
+        stacked("ln2", 2, N, C),
+        stacked("ln2_mean", 2, N, dtype="float32"),
+        stacked("ln2_rstd", 2, N, dtype="float32"),
+        stacked("fc", 3, N, 4 * C),
+        stacked("gelu", 1, N, 4 * C),
+        stacked("res_mlp", MAX_RECOMPUTE + 1, N, C),  # residual stream after the MLP
         TensorSpec("lnf", (N, C)),
         TensorSpec("lnf_mean", (N,), "float32"),
         TensorSpec("lnf_rstd", (N,), "float32"),
         TensorSpec("logits", (N, Vp)),  # their gradient, after the classifier
         TensorSpec("losses", (N,), "float32"),
-        # scratch
+    )
+    scratch = (
         TensorSpec("branch", (N, C)),  # a projection before it joins the residual; its gradient
-        TensorSpec("dres", (N, C)),  # gradient of the residual stream
-        TensorSpec("dfc", (N, 4 * C)),
-        TensorSpec("dqkv", (B, T, 3, H, D)),
-        TensorSpec("delta", (B, H, T), "float32"),
         TensorSpec("tokens", (B, T), "int32"),
         TensorSpec("targets", (N,), "int32"),
+    )
+    backward = (
+        TensorSpec("dres", (N, C)),  # gradient of the residual stream
+        TensorSpec("dfc", (N, 4 * C)),
+        TensorSpec("dqkv", (B, T, 3, H, D), shares="dfc"),
+        TensorSpec("delta", (B, H, T), "float32"),
         TensorSpec("order", (N,), "int32"),
     )
+    return (*kept, *scratch, *backward) if training else (*kept, *scratch)
 
 
 def bytes_of(specs: Iterable[TensorSpec], x_dtype: np.dtype[np.generic]) -> int:
     """Bytes of an arena that holds `specs` with X = x_dtype, alignment included."""
-    return sum(_aligned(spec.size * _dtype(spec, x_dtype).itemsize) for spec in specs)
+    return sum(
+        _aligned(spec.size * _dtype(spec, x_dtype).itemsize) for spec in specs if not spec.shares
+    )
 
 
 def views(
@@ -127,6 +151,10 @@ def views(
     named = SimpleNamespace()
     offset = 0
     for spec in specs:
+        if spec.shares:
+            whole = getattr(named, spec.shares).reshape(-1)
+            setattr(named, spec.name, whole[: spec.size].reshape(spec.shape))
+            continue
         dtype = _dtype(spec, x_dtype)
         stop = offset + spec.size * dtype.itemsize
         if stop > arena.size:
@@ -142,6 +170,17 @@ def flat_views(specs: Iterable[TensorSpec], arena: Array) -> SimpleNamespace:
     for spec, start in offsets(specs):
         setattr(named, spec.name, arena[start : start + spec.size].reshape(spec.shape))
     return named
+
+
+def by_layer(
+    specs: Iterable[TensorSpec], named: SimpleNamespace, n_layer: int
+) -> list[SimpleNamespace]:
+    """The stacked tensors of each layer, without the first dimension, under the same names."""
+    stacked = [(spec.name, getattr(named, spec.name)) for spec in specs if spec.stacked]
+    return [
+        SimpleNamespace(**{name: tensor[l % tensor.shape[0]] for name, tensor in stacked})
+        for l in range(n_layer)
+    ]
 
 
 def offsets(specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, int]]:

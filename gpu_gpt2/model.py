@@ -31,7 +31,8 @@ class GPT2:
 
     `params` are the weights in X, `grads` float32 gradients, `acts` the activations of the last
     batch: named views (see layout.py) of arenas allocated here, once, for up to `max_batch`
-    sequences of `max_seq_len` tokens. Without `training` there are no gradients.
+    sequences of `max_seq_len` tokens. `recompute`, 0 to 3, trades memory for work in the backward
+    pass without changing a bit: see layout.activations. Without `training` there are no gradients.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class GPT2:
         dtype: str,
         max_batch: int,
         max_seq_len: int,
+        recompute: int = 0,
         training: bool = True,
     ) -> None:
         check_seq_len(max_seq_len, config)
@@ -49,20 +51,22 @@ class GPT2:
         self.ops = ops
         self.dtype = X_DTYPES[dtype]
         self.max_batch, self.max_seq_len = max_batch, max_seq_len
+        self.recompute, self.training = recompute, training
         specs = layout.parameters(config)
         n = layout.parameter_count(config)
         device = ops.device
         self.param_arena = device.zeros((n,), self.dtype)
         self.params = layout.flat_views(specs, self.param_arena)
+        self._layer_params = layout.by_layer(specs, self.params, config.n_layer)
         self.grad_arena = device.zeros((n if training else 1,), FLOAT32)
         if training:
             self.grads = layout.flat_views(specs, self.grad_arena)
-        self._act_bytes = layout.bytes_of(
-            layout.activations(config, max_batch, max_seq_len), self.dtype
+            self._layer_grads = layout.by_layer(specs, self.grads, config.n_layer)
+        self._act_arena = device.empty(
+            (layout.bytes_of(self._act_specs(max_batch, max_seq_len), self.dtype),), np.uint8
         )
-        self._act_arena = device.empty((self._act_bytes,), np.uint8)
         self._shape = (0, 0)
-        self.acts: SimpleNamespace = self._reshape(max_batch, max_seq_len)
+        self._set_shape(max_batch, max_seq_len)
 
     def load(self, weights: npt.NDArray[np.float32]) -> None:
         """Sets all weights from a float32 parameter arena (n,) on the host, rounded to X."""
@@ -73,32 +77,9 @@ class GPT2:
 
         With `last_only`, which is for generating, B is 1 and only the last token's (1, Vp).
         """
-        B, T = tokens.shape
-        c, p, o, a = self.config, self.params, self.ops, self._reshape(B, T)
-        N, C = B * T, c.n_embd
-        o.device.upload(a.tokens, tokens)
-        o.embedding_fwd(a.embedded.reshape(B, T, C), a.tokens, p.wte, p.wpe)
-        residual = a.embedded
-        o.layernorm_fwd(a.ln1[0], a.ln1_mean[0], a.ln1_rstd[0], residual, p.ln1w[0], p.ln1b[0])
-        for l in range(c.n_layer):
-            self._linear(a.qkv[l].reshape(N, 3 * C), a.ln1[l], p.qkvw[l], p.qkvb[l])
-            o.attention_fwd(a.att[l], a.lse[l], a.qkv[l])
-            self._linear(a.branch, a.att[l].reshape(N, C), p.attprojw[l], p.attprojb[l])
-            o.residual_layernorm_fwd(
-                a.res_att[l], a.ln2[l], a.ln2_mean[l], a.ln2_rstd[l],
-                residual, a.branch, p.ln2w[l], p.ln2b[l],
-            )  # fmt: skip
-            self._linear(a.fc[l], a.ln2[l], p.fcw[l], p.fcb[l])
-            o.gelu_fwd(a.gelu[l], a.fc[l])
-            self._linear(a.branch, a.gelu[l], p.fcprojw[l], p.fcprojb[l])
-            o.residual_layernorm_fwd(
-                a.res_mlp[l], *self._normed_after(l),
-                a.res_att[l], a.branch, *self._norm_weights_after(l),
-            )  # fmt: skip
-            residual = a.res_mlp[l]
-        rows = slice(N - 1, N) if last_only else slice(0, N)
-        o.matmul(a.logits[rows], a.lnf[rows], p.wte.T)  # (N, Vp)
-        return a.logits[rows]
+        self._set_shape(*tokens.shape)
+        self.ops.device.upload(self.acts.tokens, tokens)
+        return self._forward(last_only=last_only)
 
     def losses(
         self, tokens: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]
@@ -129,16 +110,86 @@ class GPT2:
         of the flattened tokens. Gradients are of the mean loss over all `micro_steps`
         micro-batches; micro-step 0 starts them afresh.
         """
-        N = tokens.size
-        self.forward(tokens)
+        self.upload(tokens, targets, order)
+        self.micro_step(first=micro_step == 0, micro_steps=micro_steps)
+
+    def upload(
+        self,
+        tokens: npt.NDArray[np.int32],
+        targets: npt.NDArray[np.int32],
+        order: npt.NDArray[np.int32],
+    ) -> None:
+        """Copies a batch to where `micro_step` reads it; shapes as in `forward_backward`."""
+        self._set_shape(*tokens.shape)
+        device, a = self.ops.device, self.acts
+        device.upload(a.tokens, tokens)
+        device.upload(a.targets, targets.reshape(-1))
+        device.upload(a.order, order)
+
+    def micro_step(self, *, first: bool, micro_steps: int) -> None:
+        """`forward_backward` of the uploaded batch: work of the device alone."""
         o, a = self.ops, self.acts
-        if micro_step == 0:
+        self._forward()
+        if first:
             o.device.fill_zero(a.losses)
-        o.device.upload(a.targets, targets.reshape(-1))
-        o.device.upload(a.order, order)
-        dloss = 1.0 / (N * micro_steps)
+        dloss = 1.0 / (a.targets.size * micro_steps)
         o.classifier_fwd_bwd(a.losses, a.logits, a.targets, self.config.vocab_size, dloss)
-        self._backward(accumulate=micro_step > 0)
+        self._backward(accumulate=not first)
+
+    def _forward(self, *, last_only: bool = False) -> Array:
+        """Logits of the uploaded tokens."""
+        c, p, o, a = self.config, self.params, self.ops, self.acts
+        (B, T), C = a.tokens.shape, c.n_embd
+        N = B * T
+        o.embedding_fwd(a.embedded.reshape(B, T, C), a.tokens, p.wte, p.wpe)
+        self._first_layernorm(0)
+        for l in range(c.n_layer):
+            x, w = self._layers[l], self._layer_params[l]
+            self._block(l)
+            self._linear(a.branch, x.gelu, w.fcprojw, w.fcprojb)
+            if l + 1 < c.n_layer:
+                y, v = self._layers[l + 1], self._layer_params[l + 1]
+                o.residual_layernorm_fwd(
+                    x.res_mlp, y.ln1, y.ln1_mean, y.ln1_rstd, x.res_att, a.branch, v.ln1w, v.ln1b
+                )
+            else:
+                o.residual_layernorm_fwd(
+                    x.res_mlp, a.lnf, a.lnf_mean, a.lnf_rstd, x.res_att, a.branch, p.lnfw, p.lnfb
+                )
+        rows = slice(N - 1, N) if last_only else slice(0, N)
+        o.matmul(a.logits[rows], a.lnf[rows], p.wte.T)  # (N, Vp)
+        return a.logits[rows]
+
+    def _first_layernorm(self, l: int) -> None:
+        o, x, w = self.ops, self._layers[l], self._layer_params[l]
+        o.layernorm_fwd(x.ln1, x.ln1_mean, x.ln1_rstd, x.residual, w.ln1w, w.ln1b)
+
+    def _block(self, l: int) -> None:
+        """Layer l from its first layernorm's output to GELU's: all that its backward pass reads."""
+        o, a, x, w = self.ops, self.acts, self._layers[l], self._layer_params[l]
+        N, C = a.branch.shape
+        self._linear(x.qkv.reshape(N, 3 * C), x.ln1, w.qkvw, w.qkvb)
+        o.attention_fwd(x.att, x.lse, x.qkv)
+        self._linear(a.branch, x.att.reshape(N, C), w.attprojw, w.attprojb)
+        o.residual_layernorm_fwd(
+            x.res_att, x.ln2, x.ln2_mean, x.ln2_rstd, x.residual, a.branch, w.ln2w, w.ln2b
+        )
+        self._linear(x.fc, x.ln2, w.fcw, w.fcb)
+        o.gelu_fwd(x.gelu, x.fc)
+
+    def _recompute(self, l: int) -> None:
+        """Makes again what layer l did not keep; the last layer's is still there."""
+        if self.recompute == 0 or l == self.config.n_layer - 1:
+            return
+        o, x, w = self.ops, self._layers[l], self._layer_params[l]
+        if self.recompute >= 2:
+            self._first_layernorm(l)
+        if self.recompute == 3:
+            self._block(l)
+            return
+        if self.recompute == 2:
+            o.layernorm_fwd(x.ln2, x.ln2_mean, x.ln2_rstd, x.res_att, w.ln2w, w.ln2b)
+        o.gelu_fwd(x.gelu, x.fc)
 
     def _backward(self, *, accumulate: bool) -> None:
         """Gradients of every parameter from the gradient of the logits."""
@@ -153,38 +204,27 @@ class GPT2:
         o.matmul(dbranch, dlogits, p.wte)
         o.matmul(g.wte, dlogits.T, a.lnf, accumulate=accumulate)
         o.device.fill_zero(dres)
-        last = c.n_layer - 1
-        o.layernorm_bwd(
-            dres, g.lnfw, g.lnfb, dbranch, a.res_mlp[last], p.lnfw, a.lnf_mean, a.lnf_rstd
-        )
+        last = self._layers[-1].res_mlp
+        o.layernorm_bwd(dres, g.lnfw, g.lnfb, dbranch, last, p.lnfw, a.lnf_mean, a.lnf_rstd)
         for l in reversed(range(c.n_layer)):
-            residual = a.res_mlp[l - 1] if l else a.embedded
+            x, w, dw = self._layers[l], self._layer_params[l], self._layer_grads[l]
+            self._recompute(l)
             # MLP: dres is the gradient of fcproj's output, and passes by it to res_att.
-            self._linear_bwd(
-                a.dfc, g.fcprojw[l], g.fcprojb[l], dres, a.gelu[l], p.fcprojw[l], accumulate
-            )
-            o.gelu_bwd(a.dfc, a.dfc, a.fc[l])
-            self._linear_bwd(dbranch, g.fcw[l], g.fcb[l], a.dfc, a.ln2[l], p.fcw[l], accumulate)
+            self._linear_bwd(a.dfc, dw.fcprojw, dw.fcprojb, dres, x.gelu, w.fcprojw, accumulate)
+            o.gelu_bwd(a.dfc, a.dfc, x.fc)
+            self._linear_bwd(dbranch, dw.fcw, dw.fcb, a.dfc, x.ln2, w.fcw, accumulate)
             o.layernorm_bwd(
-                dres, g.ln2w[l], g.ln2b[l],
-                dbranch, a.res_att[l], p.ln2w[l], a.ln2_mean[l], a.ln2_rstd[l],
-            )  # fmt: skip
+                dres, dw.ln2w, dw.ln2b, dbranch, x.res_att, w.ln2w, x.ln2_mean, x.ln2_rstd
+            )
             # Attention, likewise.
-            self._linear_bwd(
-                dbranch, g.attprojw[l], g.attprojb[l],
-                dres, a.att[l].reshape(N, C), p.attprojw[l], accumulate,
-            )  # fmt: skip
-            o.attention_bwd(
-                a.dqkv, a.delta, dbranch.reshape(a.att[l].shape), a.qkv[l], a.att[l], a.lse[l]
-            )
-            self._linear_bwd(
-                dbranch, g.qkvw[l], g.qkvb[l],
-                a.dqkv.reshape(N, 3 * C), a.ln1[l], p.qkvw[l], accumulate,
-            )  # fmt: skip
+            att = x.att.reshape(N, C)
+            self._linear_bwd(dbranch, dw.attprojw, dw.attprojb, dres, att, w.attprojw, accumulate)
+            o.attention_bwd(a.dqkv, a.delta, dbranch.reshape(x.att.shape), x.qkv, x.att, x.lse)
+            dqkv = a.dqkv.reshape(N, 3 * C)
+            self._linear_bwd(dbranch, dw.qkvw, dw.qkvb, dqkv, x.ln1, w.qkvw, accumulate)
             o.layernorm_bwd(
-                dres, g.ln1w[l], g.ln1b[l],
-                dbranch, residual, p.ln1w[l], a.ln1_mean[l], a.ln1_rstd[l],
-            )  # fmt: skip
+                dres, dw.ln1w, dw.ln1b, dbranch, x.residual, w.ln1w, x.ln1_mean, x.ln1_rstd
+            )
         o.embedding_bwd(g.wte, g.wpe, dres.reshape(B, T, C), a.tokens, a.order)
 
     def _linear(self, y: Array, x: Array, w: Array, b: Array) -> None:
@@ -200,24 +240,21 @@ class GPT2:
         self.ops.matmul(dw, dy.T, x, accumulate=accumulate)
         self.ops.matmul(dx, dy, w)
 
-    def _normed_after(self, l: int) -> tuple[Array, Array, Array]:
-        """Output and statistics of the layernorm that follows layer l: the next one's, or lnf."""
-        a = self.acts
-        if l + 1 < self.config.n_layer:
-            return a.ln1[l + 1], a.ln1_mean[l + 1], a.ln1_rstd[l + 1]
-        return a.lnf, a.lnf_mean, a.lnf_rstd
+    def _act_specs(self, B: int, T: int) -> tuple[layout.TensorSpec, ...]:
+        return layout.activations(
+            self.config, B, T, recompute=self.recompute, training=self.training
+        )
 
-    def _norm_weights_after(self, l: int) -> tuple[Array, Array]:
-        p = self.params
-        if l + 1 < self.config.n_layer:
-            return p.ln1w[l + 1], p.ln1b[l + 1]
-        return p.lnfw, p.lnfb
-
-    def _reshape(self, B: int, T: int) -> SimpleNamespace:
-        """The activations as views for a batch of (B, T), kept until another size comes."""
-        if (B, T) != self._shape:
-            check_seq_len(T, self.config)
-            specs = layout.activations(self.config, B, T)
-            self.acts = layout.views(specs, self.dtype, self._act_arena)
-            self._shape = (B, T)
-        return self.acts
+    def _set_shape(self, B: int, T: int) -> None:
+        """Makes `acts` the activations of a batch of (B, T), until another size comes."""
+        if (B, T) == self._shape:
+            return
+        check_seq_len(T, self.config)
+        specs = self._act_specs(B, T)
+        self.acts: SimpleNamespace = layout.views(specs, self.dtype, self._act_arena)
+        self._layers = layout.by_layer(specs, self.acts, self.config.n_layer)
+        residual = self.acts.embedded
+        for layer in self._layers:
+            layer.residual = residual  # what the layer adds to
+            residual = layer.res_mlp
+        self._shape = (B, T)

@@ -1,0 +1,61 @@
+"""Levels of recomputation: less memory, the same bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from devices import CPU, KERNELS
+
+from gpu_gpt2 import layout
+from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.device.base import FLOAT32
+from gpu_gpt2.device.select import open_device
+from gpu_gpt2.init import initial_weights
+from gpu_gpt2.model import GPT2
+from gpu_gpt2.ops.select import ops_for
+
+CONFIG = ModelConfig(vocab_size=67, n_positions=11, n_embd=32, n_layer=3, n_head=2)
+B, T = 2, 11
+
+
+def losses_and_gradients(device: str, dtype: str, recompute: int) -> tuple[bytes, bytes]:
+    """Of two micro-steps."""
+    ops = ops_for(open_device(device), dtype, layout.widest(CONFIG))
+    model = GPT2(CONFIG, ops, dtype=dtype, max_batch=B, max_seq_len=T, recompute=recompute)
+    weights = initial_weights(CONFIG, 0)
+    weights += 0.1 * np.random.default_rng(1).standard_normal(weights.size, dtype=np.float32)
+    model.load(weights)
+    rng = np.random.default_rng(2)
+    for micro_step in range(2):
+        tokens, targets = rng.integers(0, CONFIG.vocab_size, (2, B, T), dtype=np.int32)
+        order = np.argsort(tokens, axis=None, kind="stable").astype(np.int32)
+        model.forward_backward(tokens, targets, order, micro_step=micro_step, micro_steps=2)
+    download = ops.device.download
+    return download(model.acts.losses).tobytes(), download(model.grad_arena).tobytes()
+
+
+@pytest.mark.parametrize(("dtype", "device"), CPU + KERNELS)
+def test_every_level_gives_the_bits_of_level_0(dtype: str, device: str) -> None:
+    expected = losses_and_gradients(device, dtype, 0)
+    for recompute in range(1, layout.MAX_RECOMPUTE + 1):
+        assert losses_and_gradients(device, dtype, recompute) == expected, f"level {recompute}"
+
+
+def test_every_level_needs_less_memory() -> None:
+    sizes = [
+        layout.bytes_of(layout.activations(CONFIG, B, T, recompute=level), FLOAT32)
+        for level in range(layout.MAX_RECOMPUTE + 1)
+    ]
+    assert sorted(sizes, reverse=True) == sizes
+    assert len(set(sizes)) == len(sizes)
+
+
+def test_the_highest_level_keeps_one_tensor_per_layer() -> None:
+    specs = layout.activations(CONFIG, B, T, recompute=layout.MAX_RECOMPUTE)
+    assert [spec.name for spec in specs if spec.stacked and spec.shape[0] > 1] == ["res_mlp"]
+
+
+def test_without_training_nothing_is_kept_per_layer() -> None:
+    specs = layout.activations(CONFIG, B, T, training=False)
+    assert {spec.shape[0] for spec in specs if spec.stacked} == {1}
+    assert not {"dres", "dfc", "dqkv", "delta", "order"} & {spec.name for spec in specs}
