@@ -12,6 +12,7 @@ from gpu_gpt2.errors import ConfigError
 GPT2_VOCAB_SIZE: Final = 50257
 VOCAB_PADDING: Final = 128  # rows of wte are padded to a multiple of this: aligned rows, full tiles
 MAX_BATCH_TOKENS: Final = 1 << 30  # in one micro-batch: kernels count rows in 32 bits
+MAX_RECOMPUTE: Final = 3  # levels of layout.activations
 MAX_SEED: Final = (1 << 32) - 1  # what the Mersenne Twister starts from is one word
 MAX_HEAD_SIZE: Final = 256  # what kernels/attention.cu can hold in registers
 
@@ -73,6 +74,12 @@ GPT3_SIZES: Final[Mapping[int, tuple[int, int, int]]] = {
     4096: (4096, 32, 32),  # 6.7B
     12288: (12288, 96, 96),  # 175B
 }
+HF_SIZES: Final[Mapping[str, tuple[int, int, int]]] = {  # under Hugging Face's names
+    "gpt2": GPT2_SIZES[12],
+    "gpt2-medium": GPT2_SIZES[24],
+    "gpt2-large": GPT2_SIZES[36],
+    "gpt2-xl": GPT2_SIZES[48],
+}
 GPT3_POSITIONS: Final = 2048
 
 
@@ -89,12 +96,14 @@ MODELS: Final[Mapping[str, ModelConfig]] = {
     **_models("d", GPT2_SIZES, 1024),
     **_models("gpt2:d", GPT2_SIZES, 1024),
     **_models("gpt3:c", GPT3_SIZES, GPT3_POSITIONS),
+    **{name: ModelConfig(n_embd=C, n_layer=L, n_head=H) for name, (C, L, H) in HF_SIZES.items()},
     "mini": ModelConfig(n_layer=2, n_head=4, n_embd=256, n_positions=64),  # a minute on a CPU
     "nano": ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32),  # for the emulator
 }
 MODEL_NAMES: Final = (
     f"dN or gpt2:dN with N = {', '.join(map(str, GPT2_SIZES))}; "
-    f"gpt3:cN with N = {', '.join(map(str, GPT3_SIZES))}; mini; nano"
+    f"gpt3:cN with N = {', '.join(map(str, GPT3_SIZES))}; "
+    f"{', '.join(HF_SIZES)}; mini; nano"
 )
 
 
@@ -135,6 +144,7 @@ class TrainConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     max_grad_norm: float = 1.0
+    recompute: int = 0  # 0 to 3: see layout.activations
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -148,6 +158,8 @@ class TrainConfig:
         for name in ("warmup_steps", "eval_every", "sample_every", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.recompute <= MAX_RECOMPUTE:
+            raise ConfigError(f"recompute must be 0 to {MAX_RECOMPUTE}, not {self.recompute}")
         if self.seed > MAX_SEED:
             raise ConfigError(f"seed must be at most {MAX_SEED}, not {self.seed}")
         if not (math.isfinite(self.lr) and self.lr > 0):

@@ -14,13 +14,11 @@ from typing import Final
 
 import numpy as np
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import MAX_RECOMPUTE, ModelConfig
 from gpu_gpt2.device.base import Array
 
 ALIGNMENT: Final = 256  # bytes; what cudaMalloc gives, and more than any vector access needs
 
-
-MAX_RECOMPUTE: Final = 3
 
 
 @dataclass(frozen=True, slots=True)

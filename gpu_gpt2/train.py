@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from rich.console import Console
 
-from gpu_gpt2 import checkpoint, layout
+from gpu_gpt2 import checkpoint, layout, plan
 from gpu_gpt2.config import ModelConfig, TrainConfig, model_config
 from gpu_gpt2.data.dataset import Dataset, prepare
 from gpu_gpt2.data.loader import BatchLoader
@@ -147,7 +147,12 @@ def _build(
     device = open_device(config.device)
     ops = ops_for(device, config.dtype, layout.widest(sizes))
     model = GPT2(
-        sizes, ops, dtype=config.dtype, max_batch=config.batch_size, max_seq_len=config.seq_len
+        sizes,
+        ops,
+        dtype=config.dtype,
+        max_batch=config.batch_size,
+        max_seq_len=config.seq_len,
+        recompute=config.recompute,
     )
     optimizer = AdamW(model)
     if resumed:
@@ -234,6 +239,13 @@ def _announce(console: Console, config: TrainConfig, data: Dataset, sizes: Model
         f"{config.run_dir}",
         highlight=False,
         markup=False,
+    )
+    console.print(
+        plan.table(
+            plan.memory_plan(
+                sizes, config.dtype, config.batch_size, config.seq_len, config.recompute
+            )
+        )
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 from gpu_gpt2 import layout
 from gpu_gpt2.config import (
     GPT2_VOCAB_SIZE,
+    HF_SIZES,
     MODELS,
     TRAIN_DEFAULTS,
     ModelConfig,
@@ -54,7 +55,8 @@ def test_published_sizes(name: str) -> None:
 
 def test_llmc_s_short_names() -> None:
     short = {name.removeprefix("gpt2:") for name in PUBLISHED if name.startswith("gpt2:")}
-    assert MODELS.keys() == PUBLISHED.keys() | short | {"mini", "nano"}
+    assert MODELS.keys() == PUBLISHED.keys() | short | HF_SIZES.keys() | {"mini", "nano"}
+    assert [MODELS[name] for name in HF_SIZES] == [MODELS[f"d{n}"] for n in (12, 24, 36, 48)]
     for name in short:
         assert MODELS[name] == MODELS[f"gpt2:{name}"]
 
@@ -94,7 +96,8 @@ def test_unknown_model(name: str) -> None:
         model_config(name, 257)
     assert str(error.value) == (
         f"unknown model {name!r}; choose one of dN or gpt2:dN with N = 6, 12, 24, 36, 48, 60, 72, "
-        f"84; gpt3:cN with N = 384, 768, 1024, 1536, 2048, 2560, 4096, 12288; mini; nano"
+        f"84; gpt3:cN with N = 384, 768, 1024, 1536, 2048, 2560, 4096, 12288; gpt2, "
+        f"gpt2-medium, gpt2-large, gpt2-xl; mini; nano"
     )
 
 

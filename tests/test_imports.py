@@ -19,7 +19,7 @@ LAYERS = [
     "layout ops.interface",
     "formats",
     "ops.reference ops.kernels",
-    "ops.select check",
+    "ops.select check plan",
     "model",
     "optimizer peers",
     "tokenizer",

@@ -7,7 +7,7 @@ import pytest
 from devices import CPU, KERNELS
 
 from gpu_gpt2 import layout
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import MAX_RECOMPUTE, ModelConfig
 from gpu_gpt2.device.base import FLOAT32
 from gpu_gpt2.device.select import open_device
 from gpu_gpt2.init import initial_weights
@@ -37,21 +37,21 @@ def losses_and_gradients(device: str, dtype: str, recompute: int) -> tuple[bytes
 @pytest.mark.parametrize(("dtype", "device"), CPU + KERNELS)
 def test_every_level_gives_the_bits_of_level_0(dtype: str, device: str) -> None:
     expected = losses_and_gradients(device, dtype, 0)
-    for recompute in range(1, layout.MAX_RECOMPUTE + 1):
+    for recompute in range(1, MAX_RECOMPUTE + 1):
         assert losses_and_gradients(device, dtype, recompute) == expected, f"level {recompute}"
 
 
 def test_every_level_needs_less_memory() -> None:
     sizes = [
         layout.bytes_of(layout.activations(CONFIG, B, T, recompute=level), FLOAT32)
-        for level in range(layout.MAX_RECOMPUTE + 1)
+        for level in range(MAX_RECOMPUTE + 1)
     ]
     assert sorted(sizes, reverse=True) == sizes
     assert len(set(sizes)) == len(sizes)
 
 
 def test_the_highest_level_keeps_one_tensor_per_layer() -> None:
-    specs = layout.activations(CONFIG, B, T, recompute=layout.MAX_RECOMPUTE)
+    specs = layout.activations(CONFIG, B, T, recompute=MAX_RECOMPUTE)
     assert [spec.name for spec in specs if spec.stacked and spec.shape[0] > 1] == ["res_mlp"]
 
 

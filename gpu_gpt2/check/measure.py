@@ -240,8 +240,8 @@ def _extra(case: Case, dtype: str, output_dtype: str) -> float:
     """What an op may add to the error because of how GPUs do it, as a part of the output's size.
 
     Matrix products: NumPy's BLAS sums K products in blocks. A GPU sums one after the other (errors
-    grow with the square root of K), and tensor cores cut off, not round, after every few (errors grow
-    with K). Attention on tensor cores: p and ds are rounded to X on their way into a product.
+    grow with the square root of K), and tensor cores cut off, not round, after every few (errors
+    grow with K). Attention on tensor cores rounds p and ds to X on their way into a product.
     """
     if case.op.startswith("attention") and dtype != "fp32" and output_dtype == "X":
         return float(ml_dtypes.finfo(X_DTYPES[dtype]).eps) / 2

@@ -14,6 +14,7 @@ from gpu_gpt2.cli.data import data_app
 from gpu_gpt2.cli.evaluate import evaluate
 from gpu_gpt2.cli.generate import generate
 from gpu_gpt2.cli.inspect import bench_app, check_ops, show_info
+from gpu_gpt2.cli.plan import show_plan
 from gpu_gpt2.cli.train import train
 from gpu_gpt2.cli.verify import verify_model
 from gpu_gpt2.errors import UserError
@@ -29,6 +30,7 @@ app.command()(generate)
 app.command()(evaluate)
 app.command()(convert)
 app.command("verify")(verify_model)
+app.command("plan")(show_plan)
 app.command("info")(show_info)
 app.command("check")(check_ops)
 app.add_typer(data_app, name="data")

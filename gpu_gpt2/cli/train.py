@@ -10,17 +10,20 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from gpu_gpt2 import checkpoint
+from gpu_gpt2 import checkpoint, plan
 from gpu_gpt2.cli.common import INTERRUPTED, Device, Dtype, console, say
-from gpu_gpt2.config import MODEL_NAMES, MODELS, TRAIN_DEFAULTS, TrainConfig
+from gpu_gpt2.config import MODEL_NAMES, MODELS, TRAIN_DEFAULTS, TrainConfig, model_config
 from gpu_gpt2.data.corpus import BUILT_IN
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.tokenizer import is_path
+from gpu_gpt2.tokenizer import is_path, vocab_size_of
 from gpu_gpt2.train import train as run_training
 
 RUNS: Final = Path("runs")
-RESUMABLE: Final = {"device", "dtype", "steps", "eval_every", "sample_every"}  # may change
+AUTO: Final = "auto"
+MEMORY_TO_USE: Final = 0.95  # of what is free, by --batch-size auto
+# What may change when a run goes on.
+RESUMABLE: Final = {"device", "dtype", "steps", "eval_every", "sample_every", "recompute"}
 
 
 def train(
@@ -34,10 +37,16 @@ def train(
     device: Device = "auto",
     dtype: Dtype = "auto",
     steps: Annotated[int | None, typer.Option(help="Updates of the weights.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences at a time.")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Sequences at a time; auto: as many as fit into memory.")
+    ] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
     total_batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens in one update, over several batches if need be.")
+    ] = None,
+    recompute: Annotated[
+        int | None,
+        typer.Option(min=0, max=3, help="Less memory for more work: 1 and 2 a little, 3 a third."),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps to reach it.")] = None,
@@ -59,8 +68,9 @@ def train(
         name: value
         for name, value in (
             ("data", data), ("model", model), ("tokenizer", tokenizer), ("steps", steps),
-            ("batch_size", batch_size), ("seq_len", seq_len), ("lr", lr),
+            ("batch_size", _batch_size(batch_size)), ("seq_len", seq_len), ("lr", lr),
             ("total_batch_tokens", total_batch_tokens), ("warmup_steps", warmup_steps),
+            ("recompute", recompute),
             ("weight_decay", weight_decay), ("eval_every", eval_every),
             ("sample_every", sample_every), ("seed", seed),
         )
@@ -98,6 +108,9 @@ def _new_config(
         values["data"] = os.path.abspath(values["data"])  # --resume may come from elsewhere
     if is_path(values["tokenizer"]):
         values["tokenizer"] = os.path.abspath(values["tokenizer"])
+    dtype = choose_dtype(dtype, place)
+    if values["batch_size"] == AUTO:
+        values |= _fitting(values, dtype, place.free_memory)
     micro = values["batch_size"] * values["seq_len"]
     if "total_batch_tokens" not in given and values["total_batch_tokens"] % max(1, micro):
         values["total_batch_tokens"] = micro
@@ -107,9 +120,34 @@ def _new_config(
         raise ConfigError(
             f"{run_dir} already holds a run; go on with it by --resume, or choose another --run-dir"
         )
-    return TrainConfig(
-        **values, device=place.name, dtype=choose_dtype(dtype, place), run_dir=str(run_dir)
+    return TrainConfig(**values, device=place.name, dtype=dtype, run_dir=str(run_dir))
+
+
+def _batch_size(text: str | None) -> int | str | None:
+    if text is None or text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"--batch-size is {text!r}; give a number, or auto") from None
+
+
+def _fitting(values: dict[str, Any], dtype: str, free_memory: int) -> dict[str, int]:
+    """The batch size and recompute level of plan.best_fit for this much memory."""
+    T, total = values["seq_len"], values["total_batch_tokens"]
+    if T < 1 or total < T or total % T:
+        raise ConfigError(
+            f"--total-batch-tokens {total} is not a multiple of --seq-len {T}; choose one that is"
+        )
+    fit = plan.best_fit(
+        model_config(values["model"], vocab_size_of(values["tokenizer"])),
+        dtype,
+        T,
+        int(MEMORY_TO_USE * free_memory),
+        recompute=values.get("recompute"),
+        sequences=total // T,
     )
+    return {"batch_size": fit.batch_size, "recompute": fit.recompute}
 
 
 def _resumed_config(

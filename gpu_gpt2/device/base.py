@@ -32,6 +32,11 @@ class Device(ABC):
         """Whether kernels that include tensor_core.cuh run here."""
         return True
 
+    @property
+    @abstractmethod
+    def free_memory(self) -> int:
+        """Bytes that new arrays can take."""
+
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """A new C-contiguous array with undefined contents."""

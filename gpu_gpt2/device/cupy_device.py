@@ -79,6 +79,10 @@ class CupyDevice(Device):
         return str(properties["name"].decode())
 
     @property
+    def free_memory(self) -> int:
+        return self.memory[0]
+
+    @property
     def memory(self) -> tuple[int, int]:
         """Free and total bytes on the GPU."""
         free, total = self._cupy.cuda.runtime.memGetInfo()

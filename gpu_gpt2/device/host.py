@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +18,10 @@ ACCUMULATE_CHUNK: Final = 1 << 20  # elements of a temporary product: it stays i
 
 class HostDevice(Device):
     name = "cpu"
+
+    @property
+    def free_memory(self) -> int:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return np.empty(shape, dtype)

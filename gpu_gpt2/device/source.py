@@ -1,8 +1,8 @@
 """The text of a kernel file as every compiler gets it, and the signatures found in it.
 
-A source is `common.cuh`, the headers of ours that the `.cu` file includes, and that file, joined with
-`#line` marks: compile errors name the real file and line, and a compiler cache keyed by the text can
-never serve a stale header.
+A source is `common.cuh`, the headers of ours that the `.cu` file includes, and that file, joined
+with `#line` marks: compile errors name the real file and line, and a compiler cache keyed by the
+text can never serve a stale header.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ from gpu_gpt2.optimizer import AdamW
 
 STEPS: Final = 10
 # The settings of llm.c's test_gpt2.cu, so that its published losses apply.
-HYPER: Final = {
+HYPER: Final[Mapping[str, Any]] = {
     "lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0
 }  # fmt: skip
 

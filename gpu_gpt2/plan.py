@@ -1,0 +1,151 @@
+"""How much memory training takes, known without a GPU, and what fits into how much of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from rich.table import Table
+
+from gpu_gpt2 import layout
+from gpu_gpt2.config import MAX_BATCH_TOKENS, MAX_RECOMPUTE, ModelConfig
+from gpu_gpt2.device.base import FLOAT32, X_DTYPES
+from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.ops.kernels import scratch_floats
+
+# What a process needs on a GPU before the first tensor: the driver's context, cuBLAS with its
+# workspace, the kernels. An estimate, for it depends on GPU and versions.
+LIBRARIES: Final = 768 << 20
+RECOMPUTE_LEVELS: Final = range(MAX_RECOMPUTE + 1)
+ENOUGH_TOKENS: Final = 4096  # in a micro-batch: more is worth less than a higher level costs
+UNITS: Final = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", 1)},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by purpose of a training run at one batch size and recompute level."""
+
+    batch_size: int
+    recompute: int
+    rows: tuple[tuple[str, int], ...]
+
+    @property
+    def total(self) -> int:
+        return sum(size for _, size in self.rows)
+
+
+def memory_plan(
+    config: ModelConfig, dtype: str, batch_size: int, seq_len: int, recompute: int
+) -> MemoryPlan:
+    """What training allocates for micro-batches of (batch_size, seq_len) tokens in `dtype`."""
+    n, x = layout.parameter_count(config), X_DTYPES[dtype]
+    specs = layout.activations(config, batch_size, seq_len, recompute=recompute)
+    logits = tuple(spec for spec in specs if spec.name == "logits")
+    rows = [("weights", n * x.itemsize)]
+    if x != FLOAT32:
+        rows.append(("master weights, float32", n * FLOAT32.itemsize))
+    rows += [
+        ("gradients, float32", n * FLOAT32.itemsize),
+        ("moments of AdamW, float32", 2 * n * FLOAT32.itemsize),
+        ("logits", layout.bytes_of(logits, x)),
+        ("other activations", layout.bytes_of(specs, x) - layout.bytes_of(logits, x)),
+        ("scratch of the kernels", scratch_floats(layout.widest(config)) * FLOAT32.itemsize),
+    ]
+    return MemoryPlan(batch_size=batch_size, recompute=recompute, rows=tuple(rows))
+
+
+def planned_bytes(
+    config: ModelConfig, dtype: str, batch_size: int, seq_len: int, recompute: int = 0
+) -> int:
+    """The total of `memory_plan`."""
+    return memory_plan(config, dtype, batch_size, seq_len, recompute).total
+
+
+def largest_batch(
+    config: ModelConfig,
+    dtype: str,
+    seq_len: int,
+    recompute: int,
+    memory: int,
+    sequences: int | None = None,
+) -> int:
+    """The most sequences of a micro-batch whose plan fits into `memory` bytes, or 0.
+
+    With `sequences`, how many an optimizer step has in all, only divisors of it count.
+    """
+
+    def fits(batch_size: int) -> bool:
+        return planned_bytes(config, dtype, batch_size, seq_len, recompute) <= memory
+
+    most = MAX_BATCH_TOKENS // seq_len
+    if sequences is not None:
+        divisors = (b for b in range(min(sequences, most), 0, -1) if sequences % b == 0)
+        return next(filter(fits, divisors), 0)
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) and middle <= most else (low, middle)
+    return low
+
+
+def best_fit(
+    config: ModelConfig,
+    dtype: str,
+    seq_len: int,
+    memory: int,
+    *,
+    recompute: int | None = None,
+    sequences: int | None = None,
+) -> MemoryPlan:
+    """The batch size and recompute level to train with in `memory` bytes.
+
+    The lowest level whose largest batch holds ENOUGH_TOKENS or the whole step; if none does, the
+    level with the largest batch. `recompute` fixes the level. ConfigError if nothing fits.
+    """
+    levels = RECOMPUTE_LEVELS if recompute is None else (recompute,)
+    best = (0, levels[0])
+    for level in levels:
+        batch_size = largest_batch(config, dtype, seq_len, level, memory, sequences)
+        if batch_size > best[0]:
+            best = batch_size, level
+        if batch_size * seq_len >= ENOUGH_TOKENS or batch_size == sequences:
+            break
+    if best[0] == 0:
+        least = planned_bytes(config, dtype, 1, seq_len, levels[-1])
+        raise ConfigError(
+            f"{format_bytes(memory)} are not enough: one sequence of {seq_len} tokens needs "
+            f"{format_bytes(least)} at recompute level {levels[-1]}; use a smaller --model or "
+            f"--seq-len"
+        )
+    return memory_plan(config, dtype, best[0], seq_len, best[1])
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "8GB", "16 GiB", "500MB" or "8e9": GB is 10^9 bytes, GiB 2^30. ConfigError."""
+    match = re.fullmatch(r"(\d+\.?\d*(?:e\d+)?)\s*([A-Z]*)", text.strip(), re.IGNORECASE)
+    if match is None or match[2].upper() not in UNITS:
+        raise ConfigError(f"cannot read {text!r} as memory; write 8GB, 16GiB or 500MB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def format_bytes(size: int) -> str:
+    """The size in MB or GB, powers of ten as on a card's box."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def table(plan: MemoryPlan) -> Table:
+    """The rows and the total, for the console."""
+    columns = Table(box=None, show_header=False)
+    columns.add_column()
+    columns.add_column(justify="right")
+    for name, size in (*plan.rows, ("in all", plan.total)):
+        columns.add_row(name, format_bytes(size))
+    return columns
