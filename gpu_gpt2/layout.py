@@ -20,7 +20,6 @@ from gpu_gpt2.device.base import Array
 ALIGNMENT: Final = 256  # bytes; what cudaMalloc gives, and more than any vector access needs
 
 
-
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One named tensor. `dtype` is "X" for the activations' dtype, else "float32" or "int32"."""

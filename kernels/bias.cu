@@ -5,56 +5,84 @@
 // kernel               outputs                            inputs
 // bias_fwd             y (N, O) X +=                      b (O) X
 // bias_bwd_partial     partial (chunks, O) float32 =      dy (N, O) X
-// add_column_sums      out (columns) float32 +=           partial (chunks, columns) float32
+// bias_bwd_total       db (O) float32 +=                  partial (chunks, O) float32
 //
-// Sums down the columns are made in two steps, here and in layernorm.cu, because the number of
-// columns alone is too small to fill a GPU and because the order of additions must be fixed:
-// 1. `bias_bwd_partial` cuts the rows into chunks of rows_per_chunk and sums each chunk. A block
-//    is a tile of 32 columns wide and as many rows high as it has warps: warp w adds rows w,
-//    w + warps, w + 2 warps ... of the chunk, then warp 0 adds the warps' sums, warp 0's first.
-//    grid (ceil(O / 32), chunks), block (32, warps), shared 32 x 32 floats.
-// 2. `add_column_sums` has one thread per column, which adds the chunks' sums, chunk 0 first.
-//    grid (ceil(columns / block)), any block.
-// bias_fwd: one block per row, its threads stride over the columns; grid (N), any block.
+// O is a multiple of WIDTH (see common.cuh).
+// bias_fwd: one block per row, whose threads stride over its pieces of WIDTH columns. grid (N), any
+// block.
+// The sums down the columns are made in two steps, because the number of columns alone is too small
+// to fill a GPU and because the order of additions must be fixed:
+// 1. `bias_bwd_partial` cuts the rows into chunks of rows_per_chunk and sums each chunk. A block is
+//    32 pieces wide and COLUMN_WARPS rows high: warp w adds rows w, w + COLUMN_WARPS ... of the
+//    chunk, then the warps' sums are added, warp 0's first.
+//    grid (ceil(O / (32 WIDTH)), chunks), block (32, COLUMN_WARPS), shared 32 WIDTH COLUMN_WARPS
+//    floats.
+// 2. `bias_bwd_total` adds the chunks' sums: see add_chunks in common.cuh.
+//    grid (ceil(O / 32)), block (32, 32), shared 32 x 32 floats.
 //
 // Cost in bytes, X = size of floatX: forward N O 2X, backward N O X + chunks O 8; one flop per
 // element. Memory binds.
 
 extern "C" __global__ void bias_fwd(floatX* y, const floatX* b, int O) {
     long long row = (long long)blockIdx.x * O;
-    for (int c = threadIdx.x; c < O; c += blockDim.x) {
-        y[row + c] = to_floatX(to_float(y[row + c]) + to_float(b[c]));
+    for (int c = threadIdx.x * WIDTH; c < O; c += blockDim.x * WIDTH) {
+        float values[WIDTH];
+        float bias[WIDTH];
+        load(values, y + row + c);
+        load(bias, b + c);
+#pragma unroll
+        for (int k = 0; k < WIDTH; k++) {
+            values[k] += bias[k];
+        }
+        store(y + row + c, values);
     }
+}
+
+// out[c] for the columns c of this block: the sum over its COLUMN_WARPS warps of what their lane has
+// for that column, warp 0's first. Lane l of block b has the WIDTH columns from (32 b + l) WIDTH on.
+// `sums` is shared memory of COLUMN_WARPS x 32 WIDTH floats.
+__device__ inline void store_sums_of_warps(float* out, const float* sum, float* sums, int columns) {
+    int width = WARP * WIDTH;
+#pragma unroll
+    for (int k = 0; k < WIDTH; k++) {
+        sums[threadIdx.y * width + threadIdx.x * WIDTH + k] = sum[k];
+    }
+    __syncthreads();
+    for (int i = threadIdx.y * WARP + threadIdx.x; i < width; i += COLUMN_WARPS * WARP) {
+        int c = blockIdx.x * width + i;
+        if (c < columns) {
+            float total = 0.0f;
+            for (int warp = 0; warp < COLUMN_WARPS; warp++) {
+                total += sums[warp * width + i];
+            }
+            out[c] = total;
+        }
+    }
+    __syncthreads();
 }
 
 extern "C" __global__ void bias_bwd_partial(float* partial, const floatX* dy, int N, int O,
                                             int rows_per_chunk) {
-    SHARED_ARRAY(float, tile, MAX_WARPS * WARP);
-    int c = blockIdx.x * WARP + threadIdx.x;
-    int chunk = blockIdx.y;
-    int start = chunk * rows_per_chunk;
+    SHARED_ARRAY(float, sums, COLUMN_WARPS * WARP * WIDTH);
+    int c = (blockIdx.x * WARP + threadIdx.x) * WIDTH;
+    int start = blockIdx.y * rows_per_chunk;
     int stop = min(start + rows_per_chunk, N);
-    float sum = 0.0f;
+    float sum[WIDTH] = {};
     if (c < O) {
-        for (int n = start + threadIdx.y; n < stop; n += blockDim.y) {
-            sum += to_float(dy[(long long)n * O + c]);
+#pragma unroll 4
+        for (int n = start + threadIdx.y; n < stop; n += COLUMN_WARPS) {
+            float values[WIDTH];
+            load(values, dy + (long long)n * O + c);
+#pragma unroll
+            for (int k = 0; k < WIDTH; k++) {
+                sum[k] += values[k];
+            }
         }
     }
-    sum = sum_of_warps(sum, tile);
-    if (threadIdx.y == 0 && c < O) {
-        partial[(long long)chunk * O + c] = sum;
-    }
+    store_sums_of_warps(partial + (long long)blockIdx.y * O, sum, sums, O);
 }
 
-extern "C" __global__ void add_column_sums(float* out, const float* partial, int chunks,
-                                           int columns) {
-    int c = blockIdx.x * blockDim.x + threadIdx.x;
-    if (c >= columns) {
-        return;
-    }
-    float sum = 0.0f;
-    for (int chunk = 0; chunk < chunks; chunk++) {
-        sum += partial[(long long)chunk * columns + c];
-    }
-    out[c] += sum;
+extern "C" __global__ void bias_bwd_total(float* db, const float* partial, int chunks, int O) {
+    SHARED_ARRAY(float, tile, MAX_WARPS * WARP);
+    add_chunks(db, partial, chunks, O, O, tile);
 }

@@ -104,6 +104,79 @@ __device__ inline floatX to_floatX(float value) {
 #endif
 }
 
+// --- 16 bytes at a time ---
+
+// Memory is fastest when each thread moves 16 bytes with one instruction. WIDTH is how many numbers
+// of floatX a kernel moves at a time: as many as 16 bytes hold, where the sizes of its tensors are
+// multiples of that and so all pieces begin at multiples of 16 bytes, else 1.
+#ifndef WIDTH
+#define WIDTH 1
+#endif
+
+#if FLOATX != FP32
+// Two floats rounded to floatX in one 32-bit register, `low` in the lower half.
+__device__ inline unsigned int pack(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    unsigned int result;
+#if FLOATX == BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#endif
+    return result;
+#else
+    return to_floatX(low).bits | (unsigned int)to_floatX(high).bits << 16;
+#endif
+}
+
+// The two numbers in a register as floats.
+__device__ inline float low(unsigned int pair) {
+    floatX half;
+    half.bits = (unsigned short)pair;
+    return to_float(half);
+}
+
+__device__ inline float high(unsigned int pair) { return low(pair >> 16); }
+
+#endif
+
+// values[0 ... WIDTH - 1] = x[0 ... WIDTH - 1]
+__device__ inline void load(float* values, const floatX* x) {
+#if WIDTH == 1
+    values[0] = to_float(x[0]);
+#else
+    uint4 words = *(const uint4*)x;
+    unsigned int word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#if FLOATX == FP32
+        values[i] = __uint_as_float(word[i]);
+#else
+        values[2 * i] = low(word[i]);
+        values[2 * i + 1] = high(word[i]);
+#endif
+    }
+#endif
+}
+
+// y[0 ... WIDTH - 1] = values[0 ... WIDTH - 1], rounded
+__device__ inline void store(floatX* y, const float* values) {
+#if WIDTH == 1
+    y[0] = to_floatX(values[0]);
+#else
+    unsigned int word[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#if FLOATX == FP32
+        word[i] = __float_as_uint(values[i]);
+#else
+        word[i] = pack(values[2 * i], values[2 * i + 1]);
+#endif
+    }
+    *(uint4*)y = make_uint4(word[0], word[1], word[2], word[3]);
+#endif
+}
+
 // --- constants ---
 
 #define WARP 32                         // threads that run in step and can trade registers
@@ -176,19 +249,31 @@ __device__ inline float block_max(float value, float* scratch) {
     return largest;
 }
 
-// For a block of 32 x warps threads: the sum of `value` over the threads of equal threadIdx.x, warp
-// 0's first; only warp 0 gets it. `tile` is shared memory of MAX_WARPS x 32 floats.
-__device__ inline float sum_of_warps(float value, float* tile) {
-    tile[threadIdx.y * WARP + threadIdx.x] = value;
-    __syncthreads();
-    float total = 0.0f;
-    if (threadIdx.y == 0) {
-        for (int warp = 0; warp < (int)blockDim.y; warp++) {
-            total += tile[warp * WARP + threadIdx.x];
+// --- sums down columns ---
+
+// out[c] += the sum over chunks of partial[chunk * stride + c] for the 32 columns of this block, by
+// 32 x 32 threads: warp w adds chunks w, w + 32 ..., then warp 0 adds the warps' sums, its own first.
+// `tile` is shared memory of 32 x 32 floats.
+__device__ inline void add_chunks(float* out, const float* partial, int chunks, int columns,
+                                  int stride, float* tile) {
+    int c = blockIdx.x * WARP + threadIdx.x;
+    float sum = 0.0f;
+    if (c < columns) {
+#pragma unroll 4
+        for (int chunk = threadIdx.y; chunk < chunks; chunk += MAX_WARPS) {
+            sum += partial[(long long)chunk * stride + c];
         }
     }
+    tile[threadIdx.y * WARP + threadIdx.x] = sum;
     __syncthreads();
-    return total;
+    if (threadIdx.y == 0 && c < columns) {
+        float total = 0.0f;
+        for (int warp = 0; warp < MAX_WARPS; warp++) {
+            total += tile[warp * WARP + threadIdx.x];
+        }
+        out[c] += total;
+    }
+    __syncthreads();
 }
 
 // --- a row of softmax, by a block ---
@@ -202,10 +287,30 @@ struct Softmax {
 // has met and the sum of exponentials relative to that, and rescales the sum when it meets a larger
 // one (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3).
 // Starting from the lowest finite number, not from -infinity, keeps infinity - infinity away.
+// Rows begin at multiples of WIDTH numbers; the last V % WIDTH are read one by one.
 __device__ inline Softmax softmax_of_row(const floatX* x, long long row, int V, float* scratch) {
     float max = -LARGEST_FLOAT;
     float sum = 0.0f;
-    for (int c = threadIdx.x; c < V; c += blockDim.x) {
+    int whole = V / WIDTH * WIDTH;
+#pragma unroll 2
+    for (int c = threadIdx.x * WIDTH; c < whole; c += blockDim.x * WIDTH) {
+        float values[WIDTH];
+        load(values, x + row + c);
+        float largest = max;
+#pragma unroll
+        for (int k = 0; k < WIDTH; k++) {
+            largest = values[k] > largest ? values[k] : largest;
+        }
+        if (largest > max) {
+            sum *= expf(max - largest);
+            max = largest;
+        }
+#pragma unroll
+        for (int k = 0; k < WIDTH; k++) {
+            sum += expf(values[k] - max);
+        }
+    }
+    for (int c = whole + threadIdx.x; c < V; c += blockDim.x) {
         float value = to_float(x[row + c]);
         if (value > max) {
             sum *= expf(max - value);

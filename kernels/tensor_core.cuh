@@ -17,21 +17,6 @@
 //
 // Source: NVIDIA, "PTX ISA", sections on mma.m16n8k16, ldmatrix and cp.async.
 
-// Two floats rounded to floatX in one register, `low` in the lower half.
-__device__ inline unsigned int pack(float low, float high) {
-#ifndef GPU_GPT2_EMULATOR
-    unsigned int result;
-#if FLOATX == BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-#endif
-    return result;
-#else
-    return to_floatX(low).bits | (unsigned int)to_floatX(high).bits << 16;
-#endif
-}
-
 // c += a b, by the whole warp.
 __device__ inline void multiply_add(float* c, const unsigned int* a, const unsigned int* b) {
 #ifndef GPU_GPT2_EMULATOR
@@ -52,15 +37,6 @@ __device__ inline void multiply_add(float* c, const unsigned int* a, const unsig
     emulator_mma(c, a, b, FLOATX == BF16, __builtin_FILE(), __builtin_LINE());
 #endif
 }
-
-// The two numbers in a register as floats.
-__device__ inline float low(unsigned int pair) {
-    floatX half;
-    half.bits = (unsigned short)pair;
-    return to_float(half);
-}
-
-__device__ inline float high(unsigned int pair) { return low(pair >> 16); }
 
 // A generic pointer into shared memory as the number of bytes that PTX wants.
 #ifndef GPU_GPT2_EMULATOR

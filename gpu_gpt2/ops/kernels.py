@@ -12,7 +12,7 @@ import math
 from typing import Any, Final
 
 from gpu_gpt2.config import MAX_HEAD_SIZE
-from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, Array, Device
+from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, X_DTYPES, Array, Device
 from gpu_gpt2.device.launch import MAX_GRID, MAX_THREADS, Dim3
 from gpu_gpt2.device.source import DTYPES, KernelSource, kernel_files, kernel_source
 from gpu_gpt2.errors import ConfigError
@@ -22,10 +22,17 @@ WARP: Final = 32
 THREADS: Final = 256  # of a block, where nothing asks for another number
 MAX_SIZE: Final = 2**30  # of each dimension and of rows, so that int counters cannot overflow
 
-# Sums down columns (kernels/bias.cu): rows are cut into chunks, each summed by itself.
-MIN_CHUNK_ROWS: Final = 64
-MAX_CHUNKS: Final = 64
+VECTOR_BYTES: Final = 16  # that a thread moves at a time, where sizes allow it
+
+# Sums down columns (kernels/bias.cu, layernorm.cu): rows are cut into chunks, each summed by
+# itself: as many as make about CHUNK_BLOCKS blocks of work, if their sums fit.
+MIN_CHUNK_ROWS: Final = 32
+CHUNK_BLOCKS: Final = 1024
 COLUMN_WARPS: Final = 8
+PARTIAL_SUMS: Final = 1 << 21
+
+# Layernorm: channels of a row that a thread keeps in registers, in the backward pass four times.
+CHANNELS_PER_THREAD: Final = 32
 
 NORM_BLOCKS: Final = 1024  # partial sums of squared_norm
 
@@ -70,9 +77,28 @@ def flash_attention_defines(head_size: int) -> dict[str, int]:
     }
 
 
+def layernorm_defines(C: int, width: int) -> dict[str, int]:
+    """The compile-time names of kernels/layernorm.cu for rows of C channels, WIDTH included."""
+    team = WARP
+    while team * CHANNELS_PER_THREAD < C:
+        team *= 2
+    if team > MAX_THREADS:
+        raise ConfigError(f"layernorm of {C} channels: at most {MAX_THREADS * CHANNELS_PER_THREAD}")
+    return {
+        "WIDTH": width,
+        "TEAM": team,
+        "PIECES": _blocks(C, team * width),
+        "THREADS": max(team, THREADS if team == WARP else team),
+    }
+
+
+def _bias_defines(width: int) -> dict[str, int]:
+    return {"WIDTH": width, "COLUMN_WARPS": COLUMN_WARPS}
+
+
 def scratch_floats(widest: int) -> int:
     """Elements of the float32 scratch array: partial sums of the widest column sum or norm."""
-    return max(MAX_CHUNKS * widest, NORM_BLOCKS)
+    return PARTIAL_SUMS
 
 
 class KernelOps(Ops):
@@ -104,7 +130,9 @@ class KernelOps(Ops):
         _at_most("embedding_fwd", "B * T", B * T, MAX_SIZE)
         _at_most("embedding_fwd", "T", T, wpe.shape[0])
         args = (x, tokens, wte, wpe, T, C)
-        self._launch("embedding_fwd", (B * T,), (_row_threads(C, THREADS),), args)
+        width = self._width(C)
+        threads = _row_threads(C // width, THREADS)
+        self._launch("embedding_fwd", (B * T,), (threads,), args, WIDTH=width)
 
     def embedding_bwd(
         self, dwte: Array, dwpe: Array, dx: Array, tokens: Array, order: Array
@@ -123,9 +151,12 @@ class KernelOps(Ops):
         _at_most("embedding_bwd", "C", C, MAX_GRID[1] * THREADS)
         if order.shape[0] != N:
             raise ValueError(f"embedding_bwd: order is {order.shape}, expected ({N},) for B * T")
-        columns = _blocks(C, THREADS)
-        self._launch("embedding_bwd_wpe", (T, columns), (THREADS,), (dwpe, dx, B, T, C))
-        self._launch("embedding_bwd_wte", (N, columns), (THREADS,), (dwte, dx, tokens, order, N, C))
+        width = self._width(C)
+        threads = _row_threads(C // width, THREADS)
+        columns = _blocks(C // width, threads)
+        launch = functools.partial(self._launch, block=(threads,), WIDTH=width)
+        launch("embedding_bwd_wpe", (T, columns), args=(dwpe, dx, B, T, C))
+        launch("embedding_bwd_wte", (N, columns), args=(dwte, dx, tokens, order, N, C))
 
     # --- layernorm ---
 
@@ -142,7 +173,7 @@ class KernelOps(Ops):
             w=(w, "C"),
             b=(b, "C"),
         )
-        self._launch_by_warps("layernorm_fwd", N, (y, mean, rstd, x, w, b, N, C))
+        self._launch_by_teams("layernorm_fwd", N, C, (y, mean, rstd, x, w, b))
 
     def residual_layernorm_fwd(
         self,
@@ -167,7 +198,7 @@ class KernelOps(Ops):
             w=(w, "C"),
             b=(b, "C"),
         )
-        self._launch_by_warps("residual_layernorm_fwd", N, (r, y, mean, rstd, x1, x2, w, b, N, C))
+        self._launch_by_teams("residual_layernorm_fwd", N, C, (r, y, mean, rstd, x1, x2, w, b))
 
     def layernorm_bwd(
         self,
@@ -192,17 +223,14 @@ class KernelOps(Ops):
             mean=(mean, "N"),
             rstd=(rstd, "N"),
         )
-        self._launch_by_warps("layernorm_bwd_dx", N, (dx, dy, x, w, mean, rstd, N, C))
-        rows, chunks = _chunks(N)
-        dw_partial, db_partial = self._partials("layernorm_bwd", chunks, C, count=2)
-        self._launch(
-            "layernorm_bwd_partial",
-            (_blocks(C, WARP), chunks),
-            (WARP, COLUMN_WARPS),
-            (dw_partial, db_partial, dy, x, mean, rstd, N, C, rows),
-        )
-        self._add_column_sums(dw, dw_partial, chunks)
-        self._add_column_sums(db, db_partial, chunks)
+        defines = layernorm_defines(C, self._width(C))
+        rows, blocks = _chunks("layernorm_bwd", N, 2 * C, CHUNK_BLOCKS)
+        partial = self._scratch[: blocks * 2 * C]
+        args = (dx, partial, dy, x, w, mean, rstd, N, C, rows)
+        self._launch("layernorm_bwd", (blocks,), (defines["THREADS"],), args, **defines)
+        grid = (_blocks(C, WARP), 2)
+        total_args = (dw, db, partial, blocks, C)
+        self._launch("layernorm_bwd_total", grid, (WARP, WARP), total_args, **defines)
 
     # --- attention ---
 
@@ -244,37 +272,43 @@ class KernelOps(Ops):
 
     def softmax_fwd(self, y: Array, x: Array) -> None:
         N, V = _sizes("softmax_fwd", "NV", y=(y, "NV"), x=(x, "NV"))
-        self._launch("softmax_fwd", (N,), (_row_threads(V, MAX_THREADS),), (y, x, V))
+        width = self._width(V)
+        threads = _row_threads(V // width, MAX_THREADS)
+        self._launch("softmax_fwd", (N,), (threads,), (y, x, V), WIDTH=width)
 
     def softmax_bwd(self, dx: Array, dy: Array, y: Array) -> None:
         N, V = _sizes("softmax_bwd", "NV", dx=(dx, "NV"), dy=(dy, "NV"), y=(y, "NV"))
-        self._launch("softmax_bwd", (N,), (_row_threads(V, MAX_THREADS),), (dx, dy, y, V))
+        width = self._width(V)
+        threads = _row_threads(V // width, MAX_THREADS)
+        self._launch("softmax_bwd", (N,), (threads,), (dx, dy, y, V), WIDTH=width)
 
     # --- GELU ---
 
     def gelu_fwd(self, y: Array, x: Array) -> None:
-        self._launch_by_elements("gelu_fwd", y=y, x=x)
+        self._launch_by_elements("gelu_fwd", self._width(x.size), y=y, x=x)
 
     def gelu_bwd(self, dx: Array, dy: Array, x: Array) -> None:
-        self._launch_by_elements("gelu_bwd", dx=dx, dy=dy, x=x)
+        self._launch_by_elements("gelu_bwd", self._width(x.size), dx=dx, dy=dy, x=x)
 
     # --- bias ---
 
     def bias_fwd(self, y: Array, b: Array) -> None:
         N, O = _sizes("bias_fwd", "NO", y=(y, "NO"), b=(b, "O"))
-        self._launch("bias_fwd", (N,), (_row_threads(O, THREADS),), (y, b, O))
+        width = self._width(O)
+        threads = _row_threads(O // width, THREADS)
+        self._launch("bias_fwd", (N,), (threads,), (y, b, O), **_bias_defines(width))
 
     def bias_bwd(self, db: Array, dy: Array) -> None:
         N, O = _sizes("bias_bwd", "NO", db=(db, "O"), dy=(dy, "NO"))
-        rows, chunks = _chunks(N)
-        (partial,) = self._partials("bias_bwd", chunks, O, count=1)
-        self._launch(
-            "bias_bwd_partial",
-            (_blocks(O, WARP), chunks),
-            (WARP, COLUMN_WARPS),
-            (partial, dy, N, O, rows),
-        )
-        self._add_column_sums(db, partial, chunks)
+        width = self._width(O)
+        columns = _blocks(O // width, WARP)
+        rows, chunks = _chunks("bias_bwd", N, O, max(1, CHUNK_BLOCKS // columns))
+        partial = self._scratch[: chunks * O]
+        defines = _bias_defines(width)
+        args = (partial, dy, N, O, rows)
+        self._launch("bias_bwd_partial", (columns, chunks), (WARP, COLUMN_WARPS), args, **defines)
+        total_args = (db, partial, chunks, O)
+        self._launch("bias_bwd_total", (_blocks(O, WARP),), (WARP, WARP), total_args, **defines)
 
     # --- fused classifier ---
 
@@ -331,7 +365,7 @@ class KernelOps(Ops):
             y[...] = x
         else:
             name = f"{_c_name(x)}_to_{_c_name(y)}"
-            self._launch_by_elements(name, y=y, x=x)
+            self._launch_by_elements(name, 1, y=y, x=x)
 
     # --- launches ---
 
@@ -341,10 +375,23 @@ class KernelOps(Ops):
         source = _source(name, self.dtype, **defines)
         self.device.launch(source, name, grid, block, args)
 
-    def _launch_by_elements(self, name: str, **tensors: Array) -> None:
-        """One thread per element; tensors of one shape in the kernel's order."""
+    def _width(self, *sizes: int) -> int:
+        """Numbers of X that a kernel moves at a time for tensors of these sizes: see common.cuh."""
+        width = VECTOR_BYTES // X_DTYPES[self.dtype].itemsize
+        return width if all(size % width == 0 for size in sizes) else 1
+
+    def _launch_by_elements(self, name: str, width: int, **tensors: Array) -> None:
+        """One thread per `width` elements; tensors of one shape in the kernel's order."""
         n = _one_shape(name, **tensors)
-        self._launch(name, (_blocks(n, THREADS),), (THREADS,), (*tensors.values(), n))
+        grid = (_blocks(n, width * THREADS),)
+        self._launch(name, grid, (THREADS,), (*tensors.values(), n), WIDTH=width)
+
+    def _launch_by_teams(self, name: str, N: int, C: int, tensors: tuple[Array, ...]) -> None:
+        """One team of threads per row: see kernels/layernorm.cu."""
+        defines = layernorm_defines(C, self._width(C))
+        threads = defines["THREADS"]
+        grid = (_blocks(N, threads // defines["TEAM"]),)
+        self._launch(name, grid, (threads,), (*tensors, N, C), **defines)
 
     def _launch_by_warps(self, name: str, rows: int, args: tuple[Any, ...], **defines: int) -> None:
         """One warp per row."""
@@ -394,17 +441,6 @@ class KernelOps(Ops):
         args = (losses, logits, targets, vocab_size, Vp, *scalars)
         self._launch(name, (N,), (_row_threads(vocab_size, MAX_THREADS),), args)
 
-    def _partials(self, op: str, chunks: int, columns: int, *, count: int) -> list[Array]:
-        """`count` arrays (chunks * columns,) in the scratch memory."""
-        _at_most(op, f"{count} x {columns} columns", count * columns, self._widest)
-        size = chunks * columns
-        return [self._scratch[i * size : (i + 1) * size] for i in range(count)]
-
-    def _add_column_sums(self, out: Array, partial: Array, chunks: int) -> None:
-        columns = out.shape[0]
-        grid = (_blocks(columns, THREADS),)
-        self._launch("add_column_sums", grid, (THREADS,), (out, partial, chunks, columns))
-
 
 @functools.cache
 def _source(kernel: str, dtype: str, **defines: int) -> KernelSource:
@@ -433,9 +469,13 @@ def _row_threads(columns: int, limit: int) -> int:
     return min(_blocks(columns, WARP) * WARP, limit)
 
 
-def _chunks(rows: int) -> tuple[int, int]:
-    """(rows in each chunk, number of chunks) for sums down columns."""
-    per_chunk = max(MIN_CHUNK_ROWS, _blocks(rows, MAX_CHUNKS))
+def _chunks(op: str, rows: int, sums: int, most: int) -> tuple[int, int]:
+    """(rows in each chunk, number of chunks), at most `most`, for sums down `rows` rows.
+
+    Each chunk has `sums` partial sums.
+    """
+    most = min(most, PARTIAL_SUMS // _at_most(op, "column sums", sums, PARTIAL_SUMS))
+    per_chunk = max(MIN_CHUNK_ROWS, _blocks(rows, most))
     return per_chunk, _blocks(rows, per_chunk)
 
 
