@@ -135,7 +135,7 @@ def _our_step(
     config: ModelConfig, device: str, dtype: str, tokens: Tokens, targets: Tokens
 ) -> Callable[[], None]:
     B, T = tokens.shape
-    ops = ops_for(open_device(device), dtype, layout.widest(config))
+    ops = ops_for(open_device(device), dtype)
     model = GPT2(config, ops, dtype=dtype, max_batch=B, max_seq_len=T)
     optimizer = AdamW(model)
     optimizer.load(initial_weights(config, 0))

@@ -73,11 +73,6 @@ def decayed_count(c: ModelConfig) -> int:
     return sum(spec.size for spec in parameters(c) if spec.init in ("normal", "residual"))
 
 
-def widest(c: ModelConfig) -> int:
-    """The most columns whose sums a backward pass needs: the MLP's inner width."""
-    return 4 * c.n_embd
-
-
 def activations(
     c: ModelConfig, B: int, T: int, *, recompute: int = 0, training: bool = True
 ) -> tuple[TensorSpec, ...]:

@@ -12,7 +12,7 @@ from gpu_gpt2 import layout
 from gpu_gpt2.config import MAX_BATCH_TOKENS, MAX_RECOMPUTE, ModelConfig
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.ops.kernels import scratch_floats
+from gpu_gpt2.ops.kernels import SCRATCH_FLOATS
 
 # What a process needs on a GPU before the first tensor: the driver's context, cuBLAS with its
 # workspace, the kernels. An estimate, for it depends on GPU and versions.
@@ -55,7 +55,7 @@ def memory_plan(
         ("moments of AdamW, float32", 2 * n * FLOAT32.itemsize),
         ("logits", layout.bytes_of(logits, x)),
         ("other activations", layout.bytes_of(specs, x) - layout.bytes_of(logits, x)),
-        ("scratch of the kernels", scratch_floats(layout.widest(config)) * FLOAT32.itemsize),
+        ("scratch of the kernels", SCRATCH_FLOATS * FLOAT32.itemsize),
     ]
     return MemoryPlan(batch_size=batch_size, recompute=recompute, rows=tuple(rows))
 

@@ -145,7 +145,7 @@ def _build(
     config: TrainConfig, sizes: ModelConfig, resumed: checkpoint.TrainingState | None
 ) -> tuple[GPT2, AdamW]:
     device = open_device(config.device)
-    ops = ops_for(device, config.dtype, layout.widest(sizes))
+    ops = ops_for(device, config.dtype)
     model = GPT2(
         sizes,
         ops,

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gpu_gpt2.check import CASES, LARGE_CASES, Case, run_case, widest_column_sum
+from gpu_gpt2.check import CASES, LARGE_CASES, Case, run_case
 from gpu_gpt2.device.base import Array, Device
 from gpu_gpt2.device.cupy_device import CupyDevice
 from gpu_gpt2.device.emulator import EmulatorDevice
@@ -18,7 +18,6 @@ from gpu_gpt2.ops.interface import Ops
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
 
-WIDEST = widest_column_sum((*CASES, *LARGE_CASES))
 ORDERS = ("ascending", "descending", "random")
 
 CPU = [pytest.param("fp32", "cpu", id="fp32-cpu")]
@@ -56,7 +55,7 @@ def make_ops(device: str, dtype: str, order: str = "ascending") -> Ops:
     """The ops on a device by name; `order` is that of the emulator's threads."""
     if device == "cpu":
         return ReferenceOps()
-    return KernelOps(_kernel_device(device, order), dtype, widest=WIDEST)
+    return KernelOps(_kernel_device(device, order), dtype)
 
 
 @functools.cache

@@ -277,7 +277,7 @@ def test_head_size_that_does_not_fit(size: int) -> None:
 
 
 def test_columns_beyond_the_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "PARTIAL_SUMS", 8)
+    monkeypatch.setattr(kernels, "SCRATCH_FLOATS", 8)
     _ops().bias_bwd(_floats(8), _floats(3, 8))
     with pytest.raises(ConfigError, match="bias_bwd: column sums = 9 must be 1 to 8"):
         _ops().bias_bwd(_floats(9), _floats(3, 9))
@@ -291,10 +291,10 @@ def test_sizes_beyond_what_counters_hold() -> None:
 
 def test_dtype_that_kernels_do_not_know() -> None:
     with pytest.raises(ConfigError, match="kernels run in fp32, bf16, fp16, not 'fp8'"):
-        KernelOps(EmulatorDevice(), "fp8", widest=8)
+        KernelOps(EmulatorDevice(), "fp8")
 
 
 def test_activations_of_the_other_dtype() -> None:
-    ops = KernelOps(EmulatorDevice(), "bf16", widest=8)
+    ops = KernelOps(EmulatorDevice(), "bf16")
     with pytest.raises(LaunchError, match="expected dtype bfloat16, got float32"):
         ops.gelu_fwd(np.zeros(8, FLOAT32), np.zeros(8, FLOAT32))

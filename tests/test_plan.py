@@ -49,7 +49,7 @@ def test_the_plan_is_what_is_allocated(
             allocated.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
             return super().zeros(shape, dtype)
 
-    ops = ops_for(Counting(), dtype, layout.widest(SMALL))
+    ops = ops_for(Counting(), dtype)
     AdamW(GPT2(SMALL, ops, dtype=dtype, max_batch=3, max_seq_len=16, recompute=recompute))
     planned = plan.planned_bytes(SMALL, dtype, 3, 16, recompute)
     assert planned <= sum(allocated) <= planned + 1024  # a few numbers of the optimizer besides

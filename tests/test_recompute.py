@@ -20,7 +20,7 @@ B, T = 2, 11
 
 def losses_and_gradients(device: str, dtype: str, recompute: int) -> tuple[bytes, bytes]:
     """Of two micro-steps."""
-    ops = ops_for(open_device(device), dtype, layout.widest(CONFIG))
+    ops = ops_for(open_device(device), dtype)
     model = GPT2(CONFIG, ops, dtype=dtype, max_batch=B, max_seq_len=T, recompute=recompute)
     weights = initial_weights(CONFIG, 0)
     weights += 0.1 * np.random.default_rng(1).standard_normal(weights.size, dtype=np.float32)

@@ -57,10 +57,7 @@ def weights() -> np.ndarray:
 
 
 def built(device: Device | None, dtype: str) -> tuple[GPT2, AdamW]:
-    if device is None:
-        ops = ReferenceOps()
-    else:
-        ops = KernelOps(device, dtype, widest=layout.widest(CONFIG))
+    ops = ReferenceOps() if device is None else KernelOps(device, dtype)
     model = GPT2(CONFIG, ops, dtype=dtype, max_batch=B, max_seq_len=T)
     optimizer = AdamW(model)
     optimizer.load(weights())

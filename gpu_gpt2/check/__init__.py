@@ -1,6 +1,6 @@
 """Every op on one device, measured against NumPy in float64: cases.py, and measure.py for how."""
 
-from gpu_gpt2.check.cases import CASES, LARGE_CASES, Case, widest_column_sum
+from gpu_gpt2.check.cases import CASES, LARGE_CASES, Case
 from gpu_gpt2.check.measure import CheckResult, run_case, run_checks, table
 
 __all__ = [
@@ -11,5 +11,4 @@ __all__ = [
     "run_case",
     "run_checks",
     "table",
-    "widest_column_sum",
 ]

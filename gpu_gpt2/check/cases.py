@@ -5,7 +5,7 @@ A case is data: an op's name, sizes, and a function that makes its arguments fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -411,8 +411,3 @@ LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases(cast_to_float16, "n", (3_000_001,)),
     *_cases(matmul, "M K N accumulate", (512, 768, 2304, 0), (768, 4096, 768, 1)),
 )
-
-
-def widest_column_sum(cases: Iterable[Case]) -> int:
-    """What KernelOps must be made with to run these cases."""
-    return max(max(2 * case.sizes.get("C", 1), case.sizes.get("O", 1)) for case in cases)

@@ -7,7 +7,6 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-from gpu_gpt2 import layout
 from gpu_gpt2.device.select import DEVICES, choose_dtype, open_device
 from gpu_gpt2.formats.pieces import WeightSource, load_arena
 from gpu_gpt2.model import GPT2
@@ -32,7 +31,7 @@ def model_on_device(source: WeightSource, device: str, dtype: str, B: int, T: in
     dtype = choose_dtype(dtype, place)
     gpt2 = GPT2(
         source.config,
-        ops_for(place, dtype, layout.widest(source.config)),
+        ops_for(place, dtype),
         dtype=dtype,
         max_batch=B,
         max_seq_len=T,

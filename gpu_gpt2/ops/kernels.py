@@ -29,7 +29,7 @@ VECTOR_BYTES: Final = 16  # that a thread moves at a time, where sizes allow it
 MIN_CHUNK_ROWS: Final = 32
 CHUNK_BLOCKS: Final = 1024
 COLUMN_WARPS: Final = 8
-PARTIAL_SUMS: Final = 1 << 21
+SCRATCH_FLOATS: Final = 1 << 21  # for partial sums: 8 MiB
 
 # Layernorm: channels of a row that a thread keeps in registers, in the backward pass four times.
 CHANNELS_PER_THREAD: Final = 32
@@ -96,25 +96,18 @@ def _bias_defines(width: int) -> dict[str, int]:
     return {"WIDTH": width, "COLUMN_WARPS": COLUMN_WARPS}
 
 
-def scratch_floats(widest: int) -> int:
-    """Elements of the float32 scratch array: partial sums of the widest column sum or norm."""
-    return PARTIAL_SUMS
-
-
 class KernelOps(Ops):
     """The ops as kernel launches, with X named by `dtype`: "fp32", "bf16" or "fp16".
 
-    `widest` is the largest number of columns that `bias_bwd` will sum, and at least twice that of
-    `layernorm_bwd`: 4 C for a GPT-2. It sizes the scratch array, the only memory allocated here.
+    The scratch array of SCRATCH_FLOATS float32 numbers is the only memory allocated here.
     """
 
-    def __init__(self, device: Device, dtype: str, *, widest: int) -> None:
+    def __init__(self, device: Device, dtype: str) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"kernels run in {', '.join(DTYPES)}, not {dtype!r}")
         self.device = device
         self.dtype = dtype
-        self._widest = widest
-        self._scratch = device.empty((scratch_floats(widest),), FLOAT32)
+        self._scratch = device.empty((SCRATCH_FLOATS,), FLOAT32)
 
     # --- embedding ---
 
@@ -474,7 +467,7 @@ def _chunks(op: str, rows: int, sums: int, most: int) -> tuple[int, int]:
 
     Each chunk has `sums` partial sums.
     """
-    most = min(most, PARTIAL_SUMS // _at_most(op, "column sums", sums, PARTIAL_SUMS))
+    most = min(most, SCRATCH_FLOATS // _at_most(op, "column sums", sums, SCRATCH_FLOATS))
     per_chunk = max(MIN_CHUNK_ROWS, _blocks(rows, most))
     return per_chunk, _blocks(rows, per_chunk)
 

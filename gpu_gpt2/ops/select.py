@@ -9,8 +9,8 @@ from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
 
 
-def ops_for(device: Device, dtype: str, widest: int) -> Ops:
-    """NumPy on the CPU, kernels elsewhere; `widest` is layout.widest of the model."""
+def ops_for(device: Device, dtype: str) -> Ops:
+    """NumPy on the CPU, kernels elsewhere."""
     if type(device) is HostDevice:
         return ReferenceOps(device)
-    return KernelOps(device, dtype, widest=widest)
+    return KernelOps(device, dtype)

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2 import checkpoint, layout
+from gpu_gpt2 import checkpoint
 from gpu_gpt2.config import ModelConfig, TrainConfig
 from gpu_gpt2.device.base import FLOAT32, Device
 from gpu_gpt2.errors import DataError
@@ -149,7 +149,7 @@ class _Trainer:
 
     def __init__(self, config: ModelConfig, state: DebugState, device: Device, dtype: str) -> None:
         B, T = state.tokens.shape
-        ops = ops_for(device, dtype, layout.widest(config))
+        ops = ops_for(device, dtype)
         self.model = GPT2(config, ops, dtype=dtype, max_batch=B, max_seq_len=T)
         self.optimizer = AdamW(self.model)
         self._batch = (
