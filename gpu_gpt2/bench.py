@@ -16,15 +16,16 @@ from rich.table import Table
 
 from gpu_gpt2 import layout
 from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, model_config
+from gpu_gpt2.data.loader import Batch
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES
 from gpu_gpt2.device.cupy_device import CupyDevice
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.init import initial_weights
 from gpu_gpt2.model import GPT2
-from gpu_gpt2.ops.interface import AdamWStep
 from gpu_gpt2.ops.select import ops_for
 from gpu_gpt2.optimizer import AdamW
+from gpu_gpt2.step import TrainingStep
 
 Tokens = npt.NDArray[np.int32]
 
@@ -137,17 +138,14 @@ def _our_step(
     B, T = tokens.shape
     ops = ops_for(open_device(device), dtype)
     model = GPT2(config, ops, dtype=dtype, max_batch=B, max_seq_len=T)
-    optimizer = AdamW(model)
+    optimizer = AdamW(model, weight_decay=0.1)
     optimizer.load(initial_weights(config, 0))
     order = np.argsort(tokens, axis=None, kind="stable").astype(np.int32)
-    hyper = AdamWStep(
-        step=1, lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
-    )
+    batch = Batch(tokens, targets, order)
+    take_step = TrainingStep(model, optimizer, micro_steps=1, say=print)
 
     def step() -> None:
-        model.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
-        optimizer.step(hyper)
-        optimizer.grad_norm()  # waits for the device
+        take_step(lambda: batch, 1e-4)()  # waits for the device
 
     return step
 

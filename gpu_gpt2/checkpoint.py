@@ -15,7 +15,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -29,6 +29,7 @@ from gpu_gpt2.formats.hf import CONFIG_FILE, MODEL_FILE, read_json
 from gpu_gpt2.formats.pieces import Arena, FloatArray, load_arena, named
 from gpu_gpt2.formats.tensorfile import TensorFile, TensorWriter
 from gpu_gpt2.layout import parameter_count
+from gpu_gpt2.optimizer import UpdateCounts
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 TRAINING_FILE: Final = "training.json"
@@ -57,6 +58,7 @@ class TrainingState:
     weights: FloatArray  # the masters; the padding rows of wte come back as zeros
     m: FloatArray
     v: FloatArray
+    counts: UpdateCounts
 
 
 class Tokenizer(Protocol):
@@ -102,15 +104,22 @@ def load(folder: Path) -> TrainingState:
             f"{where}: format_version is {training.get('format_version')!r}, expected "
             f"{FORMAT_VERSION}; this checkpoint needs another version of gpu-gpt2"
         )
-    for name, kind in (("step", int), ("tokens", int), ("loader", dict), ("train", dict)):
+    kinds = {"step": int, "tokens": int, "loader": dict, "train": dict, "counts": dict}
+    for name, kind in kinds.items():
         if type(training.get(name)) is not kind:
             raise CheckpointError(f"{where}: {name} is missing or not of type {kind.__name__}")
     if training["step"] < 0 or training["tokens"] < 0:
         raise CheckpointError(f"{where}: step and tokens must not be negative")
     try:
         train = TrainConfig.from_dict(training["train"])
+        counts = UpdateCounts(**training["counts"])
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
+    except TypeError as error:
+        raise CheckpointError(
+            f"{where}: counts must be updates, in_a_row and loss_scale, not "
+            f"{', '.join(training['counts']) or 'nothing'}"
+        ) from error
     source = hf.open_folder(folder)
     m, v = _load_moments(folder / OPTIMIZER_FILE, source.config)
     return TrainingState(
@@ -122,6 +131,7 @@ def load(folder: Path) -> TrainingState:
         weights=load_arena(source),
         m=m,
         v=v,
+        counts=counts,
     )
 
 
@@ -190,6 +200,7 @@ def _write(folder: Path, state: TrainingState, tokenizer: Tokenizer) -> None:
         "step": state.step,
         "tokens": state.tokens,
         "loader": state.loader,
+        "counts": asdict(state.counts),
         "train": state.train.to_dict(),
     }
     (folder / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")

@@ -145,12 +145,13 @@ class TrainConfig:
     eps: float = 1e-8
     max_grad_norm: float = 1.0
     recompute: int = 0  # 0 to 3: see layout.activations
+    tf32: bool = False  # products of float32 numbers on tensor cores, which drop 13 bits of each
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            kinds = {"str": (str,), "int": (int,), "float": (int, float)}[str(field.type)]
-            if not isinstance(value, kinds) or isinstance(value, bool):
+            kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+            if type(value) not in kinds[str(field.type)]:
                 raise ConfigError(f"{field.name} must be {field.type}, not {value!r}")
         for name in ("steps", "batch_size", "seq_len", "total_batch_tokens"):
             if getattr(self, name) < 1:
@@ -168,6 +169,10 @@ class TrainConfig:
             raise ConfigError(f"weight_decay must be a finite number >= 0, not {self.weight_decay}")
         if self.dtype not in ("fp32", "bf16", "fp16"):
             raise ConfigError(f"dtype must be fp32, bf16 or fp16, not {self.dtype!r}")
+        if self.tf32 and (self.device, self.dtype) != ("cuda", "fp32"):
+            raise ConfigError(
+                f"--tf32 is for fp32 on a GPU, not {self.dtype} on {self.device}; leave it out"
+            )
         micro = self.batch_size * self.seq_len
         if micro > MAX_BATCH_TOKENS:
             raise ConfigError(

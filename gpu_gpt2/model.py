@@ -5,6 +5,7 @@ The same lines run on every device: `ops` decides whether an op is NumPy or a ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,6 +66,9 @@ class GPT2:
         self._act_arena = device.empty(
             (layout.bytes_of(self._act_specs(max_batch, max_seq_len), self.dtype),), np.uint8
         )
+        self.loss_scale = device.empty((1,), FLOAT32)
+        device.upload(self.loss_scale, np.ones(1, np.float32))
+        self._feeders: dict[tuple[int, int], Callable[..., None]] = {}
         self._shape = (0, 0)
         self._set_shape(max_batch, max_seq_len)
 
@@ -121,19 +125,24 @@ class GPT2:
     ) -> None:
         """Copies a batch to where `micro_step` reads it; shapes as in `forward_backward`."""
         self._set_shape(*tokens.shape)
-        device, a = self.ops.device, self.acts
-        device.upload(a.tokens, tokens)
-        device.upload(a.targets, targets.reshape(-1))
-        device.upload(a.order, order)
+        if self._shape not in self._feeders:
+            a = self.acts
+            self._feeders[self._shape] = self.ops.device.feeder(a.tokens, a.targets, a.order)
+        self._feeders[self._shape](tokens, targets.reshape(-1), order)
 
     def micro_step(self, *, first: bool, micro_steps: int) -> None:
-        """`forward_backward` of the uploaded batch: work of the device alone."""
+        """`forward_backward` of the uploaded batch: work of the device alone.
+
+        Gradients are of the loss times `loss_scale` (1,) float32, which the optimizer changes.
+        """
         o, a = self.ops, self.acts
         self._forward()
         if first:
             o.device.fill_zero(a.losses)
         dloss = 1.0 / (a.targets.size * micro_steps)
-        o.classifier_fwd_bwd(a.losses, a.logits, a.targets, self.config.vocab_size, dloss)
+        o.classifier_fwd_bwd(
+            a.losses, a.logits, a.targets, self.loss_scale, self.config.vocab_size, dloss
+        )
         self._backward(accumulate=not first)
 
     def _forward(self, *, last_only: bool = False) -> Array:

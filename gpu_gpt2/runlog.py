@@ -23,8 +23,9 @@ SMOOTHING: Final = 0.9  # of the loss on the bar
 class RunLog:
     """Progress of one run, used as a context manager.
 
-    metrics.jsonl gets one JSON object a line: step (updates done), loss (nats per token), lr,
-    grad_norm (before clipping), step_ms, tokens_per_s; or step, val_loss, val_bits_per_byte.
+    metrics.jsonl gets one JSON object a line: step (steps done), loss (nats per token), lr,
+    grad_norm (before clipping; null if there was no update), step_ms, tokens_per_s; or step,
+    val_loss, val_bits_per_byte.
     """
 
     def __init__(self, run_dir: Path, console: Console, *, first_step: int, steps: int) -> None:
@@ -71,9 +72,16 @@ class RunLog:
             os.close(self._lock)
 
     def training(
-        self, step: int, *, loss: float, lr: float, grad_norm: float, step_ms: float, tokens: int
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float | None,
+        step_ms: float,
+        tokens: int,
     ) -> None:
-        """One update of `tokens` tokens."""
+        """One step over `tokens` tokens; without a grad_norm there was no update."""
         speed = tokens / step_ms * 1000
         self._write(
             step=step, loss=loss, lr=lr, grad_norm=grad_norm, step_ms=step_ms, tokens_per_s=speed

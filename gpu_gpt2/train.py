@@ -6,9 +6,10 @@ import math
 import signal
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,11 +27,11 @@ from gpu_gpt2.evaluate import validation_loss
 from gpu_gpt2.generate import generate
 from gpu_gpt2.init import initial_weights
 from gpu_gpt2.model import GPT2, check_seq_len
-from gpu_gpt2.ops.interface import AdamWStep
 from gpu_gpt2.ops.select import ops_for
-from gpu_gpt2.optimizer import AdamW
+from gpu_gpt2.optimizer import FIRST_LOSS_SCALE, AdamW, StepReport
 from gpu_gpt2.runlog import RunLog
 from gpu_gpt2.schedule import warmup_cosine
+from gpu_gpt2.step import TrainingStep
 from gpu_gpt2.tokenizer import vocab_size_of
 
 SAMPLE_TOKENS: Final = 160
@@ -74,6 +75,9 @@ def train(
     _make_run_dir(run_dir)
     _announce(console, config, data, sizes)
 
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
     def save() -> Path:
         log.doing("saving")
         state = _state(config, model, optimizer, step, batches.state())
@@ -98,53 +102,85 @@ def train(
         Prefetcher(loader) as batches,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore", RuntimeWarning)  # overflow: _check_finite says it better
+        warnings.simplefilter("ignore", RuntimeWarning)  # overflow: _Reports says it better
+        take_step = TrainingStep(model, optimizer, micro_steps=config.grad_accum_steps, say=say)
+        reports = _Reports(config, log, say, ahead=1 if model.ops.device.runs_ahead else 0)
         with _stop_signal(console) as stopping:
             while step < config.steps and not stopping():
-                started = time.perf_counter()
                 lr = _learning_rate(config, step)
-                for micro_step in range(config.grad_accum_steps):
-                    batch = batches.next_batch()
-                    model.forward_backward(
-                        batch.tokens,
-                        batch.targets,
-                        batch.order,
-                        micro_step=micro_step,
-                        micro_steps=config.grad_accum_steps,
-                    )
-                optimizer.step(_hyper(config, step, lr))
-                losses = model.ops.device.download(model.acts.losses)
-                loss = float(losses.mean(dtype="float64")) / config.grad_accum_steps
-                grad_norm = optimizer.grad_norm()
-                _check_finite(run_dir, step, loss, grad_norm)
+                report = take_step(batches.next_batch, lr)
                 step += 1
-                log.training(
-                    step,
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=grad_norm,
-                    step_ms=(time.perf_counter() - started) * 1000,
-                    tokens=config.total_batch_tokens,
-                )
+                reports.add(step, lr, report)
                 # What is periodic comes after the step; the end has its own turn below.
                 if step < config.steps and not stopping():
                     if config.eval_every and step % config.eval_every == 0:
-                        save()
-                        evaluate()
+                        with reports.paused():
+                            save()
+                            evaluate()
                     if config.sample_every and step % config.sample_every == 0:
-                        show_sample()
+                        with reports.paused():
+                            show_sample()
                     log.doing("")
-            path = save()
+            with reports.paused():
+                path = save()
         if step == config.steps:  # from here on Ctrl-C ends at once: all is saved
             evaluate()
             show_sample()
     return Outcome(path, step, interrupted=step < config.steps)
 
 
+class _Reports:
+    """Reads, checks and logs what steps report, in order.
+
+    The newest `ahead` reports are left for later, so that the host has enqueued the next step
+    before it waits for the last one.
+    """
+
+    def __init__(
+        self, config: TrainConfig, log: RunLog, say: Callable[[str], None], *, ahead: int
+    ) -> None:
+        self._config, self._log, self._say, self._ahead = config, log, say, ahead
+        self._waiting: deque[tuple[int, float, Callable[[], StepReport]]] = deque()
+        self._last_read = time.perf_counter()
+
+    def add(self, step: int, lr: float, report: Callable[[], StepReport]) -> None:
+        """Takes the report of a step, and reads those whose time has come."""
+        self._waiting.append((step, lr, report))
+        self._read(leave=self._ahead)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, all steps have been read; its time counts for none of them."""
+        self._read(leave=0)
+        yield
+        self._last_read = time.perf_counter()
+
+    def _read(self, *, leave: int) -> None:
+        while len(self._waiting) > leave:
+            step, lr, read = self._waiting.popleft()
+            report = read()
+            if report.diverged:  # the update was left out: see Ops.prepare_update
+                what = f"step {step}: loss {report.loss}, gradient norm {report.grad_norm}"
+                raise _diverged(Path(self._config.run_dir), what)
+            if not report.updated:
+                scale = f"{report.loss_scale:g}"
+                self._say(f"step {step}: gradient out of range; no update, loss scale now {scale}")
+            now = time.perf_counter()
+            self._log.training(
+                step,
+                loss=report.loss,
+                lr=lr,
+                grad_norm=report.grad_norm if report.updated else None,
+                step_ms=(now - self._last_read) * 1000,
+                tokens=self._config.total_batch_tokens,
+            )
+            self._last_read = now
+
+
 def _build(
     config: TrainConfig, sizes: ModelConfig, resumed: checkpoint.TrainingState | None
 ) -> tuple[GPT2, AdamW]:
-    device = open_device(config.device)
+    device = open_device(config.device, tf32=config.tf32)
     ops = ops_for(device, config.dtype)
     model = GPT2(
         sizes,
@@ -154,9 +190,20 @@ def _build(
         max_seq_len=config.seq_len,
         recompute=config.recompute,
     )
-    optimizer = AdamW(model)
+    optimizer = AdamW(
+        model,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
     if resumed:
         optimizer.load(resumed.weights, resumed.m, resumed.v)
+        counts = resumed.counts
+        if resumed.train.dtype != config.dtype:
+            counts = replace(counts, in_a_row=0, loss_scale=FIRST_LOSS_SCALE)
+        optimizer.load_counts(counts)
     else:
         optimizer.load(initial_weights(sizes, config.seed))
     return model, optimizer
@@ -175,18 +222,7 @@ def _state(
         weights=download(optimizer.master),
         m=download(optimizer.m),
         v=download(optimizer.v),
-    )
-
-
-def _hyper(config: TrainConfig, step: int, lr: float) -> AdamWStep:
-    return AdamWStep(
-        step=step + 1,
-        lr=lr,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
+        counts=optimizer.counts(),
     )
 
 
@@ -198,12 +234,6 @@ def _learning_rate(config: TrainConfig, step: int) -> float:
         steps=config.steps,
         final_lr_fraction=config.final_lr_fraction,
     )
-
-
-def _check_finite(run_dir: Path, step: int, loss: float, grad_norm: float) -> None:
-    # With a gradient that is not finite the update was skipped: see Ops.adamw.
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise _diverged(run_dir, f"step {step + 1}: loss {loss}, gradient norm {grad_norm}")
 
 
 def _check_weights(state: checkpoint.TrainingState) -> None:

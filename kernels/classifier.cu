@@ -2,16 +2,17 @@
 // logits, which are the largest tensor of the model.
 //
 //     loss = -log(p[target]) = max + log(sum(exp(x - max))) - x[target]
-//     dloss/dx = (p - [c == target]) dloss
+//     dloss/dx = (p - [c == target]) dloss loss_scale
 //
 // kernel               outputs                                    inputs
 // classifier_fwd       losses (N) float32 +=                      logits (N, Vp) X, targets (N) int
-// classifier_fwd_bwd   losses (N) float32 +=, logits (N, Vp) X    targets (N) int
-//                      become their own gradient
+// classifier_fwd_bwd   losses (N) float32 +=, logits (N, Vp) X    targets (N) int,
+//                      become their own gradient                  loss_scale (1) float32
 //
 // Rows of logits have Vp columns, of which the first V are the vocabulary; the rest is padding that
 // nothing may learn from: it is never read, and its gradient is 0. dloss is the gradient of each
-// loss, 1 / (rows in the mean). A target outside [0, V) gives a loss that is not a number.
+// loss, 1 / (rows in the mean); loss_scale, a power of two, is explained in adamw.cu. A target
+// outside [0, V) gives a loss that is not a number.
 //
 // One block per row; its threads stride over the columns. grid (N), block a multiple of 32, shared
 // 32 floats. Sums: each thread over its columns in rising order, then block_sum.
@@ -43,7 +44,8 @@ extern "C" __global__ void classifier_fwd(float* losses, const floatX* logits, c
 }
 
 extern "C" __global__ void classifier_fwd_bwd(float* losses, floatX* logits, const int* targets,
-                                              int V, int Vp, float dloss) {
+                                              int V, int Vp, float dloss,
+                                              const float* loss_scale) {
     SHARED_ARRAY(float, scratch, MAX_WARPS);
     long long row = (long long)blockIdx.x * Vp;
     int target = targets[blockIdx.x];
@@ -54,6 +56,7 @@ extern "C" __global__ void classifier_fwd_bwd(float* losses, floatX* logits, con
     if (threadIdx.x == 0) {
         losses[blockIdx.x] += loss_of_row(s, target_logit);
     }
+    dloss *= loss_scale[0];
     for (int c = threadIdx.x; c < V; c += blockDim.x) {
         float p = expf(to_float(logits[row + c]) - s.max) / s.sum;
         logits[row + c] = to_floatX((p - (c == target ? 1.0f : 0.0f)) * dloss);

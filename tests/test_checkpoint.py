@@ -26,6 +26,7 @@ from gpu_gpt2.errors import CheckpointError, DataError, UserError
 from gpu_gpt2.formats import hf
 from gpu_gpt2.formats.pieces import Arena, load_arena, named
 from gpu_gpt2.layout import parameter_count
+from gpu_gpt2.optimizer import UpdateCounts
 
 MODEL = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 TRAIN = TrainConfig(
@@ -75,6 +76,7 @@ def state_at(step: int) -> TrainingState:
         weights=arenas[0],
         m=arenas[1],
         v=arenas[2],
+        counts=UpdateCounts(updates=step, in_a_row=3, loss_scale=2.0**17),
     )
 
 
@@ -400,6 +402,16 @@ def other_model(folder: Path) -> None:
         (edit_training(tokens=True), "training.json: tokens is missing or not of type int"),
         (edit_training(loader=[]), "training.json: loader is missing or not of type dict"),
         (edit_training(train={}), "training.json: missing training settings: batch_size, "),
+        (edit_training(counts=None), "training.json: counts is missing or not of type dict"),
+        (edit_training(counts={"updates": 1}), "training.json: counts must be updates, in_"),
+        (
+            edit_training(counts={"updates": 1, "in_a_row": 2.5, "loss_scale": 1.0}),
+            "training.json: updates, in_a_row and loss_scale must be two counts and 1 to ",
+        ),
+        (
+            edit_training(counts={"updates": 1, "in_a_row": 1, "loss_scale": float("nan")}),
+            "training.json: updates, in_a_row and loss_scale must be two counts and 1 to ",
+        ),
         (
             edit_training(train=TRAIN.to_dict() | {"momentum": 1}),
             "training.json: unknown training settings: momentum",

@@ -23,10 +23,11 @@ def test_target_outside_the_vocabulary(target: int, dtype: str, device: str) -> 
     rng = np.random.default_rng(0)
     logits = upload(ops.device, rng.standard_normal((2, 384)), X_DTYPES[dtype])
     targets = upload(ops.device, np.array([target, 3]), INT32)
+    scale = upload(ops.device, np.ones(1), FLOAT32)
     for backward in (False, True):
         losses = upload(ops.device, np.zeros(2), FLOAT32)
         if backward:
-            ops.classifier_fwd_bwd(losses, logits, targets, 257, 0.5)
+            ops.classifier_fwd_bwd(losses, logits, targets, scale, 257, 0.5)
         else:
             ops.classifier_fwd(losses, logits, targets, 257)
         assert np.isnan(ops.device.download(losses)).tolist() == [True, False]
@@ -47,5 +48,6 @@ def test_padding_gets_zero_gradient(dtype: str, device: str) -> None:
     logits = upload(ops.device, np.full((3, 40), 1.5), X_DTYPES[dtype])
     losses = upload(ops.device, np.zeros(3), FLOAT32)
     targets = upload(ops.device, np.arange(3), INT32)
-    ops.classifier_fwd_bwd(losses, logits, targets, 33, 1.0)
+    scale = upload(ops.device, np.ones(1), FLOAT32)
+    ops.classifier_fwd_bwd(losses, logits, targets, scale, 33, 1.0)
     assert not ops.device.download(logits)[:, 33:].any()

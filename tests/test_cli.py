@@ -68,6 +68,7 @@ def write_bad_inputs() -> None:
         (["--dtype", "fp8"], "unknown dtype 'fp8'; choose one of auto, fp32, bf16, fp16"),
         (["--device", "cpu", "--dtype", "bf16"], "the CPU trains in fp32 only"),
         (["--data", "text.txt", "--model", "nano", "--seq-len", "33"], "context of 32"),
+        (["--device", "cpu", "--tf32"], "--tf32 is for fp32 on a GPU, not fp32 on cpu"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--lr", "-1"], "lr must be a positive number"),

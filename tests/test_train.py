@@ -2,12 +2,16 @@
 
 import io
 import json
+import math
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +21,15 @@ from rich.console import Console
 
 from gpu_gpt2 import checkpoint, layout
 from gpu_gpt2.config import TrainConfig
+from gpu_gpt2.device.host import HostDevice
 from gpu_gpt2.errors import ConfigError, TrainingError
 from gpu_gpt2.formats.pieces import load_arena
 from gpu_gpt2.formats.tokens import write_tokens
 from gpu_gpt2.model import GPT2
 from gpu_gpt2.models import open_model
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.optimizer import AdamW, StepReport, UpdateCounts
+from gpu_gpt2.step import TrainingStep
 from gpu_gpt2.train import train
 
 TEXT = "".join(f"{i} squared is {i * i}, and the cube of {i} is {i**3}.\n" for i in range(300))
@@ -114,8 +121,95 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one() -> None:
     a, b = checkpoint.load(whole), checkpoint.load(parts)
     for name in ("weights", "m", "v"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    assert a.counts == b.counts == UpdateCounts(updates=8, in_a_row=8, loss_scale=1.0)
     losses = [[r["loss"] for r in metrics(run) if "loss" in r] for run in ("whole", "parts")]
     assert losses[0] == losses[1]
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes the CPU a device that runs ahead; what is enqueued, read and saved, in order."""
+    events: list[str] = []
+    enqueue, save = TrainingStep.__call__, checkpoint.save
+    started = 0
+
+    def enqueued(self: TrainingStep, *args: Any) -> Callable[[], StepReport]:
+        nonlocal started
+        started += 1
+        number = started
+        events.append(f"enqueue {number}")
+        read = enqueue(self, *args)
+
+        def reading() -> StepReport:
+            events.append(f"read {number}")
+            return read()
+
+        return reading
+
+    def saving(*args: Any) -> Path:
+        events.append("save")
+        return save(*args)
+
+    monkeypatch.setattr(HostDevice, "runs_ahead", True)
+    monkeypatch.setattr(TrainingStep, "__call__", enqueued)
+    monkeypatch.setattr(checkpoint, "save", saving)
+    return events
+
+
+def test_a_step_is_read_when_the_next_is_enqueued(
+    late: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = train(settings(steps=5, eval_every=3), quiet()).checkpoint
+    assert late == [
+        "enqueue 1", "enqueue 2", "read 1", "enqueue 3", "read 2", "read 3", "save",
+        "enqueue 4", "enqueue 5", "read 4", "read 5", "save",
+    ]  # fmt: skip
+    monkeypatch.setattr(HostDevice, "runs_ahead", False)
+    usual = train(settings(steps=5, eval_every=3, run_dir="usual"), quiet()).checkpoint
+    keys = ("step", "loss", "lr", "grad_norm", "val_loss")
+    records = [
+        [{key: r[key] for key in keys if key in r} for r in metrics(run)]
+        for run in ("run", "usual")
+    ]
+    assert records[0] == records[1]
+    a, b = checkpoint.load(ahead), checkpoint.load(usual)
+    assert (a.weights == b.weights).all()
+    assert (a.loader, a.counts) == (b.loader, b.counts)
+
+
+def test_an_interrupted_run_reads_every_step_before_it_saves(
+    late: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = GPT2.upload
+
+    def third_upload_interrupts(self: GPT2, *args: Any) -> None:
+        upload(self, *args)
+        if late[-1] == "enqueue 3":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(GPT2, "upload", third_upload_interrupts)
+    outcome = train(settings(total_batch_tokens=128), quiet())
+    assert (outcome.step, outcome.interrupted) == (3, True)
+    assert late[-4:] == ["enqueue 3", "read 2", "read 3", "save"]
+    assert metrics()[-1]["step"] == checkpoint.load(outcome.checkpoint).step == 3
+
+
+def test_a_late_reading_names_the_step_that_diverged(
+    late: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = AdamW.report
+
+    def second_diverges(self: AdamW) -> Callable[[], StepReport]:
+        read = report(self)
+        if late[-1] == "enqueue 2":
+            return lambda: replace(read(), grad_norm=math.inf)
+        return read
+
+    monkeypatch.setattr(AdamW, "report", second_diverges)
+    with pytest.raises(TrainingError, match=r"step 2: loss 5\.\d+, gradient norm inf: "):
+        train(settings(), quiet())
+    assert late == ["enqueue 1", "enqueue 2", "read 1", "enqueue 3", "read 2"]
+    assert [r["step"] for r in metrics()] == [1]
 
 
 def test_micro_batches_do_not_change_the_first_update() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
-from gpu_gpt2.ops.interface import AdamWStep
+from gpu_gpt2.ops.interface import AdamWSettings
 from gpu_gpt2.ops.reference import ReferenceOps
 
 NDArray = npt.NDArray[Any]
@@ -232,6 +232,7 @@ def classifier_fwd(g: Maker, N: int, V: int, Vp: int) -> Call:
 
 def classifier_fwd_bwd(g: Maker, N: int, V: int, Vp: int) -> Call:
     tensors = _classifier_tensors(g, N, V, Vp, "+=")
+    tensors["loss_scale"] = g.tensor(np.array([2.0]), "float32")
     return Call(tensors, (V, 1.0 / N))
 
 
@@ -251,29 +252,45 @@ def squared_norm(g: Maker, n: int) -> Call:
     return Call({"out": g.out(1, dtype="float32"), "x": g.normal(n, dtype="float32")})
 
 
-def adamw(g: Maker, n: int, decayed: int, clipped: int) -> Call:
+def prepare_update(g: Maker, N: int, clipped: int) -> Call:
+    """The fourth update, with the gradient in a scale of 4."""
+    norm = 3.0
+    tensors = {
+        "factors": g.out(5, dtype="float32"),
+        "report": g.out(3, dtype="float32"),
+        "loss_scale": g.tensor(np.array([4.0]), "float32", "+="),
+        "counts": g.tensor(np.array([3.0, 2.0]), "float32", "+="),
+        "losses": g.normal(N, dtype="float32", mean=3.0),
+        "grad_sq": g.tensor(np.array([(4.0 * norm) ** 2]), "float32"),
+        "lr": g.tensor(np.array([0.5]), "float32"),
+    }
+    settings = _adamw_settings(norm * (0.5 if clipped else 2.0))
+    return Call(tensors, (1.0 / N, settings))
+
+
+def adamw(g: Maker, n: int, decayed: int) -> Call:
     """The third update of weights whose moments are already under way."""
     master = g.normal(n, dtype="float32", role="+=", scale=0.02)
-    grad = g.normal(n, dtype="float32")
-    norm = float(np.linalg.norm(grad.values()))
     tensors = {
         "master": master,
         "m": g.normal(n, dtype="float32", role="+=", scale=0.1),
         "v": g.tensor(g.rng.uniform(0.0, 0.1, n), "float32", "+="),
         "param": Tensor(same_as="master") if g.x_dtype == FLOAT32 else g.out(n),
-        "grad": grad,
-        "grad_sq": g.tensor(np.array([norm * norm]), "float32"),
+        "grad": g.normal(n, dtype="float32"),
+        "factors": g.tensor(np.array([1.0, 0.3, 1e-2, 1 - 0.9**3, 1 - 0.999**3]), "float32"),
     }
-    hyper = AdamWStep(
-        step=3,
-        lr=1e-2,
+    return Call(tensors, (decayed, _adamw_settings(1.0)))
+
+
+def _adamw_settings(max_grad_norm: float) -> AdamWSettings:
+    return AdamWSettings(
         beta1=0.9,
         beta2=0.999,
         eps=1e-3,  # large enough to be missed
         weight_decay=0.1,
-        max_grad_norm=norm * (0.5 if clipped else 2.0),
+        max_grad_norm=max_grad_norm,
+        max_loss_scale=8.0,
     )
-    return Call(tensors, (decayed, hyper))
 
 
 def cast_to_float32(g: Maker, n: int) -> Call:
@@ -380,7 +397,8 @@ CASES: Final[tuple[Case, ...]] = (
     *_cases(classifier_fwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
     *_cases(classifier_fwd_bwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
     *_cases(squared_norm, "n", *LENGTHS, (300_000,)),
-    *_cases(adamw, "n decayed clipped", (1, 1, 0), (31, 0, 1), (257, 100, 1), (1000, 1000, 0)),
+    *_cases(prepare_update, "N clipped", (1, 0), (31, 1), (257, 0), (3000, 1)),
+    *_cases(adamw, "n decayed", (1, 1), (31, 0), (258, 101), (1000, 1000), (1027, 1025)),
     *_cases(cast_to_float32, "n", *LENGTHS),
     *_cases(cast_to_bfloat16, "n", *LENGTHS),
     *_cases(cast_every_float16, "n", (2 * 0x7C01,)),
@@ -406,7 +424,8 @@ LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases(classifier_fwd, "N V Vp", (64, 50257, 50304)),
     *_cases(classifier_fwd_bwd, "N V Vp", (64, 50257, 50304)),
     *_cases(squared_norm, "n", (5_000_001,)),
-    *_cases(adamw, "n decayed clipped", (3_000_001, 2_000_000, 1)),
+    *_cases(prepare_update, "N clipped", (65_536, 1)),
+    *_cases(adamw, "n decayed", (3_000_001, 2_000_001)),
     *_cases(cast_to_bfloat16, "n", (3_000_001,)),
     *_cases(cast_to_float16, "n", (3_000_001,)),
     *_cases(matmul, "M K N accumulate", (512, 768, 2304, 0), (768, 4096, 768, 1)),

@@ -23,7 +23,7 @@ RUNS: Final = Path("runs")
 AUTO: Final = "auto"
 MEMORY_TO_USE: Final = 0.95  # of what is free, by --batch-size auto
 # What may change when a run goes on.
-RESUMABLE: Final = {"device", "dtype", "steps", "eval_every", "sample_every", "recompute"}
+RESUMABLE: Final = {"device", "dtype", "steps", "eval_every", "sample_every", "recompute", "tf32"}
 
 
 def train(
@@ -36,6 +36,9 @@ def train(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="With fp32 on a GPU: faster, less exact products.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(help="Updates of the weights.")] = None,
     batch_size: Annotated[
         str | None, typer.Option(help="Sequences at a time; auto: as many as fit into memory.")
@@ -72,7 +75,7 @@ def train(
             ("total_batch_tokens", total_batch_tokens), ("warmup_steps", warmup_steps),
             ("recompute", recompute),
             ("weight_decay", weight_decay), ("eval_every", eval_every),
-            ("sample_every", sample_every), ("seed", seed),
+            ("sample_every", sample_every), ("seed", seed), ("tf32", tf32 or None),
         )
         if value is not None
     }  # fmt: skip
@@ -164,9 +167,11 @@ def _resumed_config(
     if fixed := sorted(changed - RESUMABLE):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
         raise ConfigError(f"a run goes on with the settings it began with; leave out {names}")
+    if given.get("device", saved.device) != saved.device:
+        given = {"dtype": "fp32", **given}  # what every device has
+    if not {"device", "dtype"}.isdisjoint(changed):
+        given = {"tf32": False, **given}
     config = replace(saved, **given)
-    if config.device != saved.device and dtype == "auto":
-        config = replace(config, dtype="fp32")  # what every device has
     choose_dtype(config.dtype, open_device(config.device))
     return config
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 import ml_dtypes
@@ -26,6 +27,11 @@ class Device(ABC):
     """One place where tensors live and kernels run."""
 
     name: str
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether Python goes on while the device works, so that an early look costs time."""
+        return False
 
     @property
     def has_tensor_cores(self) -> bool:
@@ -52,6 +58,32 @@ class Device(ABC):
     @abstractmethod
     def download(self, src: Array) -> npt.NDArray[Any]:
         """A host copy of `src`, complete when this returns."""
+
+    def feeder(self, *buffers: Array) -> Callable[..., None]:
+        """A function of as many host arrays that copies them into `buffers`.
+
+        The caller need not keep the arrays, nor wait for earlier work that reads the buffers.
+        """
+
+        def feed(*arrays: npt.NDArray[Any]) -> None:
+            for buffer, array in zip(buffers, arrays, strict=True):
+                self.upload(buffer, array)
+
+        return feed
+
+    def fetch(self, src: Array) -> Callable[[], npt.NDArray[Any]]:
+        """Begins a host copy of `src` as the work so far leaves it; the result waits for it."""
+        copy = self.download(src)
+        return lambda: copy
+
+    def graph(self, work: Callable[[], None], say: Callable[[str], None]) -> Callable[[], None]:
+        """`work`, made quick to repeat where the device knows how.
+
+        It must enqueue the same launches, copies and products on the same arrays every time, and
+        neither read nor write what is on the host. `say` gets one line if that did not succeed and
+        the work is done as it is.
+        """
+        return work
 
     @abstractmethod
     def fill_zero(self, dst: Array) -> None:

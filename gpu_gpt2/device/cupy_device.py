@@ -1,26 +1,29 @@
 """An NVIDIA GPU through CuPy: the only file that imports it.
 
 Kernels go through `cupy.RawModule` with NVRTC, matrix products through `cupy.matmul`, which is
-cuBLAS. CuPy keeps compiled kernels on disk under a key made of the text and the options.
+cuBLAS, or cublas.py. CuPy keeps compiled kernels on disk under a key made of the text and the
+options. All work goes to one stream in the order of the calls; host arrays may come by a second.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, Array, Device
+from gpu_gpt2.device.base import Array, Device
+from gpu_gpt2.device.cublas import Cublas, math_mode, workspace_bytes
 from gpu_gpt2.device.launch import Dim3, scalar_value
 from gpu_gpt2.device.source import KernelSource
 from gpu_gpt2.errors import DeviceError, KernelError
 
 NO_DRIVER: Final = "no driver"
 NOT_USABLE: Final = "not usable"
-DISALLOW_REDUCED_PRECISION_REDUCTION: Final = 16  # a cublasMath_t that CuPy has no name for
 TENSOR_CORE_CAPABILITY: Final = 80  # mma.m16n8k16, and cp.async, came with Ampere
 DEFAULT_SHARED_BYTES: Final = 48 * 1024  # a kernel must ask before it gets more
 
@@ -50,24 +53,42 @@ def gpu_count() -> int:
     return count
 
 
+@functools.cache
+def _work_stream(index: int) -> Any:
+    """The stream of all work on GPU `index`; graphs cannot be captured on the default stream."""
+    return _import_cupy().cuda.Stream(non_blocking=True)
+
+
 class CupyDevice(Device):
-    """GPU number `index`. Raises DeviceError if there is none."""
+    """GPU number `index`; `tf32` lets products of float32 numbers drop 13 bits of each.
+
+    Raises DeviceError if there is no such GPU, or if it has no TF32.
+    """
 
     name = "cuda"
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, *, tf32: bool = False) -> None:
         count = gpu_count()
         if index >= count:
             raise DeviceError(f"there is no GPU {index}; GPUs are numbered 0 to {count - 1}")
         self._cupy = _import_cupy()
         self._cupy.cuda.Device(index).use()
-        self._one, self._zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+        self._stream = _work_stream(index).use()
+        if tf32 and self.compute_capability < TENSOR_CORE_CAPABILITY:
+            raise DeviceError(f"{self.product_name} has no TF32; leave out --tf32")
+        self._tf32 = tf32
+        self._graphs_work = True
+        self._direct = False
         self._uploading: list[npt.NDArray[Any]] = []  # host arrays a copy may still read
 
     @property
     def compute_capability(self) -> int:
         """Ten times the capability: 75 is Turing, 80 Ampere, 90 Hopper."""
         return int(self._cupy.cuda.Device().compute_capability)
+
+    @property
+    def runs_ahead(self) -> bool:
+        return True
 
     @property
     def has_tensor_cores(self) -> bool:
@@ -118,9 +139,88 @@ class CupyDevice(Device):
     def fill_zero(self, dst: Array) -> None:
         dst.data.memset_async(0, dst.nbytes)
 
+    def feeder(self, *buffers: Array) -> Callable[..., None]:
+        return _Feeder(self._cupy, self._copy_stream, buffers)
+
     @functools.cached_property
-    def _cublas_handle(self) -> int:
-        """CuPy's handle, told once to keep the sums of split products in float32 too."""
+    def _copy_stream(self) -> Any:
+        return self._cupy.cuda.Stream(non_blocking=True)
+
+    def fetch(self, src: Array) -> Callable[[], npt.NDArray[Any]]:
+        host = _pinned(src)
+        src.get(out=host, blocking=False)
+        copied = self._stream.record(self._cupy.cuda.Event(block=True, disable_timing=True))
+
+        def wait() -> npt.NDArray[Any]:
+            copied.synchronize()
+            return host
+
+        return wait
+
+    def graph(self, work: Callable[[], None], say: Callable[[str], None]) -> Callable[[], None]:
+        """Run as it is at first, to compile kernels; captured the second time; then replayed."""
+        graph: Any = None
+        warm = False
+
+        def run() -> None:
+            nonlocal graph, warm
+            if warm and graph is None and self._graphs_work:
+                try:
+                    graph = self._captured(work)
+                except (RuntimeError, MemoryError, DeviceError) as error:  # CuPy's are the former
+                    self._graphs_work = False
+                    reason = (str(error) or type(error).__name__).splitlines()[0]
+                    say(f"CUDA graphs cannot be used here ({reason}); launching kernels one by one")
+            if graph is None:
+                with self._direct_products():
+                    work()
+                warm = True
+            else:
+                graph.launch(self._stream)
+
+        return run
+
+    def _captured(self, work: Callable[[], None]) -> Any:
+        """The graph of what `work` enqueues, without running it."""
+        self._stream.begin_capture()
+        try:
+            with self._direct_products():
+                work()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the stream says again what went wrong
+                self._stream.end_capture()
+            raise
+        return self._stream.end_capture()
+
+    @contextlib.contextmanager
+    def _direct_products(self) -> Iterator[None]:
+        """Within, products leave CuPy out, whether captured or not: the same bits either way."""
+        self._direct = True
+        try:
+            yield
+        finally:
+            self._direct = False
+
+    def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
+        if accumulate or out.dtype != a.dtype or self._direct:
+            self._cublas.matmul(out, a, b, accumulate=accumulate)
+        else:
+            _ = self._cublas_binding  # CuPy's handle must have our mode
+            self._cupy.matmul(a, b, out=out)
+
+    @functools.cached_property
+    def _cublas(self) -> Cublas:
+        size = workspace_bytes(self.compute_capability)
+        return Cublas(
+            self._cublas_binding.__file__,  # it is linked to cuBLAS
+            stream=self._stream.ptr,
+            workspace=self.empty((size,), np.uint8),
+            tf32=self._tf32,
+        )
+
+    @functools.cached_property
+    def _cublas_binding(self) -> Any:
+        """CuPy's module for cuBLAS, whose handle gets our math mode."""
         try:
             from cupy_backends.cuda.libs import cublas
         except ImportError as error:
@@ -128,43 +228,8 @@ class CupyDevice(Device):
                 f"cuBLAS cannot be opened ({str(error).splitlines()[0]}); gpu-gpt2 info says what "
                 f"to install"
             ) from None
-        handle: int = self._cupy.cuda.device.get_cublas_handle()
-        cublas.setMathMode(handle, DISALLOW_REDUCED_PRECISION_REDUCTION)
-        return handle
-
-    def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
-        handle = self._cublas_handle  # before cupy.matmul, which uses the same one
-        if accumulate or out.dtype != a.dtype:
-            self._gemm(handle, out, a, b, self._one if accumulate else self._zero)
-        else:
-            self._cupy.matmul(a, b, out=out)
-
-    def _gemm(
-        self, handle: int, out: Array, a: Array, b: Array, beta: npt.NDArray[np.float32]
-    ) -> None:
-        """out (M, N) = a (M, K) @ b (K, N) + beta * out: what cupy.matmul cannot do.
-
-        cuBLAS counts in columns, so it is asked for out^T = b^T a^T, for which row-major memory
-        is already in the right order.
-        """
-        from cupy_backends.cuda.libs import cublas
-
-        (M, K), N = a.shape, b.shape[1]
-        runtime = self._cupy.cuda.runtime
-        cuda_type = {
-            FLOAT32: runtime.CUDA_R_32F,
-            BFLOAT16: runtime.CUDA_R_16BF,
-            FLOAT16: runtime.CUDA_R_16F,
-        }
-        b_op, ldb = _operand(b, cublas)
-        a_op, lda = _operand(a, cublas)
-        cublas.gemmEx(
-            handle, b_op, a_op, N, M, K, self._one.ctypes.data,
-            b.data.ptr, cuda_type[b.dtype], ldb,
-            a.data.ptr, cuda_type[a.dtype], lda, beta.ctypes.data,
-            out.data.ptr, cuda_type[out.dtype], N,
-            cublas.CUBLAS_COMPUTE_32F, cublas.CUBLAS_GEMM_DEFAULT,
-        )  # fmt: skip
+        cublas.setMathMode(self._cupy.cuda.device.get_cublas_handle(), math_mode(tf32=self._tf32))
+        return cublas
 
     def synchronize(self) -> None:
         self._cupy.cuda.get_current_stream().synchronize()
@@ -210,13 +275,51 @@ class CupyDevice(Device):
             ) from None
 
 
-def _operand(x: Array, cublas: Any) -> tuple[int, int]:
-    """cuBLAS operation and leading dimension of a row-major matrix, or of its transposed view."""
-    if x.flags.c_contiguous:
-        return cublas.CUBLAS_OP_N, x.shape[1]
-    if x.flags.f_contiguous:
-        return cublas.CUBLAS_OP_T, x.shape[0]
-    raise ValueError(f"matmul: shape {x.shape} with strides {x.strides} is neither")
+def _pinned(like: Array) -> npt.NDArray[Any]:
+    """A host array of the same shape and dtype whose memory the GPU can copy by itself."""
+    import cupyx
+
+    array: npt.NDArray[Any] = cupyx.empty_pinned(like.shape, like.dtype)
+    return array
+
+
+class _Feeder:
+    """Copies host arrays into device arrays that earlier work may still be reading.
+
+    They go to pinned memory, from there on a stream of their own to device memory, and from there
+    into the buffers when the work stream gets to it. Two sets of both memories take turns.
+    """
+
+    def __init__(self, cupy: Any, stream: Any, buffers: tuple[Array, ...]) -> None:
+        self._cupy, self._stream, self._buffers = cupy, stream, buffers
+        self._slots = itertools.cycle([_Slot(cupy, buffers) for _ in range(2)])
+
+    def __call__(self, *arrays: npt.NDArray[Any]) -> None:
+        slot = next(self._slots)
+        slot.copied.synchronize()  # of the last but one call: its pinned memory is free again
+        self._stream.wait_event(slot.taken)  # and so is its device memory, when this happens
+        for pinned, staged, array in zip(slot.pinned, slot.staged, arrays, strict=True):
+            if array.shape != pinned.shape or array.dtype != pinned.dtype:
+                raise ValueError(
+                    f"cannot copy {array.dtype} {array.shape} into {pinned.dtype} {pinned.shape}"
+                )
+            pinned[...] = array
+            staged.set(pinned, stream=self._stream)
+        slot.copied.record(self._stream)
+        work = self._cupy.cuda.get_current_stream()
+        work.wait_event(slot.copied)
+        for buffer, staged in zip(self._buffers, slot.staged, strict=True):
+            buffer.data.copy_from_device_async(staged.data, staged.nbytes, work)
+        slot.taken.record(work)
+
+
+class _Slot:
+    def __init__(self, cupy: Any, buffers: tuple[Array, ...]) -> None:
+        self.pinned = [_pinned(buffer) for buffer in buffers]
+        self.staged = [cupy.empty_like(buffer) for buffer in buffers]
+        self.copied = cupy.cuda.Event(block=True, disable_timing=True)
+        # Recorded at once: earlier work may still use the memory that `staged` was given.
+        self.taken = cupy.cuda.get_current_stream().record(cupy.cuda.Event(disable_timing=True))
 
 
 def cuda_versions() -> dict[str, str]:

@@ -14,15 +14,17 @@ BF16_CAPABILITY = 80  # tensor cores take bfloat16 from Ampere on
 FP16_CAPABILITY = 70  # and float16 from Volta on
 
 
-def open_device(name: str) -> Device:
+def open_device(name: str, *, tf32: bool = False) -> Device:
     """The device called `name`; "auto" is the GPU where there is one, else the CPU.
+
+    `tf32` is for a GPU: see CupyDevice.
 
     Raises DeviceError for a GPU that is not here, ConfigError for an unknown name.
     """
     if name == "auto":
         name = "cuda" if has_gpu() else "cpu"
     if name == "cuda":
-        return CupyDevice()
+        return CupyDevice(tf32=tf32)
     if name == "cpu":
         return HostDevice()
     if name == "emulator":

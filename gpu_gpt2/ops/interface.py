@@ -16,21 +16,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Final
 
 from gpu_gpt2.device.base import Array, Device
 
+GROWTH_INTERVAL: Final = 2000  # updates in a row after which the loss scale doubles
+MIN_LOSS_SCALE: Final = 1.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdamWStep:
-    """The scalars of one AdamW update (Loshchilov & Hutter 2019, algorithm 2)."""
+class AdamWSettings:
+    """What is the same in all AdamW updates of a run (Loshchilov & Hutter 2019, algorithm 2)."""
 
-    step: int  # counted from 1, for the bias correction
-    lr: float
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
     max_grad_norm: float  # gradients are scaled down to this norm when above it
+    max_loss_scale: float = 1.0  # a power of two
 
 
 class Ops(ABC):
@@ -161,11 +164,18 @@ class Ops(ABC):
 
     @abstractmethod
     def classifier_fwd_bwd(
-        self, losses: Array, logits: Array, targets: Array, vocab_size: int, dloss: float
+        self,
+        losses: Array,
+        logits: Array,
+        targets: Array,
+        loss_scale: Array,
+        vocab_size: int,
+        dloss: float,
     ) -> None:
         """`classifier_fwd`, and logits become their gradient in the same pass.
 
-        logits[:, :V] = (softmax - onehot(target)) * dloss; logits[:, V:] = 0.
+        logits[:, :V] = (softmax - onehot(target)) * dloss * loss_scale; logits[:, V:] = 0;
+        loss_scale (1,) float32.
         """
 
     # --- optimizer: kernels/adamw.cu, kernels/squared_norm.cu ---
@@ -175,6 +185,29 @@ class Ops(ABC):
         """out (1,) float32 = sum of x^2; x (n,) float32; the same bits on every run."""
 
     @abstractmethod
+    def prepare_update(
+        self,
+        factors: Array,
+        report: Array,
+        loss_scale: Array,
+        counts: Array,
+        losses: Array,
+        grad_sq: Array,
+        lr: Array,
+        loss_weight: float,
+        settings: AdamWSettings,
+    ) -> None:
+        """The numbers that `adamw` needs for its next update, and those of interest to people.
+
+        All float32. factors (5,) = apply (1, or 0 where the gradient is not finite), factor of the
+        gradient, lr, c1, c2; report (3,) = the sum of losses times loss_weight, the gradient's norm
+        without its scale, the new loss_scale. loss_scale (1,) halves after a gradient that is not
+        finite, doubles after GROWTH_INTERVAL updates in a row, and stays within MIN_LOSS_SCALE and
+        the settings' maximum. counts (2,): updates made, and those in a row since the scale last
+        changed. losses (N,), lr (1,); grad_sq (1,), the squared norm of the gradient in its scale.
+        """
+
+    @abstractmethod
     def adamw(
         self,
         master: Array,
@@ -182,16 +215,15 @@ class Ops(ABC):
         v: Array,
         param: Array,
         grad: Array,
-        grad_sq: Array,
+        factors: Array,
         decayed: int,
-        hyper: AdamWStep,
+        settings: AdamWSettings,
     ) -> None:
         """One AdamW update of all parameters in place, with the gradient clipped to its norm.
 
         master, m, v (n,) float32 updated; param (n,) X = master rounded to X (with X = float32
-        param is master itself); grad (n,) float32; grad_sq (1,) float32, the squared norm of
-        grad; only the first `decayed` elements are decayed. If grad_sq is not finite, nothing
-        changes.
+        param is master itself); grad (n,) float32; factors (5,) float32 of `prepare_update`; only
+        the first `decayed` elements are decayed. If factors say so, nothing changes.
         """
 
     # --- casts: kernels/cast.cu ---

@@ -16,7 +16,7 @@ from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, X_DTYPES, Array, De
 from gpu_gpt2.device.launch import MAX_GRID, MAX_THREADS, Dim3
 from gpu_gpt2.device.source import DTYPES, KernelSource, kernel_files, kernel_source
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.ops.interface import AdamWStep, Ops
+from gpu_gpt2.ops.interface import GROWTH_INTERVAL, AdamWSettings, Ops
 
 WARP: Final = 32
 THREADS: Final = 256  # of a block, where nothing asks for another number
@@ -309,18 +309,63 @@ class KernelOps(Ops):
         self._launch_classifier("classifier_fwd", losses, logits, targets, vocab_size)
 
     def classifier_fwd_bwd(
-        self, losses: Array, logits: Array, targets: Array, vocab_size: int, dloss: float
+        self,
+        losses: Array,
+        logits: Array,
+        targets: Array,
+        loss_scale: Array,
+        vocab_size: int,
+        dloss: float,
     ) -> None:
-        self._launch_classifier("classifier_fwd_bwd", losses, logits, targets, vocab_size, dloss)
+        _sizes("classifier_fwd_bwd", "", loss_scale=(loss_scale, "1"))
+        self._launch_classifier(
+            "classifier_fwd_bwd", losses, logits, targets, vocab_size, dloss, loss_scale
+        )
 
     # --- optimizer ---
 
     def squared_norm(self, out: Array, x: Array) -> None:
         _sizes("squared_norm", "", out=(out, "1"))
-        blocks = min(_blocks(x.size, THREADS), NORM_BLOCKS)
+        blocks = min(_blocks(x.size, 4 * THREADS), NORM_BLOCKS)
         partial = self._scratch[:blocks]
         self._launch("squared_norm_partial", (blocks,), (THREADS,), (partial, x, x.size))
         self._launch("squared_norm_total", (1,), (THREADS,), (out, partial, blocks))
+
+    def prepare_update(
+        self,
+        factors: Array,
+        report: Array,
+        loss_scale: Array,
+        counts: Array,
+        losses: Array,
+        grad_sq: Array,
+        lr: Array,
+        loss_weight: float,
+        settings: AdamWSettings,
+    ) -> None:
+        (N,) = _sizes(
+            "prepare_update",
+            "N",
+            factors=(factors, "5"),
+            report=(report, "3"),
+            loss_scale=(loss_scale, "1"),
+            counts=(counts, "2"),
+            losses=(losses, "N"),
+            grad_sq=(grad_sq, "1"),
+            lr=(lr, "1"),
+        )
+        tensors = (factors, report, loss_scale, counts, losses, grad_sq, lr)
+        scalars = (
+            loss_weight,
+            math.log(settings.beta1),
+            math.log(settings.beta2),
+            settings.max_grad_norm,
+            settings.max_loss_scale,
+            GROWTH_INTERVAL,
+        )
+        args = (*tensors, N, *scalars)
+        threads = _row_threads(N, MAX_THREADS)
+        self._launch("prepare_update", (1,), (threads,), args)
 
     def adamw(
         self,
@@ -329,26 +374,22 @@ class KernelOps(Ops):
         v: Array,
         param: Array,
         grad: Array,
-        grad_sq: Array,
+        factors: Array,
         decayed: int,
-        hyper: AdamWStep,
+        settings: AdamWSettings,
     ) -> None:
         n = _one_shape("adamw", master=master, m=m, v=v, param=param, grad=grad)
-        _sizes("adamw", "", grad_sq=(grad_sq, "1"))
+        _sizes("adamw", "", factors=(factors, "5"))
         if not 0 <= decayed <= n:
             raise ValueError(f"adamw: decayed {decayed} is not within 0 to {n} elements")
         scalars = (
-            hyper.lr,
-            1.0 - hyper.beta1,
-            1.0 - hyper.beta2,
-            hyper.eps,
-            hyper.weight_decay,
-            hyper.max_grad_norm,
-            1.0 - hyper.beta1**hyper.step,
-            1.0 - hyper.beta2**hyper.step,
+            1.0 - settings.beta1,
+            1.0 - settings.beta2,
+            settings.eps,
+            settings.weight_decay,
         )
-        args = (master, m, v, param, grad, grad_sq, n, decayed, *scalars)
-        self._launch("adamw", (_blocks(n, THREADS),), (THREADS,), args)
+        args = (master, m, v, param, grad, factors, n, decayed, *scalars)
+        self._launch("adamw", (_blocks(n, 4 * THREADS),), (THREADS,), args)
 
     # --- casts ---
 
@@ -424,14 +465,14 @@ class KernelOps(Ops):
         logits: Array,
         targets: Array,
         vocab_size: int,
-        *scalars: float,
+        *others: Any,
     ) -> None:
         N, Vp = _sizes(
             name, "NP", losses=(losses, "N"), logits=(logits, "NP"), targets=(targets, "N")
         )
         if not 1 <= vocab_size <= Vp:
             raise ValueError(f"{name}: vocab_size {vocab_size} is not within 1 to {Vp} columns")
-        args = (losses, logits, targets, vocab_size, Vp, *scalars)
+        args = (losses, logits, targets, vocab_size, Vp, *others)
         self._launch(name, (N,), (_row_threads(vocab_size, MAX_THREADS),), args)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.device.host import HostDevice
-from gpu_gpt2.ops.interface import AdamWStep, Ops
+from gpu_gpt2.ops.interface import GROWTH_INTERVAL, MIN_LOSS_SCALE, AdamWSettings, Ops
 
 NDArray = npt.NDArray[Any]
 Item = TypeVar("Item")
@@ -284,8 +284,16 @@ class ReferenceOps(Ops):
         _by_rows(logits, work)
 
     def classifier_fwd_bwd(
-        self, losses: NDArray, logits: NDArray, targets: NDArray, vocab_size: int, dloss: float
+        self,
+        losses: NDArray,
+        logits: NDArray,
+        targets: NDArray,
+        loss_scale: NDArray,
+        vocab_size: int,
+        dloss: float,
     ) -> None:
+        dloss *= float(loss_scale[0])
+
         def work(i: slice) -> None:
             x = logits[i, :vocab_size]
             total = _add_losses(losses[i], x, targets[i])
@@ -300,6 +308,37 @@ class ReferenceOps(Ops):
     def squared_norm(self, out: NDArray, x: NDArray) -> None:
         out[0] = sum(_by_blocks(x.size, 1, lambda i: float(np.dot(x[i], x[i]))))
 
+    def prepare_update(
+        self,
+        factors: NDArray,
+        report: NDArray,
+        loss_scale: NDArray,
+        counts: NDArray,
+        losses: NDArray,
+        grad_sq: NDArray,
+        lr: NDArray,
+        loss_weight: float,
+        settings: AdamWSettings,
+    ) -> None:
+        finite = bool(np.isfinite(grad_sq[0]))
+        scale = float(loss_scale[0])
+        norm = float(np.sqrt(grad_sq[0])) / scale
+
+        updates, in_a_row = counts[0] + finite, (counts[1] + 1) * finite
+        clip = settings.max_grad_norm / norm if norm > settings.max_grad_norm else 1.0
+        c1 = -math.expm1(updates * math.log(settings.beta1))  # 1 - beta1^updates
+        c2 = -math.expm1(updates * math.log(settings.beta2))
+        factors[:] = finite, clip / scale, lr[0], c1, c2
+
+        if not finite:
+            scale /= 2
+        elif in_a_row >= GROWTH_INTERVAL:
+            scale, in_a_row = 2 * scale, 0
+        scale = min(max(scale, MIN_LOSS_SCALE), settings.max_loss_scale)
+        report[:] = losses.sum(dtype="float64") * loss_weight, norm, scale
+        loss_scale[0] = scale
+        counts[:] = updates, in_a_row
+
     def adamw(
         self,
         master: NDArray,
@@ -307,29 +346,28 @@ class ReferenceOps(Ops):
         v: NDArray,
         param: NDArray,
         grad: NDArray,
-        grad_sq: NDArray,
+        factors: NDArray,
         decayed: int,
-        hyper: AdamWStep,
+        settings: AdamWSettings,
     ) -> None:
-        norm = math.sqrt(float(grad_sq[0])) if np.isfinite(grad_sq[0]) else math.inf
-        if not math.isfinite(norm):
+        apply, grad_factor, lr, c1, c2 = map(float, factors)
+        if not apply:
             return
-        clip = hyper.max_grad_norm / norm if norm > hyper.max_grad_norm else 1.0
         # lr * m_hat / (sqrt(v_hat) + eps), with both bias corrections moved into constants
-        root = math.sqrt(1.0 - hyper.beta2**hyper.step)
-        step_size = hyper.lr * root / (1.0 - hyper.beta1**hyper.step)
+        root = math.sqrt(c2)
+        step_size = lr * root / c1
 
         def work(i: slice, decay: float) -> None:
             g, m_i, v_i, w = grad[i], m[i], v[i], master[i]
-            m_i *= hyper.beta1
-            t = g * (clip * (1.0 - hyper.beta1))
+            m_i *= settings.beta1
+            t = g * (grad_factor * (1.0 - settings.beta1))
             m_i += t
             np.multiply(g, g, out=t)
-            t *= clip * clip * (1.0 - hyper.beta2)
-            v_i *= hyper.beta2
+            t *= grad_factor * grad_factor * (1.0 - settings.beta2)
+            v_i *= settings.beta2
             v_i += t
             np.sqrt(v_i, out=t)
-            t += hyper.eps * root
+            t += settings.eps * root
             np.divide(m_i, t, out=t)
             t *= step_size
             if decay != 1.0:
@@ -338,7 +376,7 @@ class ReferenceOps(Ops):
             if param is not master:
                 param[i] = w
 
-        decay = 1.0 - hyper.lr * hyper.weight_decay
+        decay = 1.0 - lr * settings.weight_decay
         _by_blocks(decayed, 1, lambda i: work(i, decay))
         rest = master.size - decayed
         _by_blocks(rest, 1, lambda i: work(slice(decayed + i.start, decayed + i.stop), 1.0))

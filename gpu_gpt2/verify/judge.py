@@ -26,7 +26,6 @@ from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.debug_state import DebugState
 from gpu_gpt2.formats.pieces import FloatArray, WeightSource, load_arena, named
 from gpu_gpt2.model import GPT2
-from gpu_gpt2.ops.interface import AdamWStep
 from gpu_gpt2.ops.select import ops_for
 from gpu_gpt2.optimizer import AdamW
 
@@ -86,7 +85,8 @@ def verify(
     yield _compared("logits", logits[:, : config.vocab_size], state.logits, limits)
     ours = [trainer.forward_backward()]
     yield _close("loss", ours[0], state.loss, limits.loss)
-    grads = named(config, download(trainer.model.grad_arena))
+    scaled = download(trainer.model.grad_arena)
+    grads = named(config, scaled / download(trainer.model.loss_scale))
     for name, expected in state.grads.items():
         yield _compared(f"d{name}", grads[name], expected, limits)
 
@@ -151,7 +151,9 @@ class _Trainer:
         B, T = state.tokens.shape
         ops = ops_for(device, dtype)
         self.model = GPT2(config, ops, dtype=dtype, max_batch=B, max_seq_len=T)
-        self.optimizer = AdamW(self.model)
+        settings = dict(HYPER)
+        self._lr = settings.pop("lr")
+        self.optimizer = AdamW(self.model, **settings)
         self._batch = (
             state.tokens,
             state.targets,
@@ -172,7 +174,7 @@ class _Trainer:
 
     def update(self) -> None:
         self._steps += 1
-        self.optimizer.step(AdamWStep(step=self._steps, **HYPER))
+        self.optimizer.step(self._lr)
 
     def step(self) -> float:
         loss = self.forward_backward()
@@ -190,12 +192,14 @@ class _Trainer:
             weights=download(self.optimizer.master),
             m=download(self.optimizer.m),
             v=download(self.optimizer.v),
+            counts=self.optimizer.counts(),
         )
         return checkpoint.save(run_dir, state, _NoTokenizer())
 
     def restore(self, folder: Path) -> None:
         state = checkpoint.load(folder)
         self.optimizer.load(state.weights, state.m, state.v)
+        self.optimizer.load_counts(state.counts)
         self._steps = state.step
 
 

@@ -144,6 +144,7 @@ EMULATOR_INLINE unsigned int atomicAdd(unsigned int* address, unsigned int value
 
 extern "C" {
 float expf(float);
+float expm1f(float);
 float exp2f(float);
 float logf(float);
 float log2f(float);
