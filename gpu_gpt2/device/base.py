@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
@@ -88,6 +89,25 @@ class Device(ABC):
     @abstractmethod
     def fill_zero(self, dst: Array) -> None:
         """Sets a C-contiguous array to zeros."""
+
+    @abstractmethod
+    def copy(self, dst: Array, src: Array) -> None:
+        """dst = src, both of this device, C-contiguous, of one shape and dtype."""
+
+    def time_ms(self, work: Callable[[], None], *, repeat: int) -> list[float]:
+        """How long each of `repeat` runs of `work` takes, in milliseconds, after one to warm up.
+
+        `work` is as `graph` wants it; on a GPU its caches hold nothing of it when it begins.
+        """
+        work()
+        times = []
+        for _ in range(repeat):
+            self.synchronize()
+            started = time.perf_counter()
+            work()
+            self.synchronize()
+            times.append((time.perf_counter() - started) * 1000)
+        return times
 
     @abstractmethod
     def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:

@@ -25,6 +25,7 @@ from gpu_gpt2.errors import DeviceError, KernelError
 NO_DRIVER: Final = "no driver"
 NOT_USABLE: Final = "not usable"
 TENSOR_CORE_CAPABILITY: Final = 80  # mma.m16n8k16, and cp.async, came with Ampere
+FLUSH_BYTES: Final = 512 << 20  # several times the largest L2 cache
 DEFAULT_SHARED_BYTES: Final = 48 * 1024  # a kernel must ask before it gets more
 
 
@@ -138,6 +139,32 @@ class CupyDevice(Device):
 
     def fill_zero(self, dst: Array) -> None:
         dst.data.memset_async(0, dst.nbytes)
+
+    def copy(self, dst: Array, src: Array) -> None:
+        stream = self._cupy.cuda.get_current_stream()
+        dst.data.copy_from_device_async(src.data, src.nbytes, stream)
+
+    def time_ms(self, work: Callable[[], None], *, repeat: int) -> list[float]:
+        """By the GPU's own clock. A graph leaves the time that Python needs for launches out."""
+        replay = self.graph(work, lambda reason: None)
+        replay()
+        replay()
+        flushed = self.empty((FLUSH_BYTES,), np.uint8)  # writing this empties the L2 cache
+        events = []
+        for _ in range(repeat):
+            self.fill_zero(flushed)
+            start, stop = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+            start.record()
+            replay()
+            stop.record()
+            events.append((start, stop))
+        self.synchronize()
+        return [self._cupy.cuda.get_elapsed_time(start, stop) for start, stop in events]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes that CuPy has from the driver for arrays, used or kept for later ones."""
+        return int(self._cupy.get_default_memory_pool().total_bytes())
 
     def feeder(self, *buffers: Array) -> Callable[..., None]:
         return _Feeder(self._cupy, self._copy_stream, buffers)

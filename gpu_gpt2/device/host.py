@@ -40,6 +40,9 @@ class HostDevice(Device):
     def fill_zero(self, dst: Array) -> None:
         dst.fill(0)
 
+    def copy(self, dst: Array, src: Array) -> None:
+        np.copyto(dst, src)
+
     def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
         if a.dtype != FLOAT32:
             product = np.matmul(a.astype(np.float32), b.astype(np.float32))

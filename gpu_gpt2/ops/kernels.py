@@ -473,7 +473,9 @@ class KernelOps(Ops):
         if not 1 <= vocab_size <= Vp:
             raise ValueError(f"{name}: vocab_size {vocab_size} is not within 1 to {Vp} columns")
         args = (losses, logits, targets, vocab_size, Vp, *others)
-        self._launch(name, (N,), (_row_threads(vocab_size, MAX_THREADS),), args)
+        width = self._width(Vp)
+        threads = _row_threads(_blocks(vocab_size, width), MAX_THREADS)
+        self._launch(name, (N,), (threads,), args, WIDTH=width)
 
 
 @functools.cache

@@ -1,0 +1,93 @@
+"""`bench kernels`: each op's time beside what the device could do."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from rich.table import Table
+
+from gpu_gpt2.bench.cases import BenchCase, Tensors, cases
+from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.device.base import Device
+from gpu_gpt2.ops.interface import Ops
+
+COPY_BYTES: Final = {"cuda": 4 << 30, "cpu": 256 << 20}
+PRODUCT_SIZE: Final = {"cuda": 8192, "cpu": 1024}  # of each side of the square matrices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What this device does when asked for one thing only, measured."""
+
+    copy_gb_s: float  # bytes read and bytes written by a large copy
+    matmul_tflops: float  # of a large square product in the dtype at hand
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTime:
+    """One op. The share is of the limit that binds: bytes moved or products."""
+
+    name: str
+    ms: float  # median
+    gb_s: float
+    tflops: float  # 0 where there are no products
+    share: float  # 1 = as fast as the device's limit
+
+
+def measure_limits(ops: Ops, dtype: str) -> Limits:
+    """Copies and multiplies random numbers on the device of `ops`."""
+    device = ops.device
+    new = Tensors(ops, dtype)
+    half = COPY_BYTES[device.name] // 2 // 4
+    src, dst = new.float32(half), new.float32(half)
+    copy_ms = statistics.median(device.time_ms(lambda: device.copy(dst, src), repeat=10))
+    del src, dst
+    size = PRODUCT_SIZE[device.name]
+    a, b, out = new(size, size), new(size, size), new(size, size)
+    product_ms = statistics.median(device.time_ms(lambda: ops.matmul(out, a, b), repeat=10))
+    return Limits(
+        copy_gb_s=2 * 4 * half / copy_ms / 1e6, matmul_tflops=2 * size**3 / product_ms / 1e9
+    )
+
+
+def measure(
+    ops: Ops, dtype: str, config: ModelConfig, B: int, T: int, limits: Limits, repeat: int
+) -> Iterator[KernelTime]:
+    """The time of every op in bench.cases, in caches that hold nothing of it."""
+    for case in cases(ops, dtype, config, B, T):
+        yield _result(case, _median_ms(ops.device, case, repeat), limits)
+
+
+def _median_ms(device: Device, case: BenchCase, repeat: int) -> float:
+    return statistics.median(device.time_ms(case.run, repeat=repeat))
+
+
+def _result(case: BenchCase, ms: float, limits: Limits) -> KernelTime:
+    gb_s, tflops = case.moved / ms / 1e6, case.flops / ms / 1e9
+    return KernelTime(
+        name=case.name,
+        ms=ms,
+        gb_s=gb_s,
+        tflops=tflops,
+        share=max(gb_s / limits.copy_gb_s, tflops / limits.matmul_tflops),
+    )
+
+
+def table(times: list[KernelTime], limits: Limits) -> Table:
+    """The times for the console."""
+    columns = Table(
+        box=None,
+        caption=f"limits measured here: copy {limits.copy_gb_s:,.0f} GB/s, "
+        f"products {limits.matmul_tflops:,.1f} TFLOP/s",
+        caption_justify="left",
+    )
+    columns.add_column("op")
+    for title in ("ms", "GB/s", "TFLOP/s", "of the limit"):
+        columns.add_column(title, justify="right")
+    for row in times:
+        tflops = f"{row.tflops:,.1f}" if row.tflops else ""
+        columns.add_row(row.name, f"{row.ms:.3f}", f"{row.gb_s:,.0f}", tflops, f"{row.share:.0%}")
+    return columns

@@ -1,0 +1,138 @@
+"""`bench kernels --static`: what every kernel needs of a GPU, found without one.
+
+The ops run once on a device that launches nothing and notes what it should have launched, at a
+model's own sizes; each kernel so found is compiled for each architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from rich.table import Table
+
+from gpu_gpt2.bench.cases import cases
+from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.device.host import HostDevice
+from gpu_gpt2.device.launch import Dim3
+from gpu_gpt2.device.nvrtc import KernelResources, compile_for
+from gpu_gpt2.device.source import DTYPES, KernelSource
+from gpu_gpt2.ops.kernels import KernelOps
+
+ARCHITECTURES: Final = ("sm_75", "sm_80", "sm_90")
+TENSOR_CORE_HEADER: Final = "tensor_core.cuh"
+TENSOR_CORE_ARCHITECTURES: Final = ("sm_80", "sm_90")
+# Head sizes of GPT-2 and GPT-3, and one that only the plain attention kernel takes.
+HEAD_SIZES: Final = (64, 80, 96, 128, 33)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelBuild:
+    """One kernel of one source for one architecture, in blocks of `threads`."""
+
+    file: str
+    dtype: str
+    defines: tuple[tuple[str, int], ...]
+    architecture: str
+    threads: int
+    resources: KernelResources
+
+
+class RecordingDevice(HostDevice):
+    """Runs nothing; `launches` are the sources, kernel names and threads of a block asked for."""
+
+    def __init__(self) -> None:
+        self.launches: dict[tuple[KernelSource, str], int] = {}
+
+    def _launch(
+        self,
+        source: KernelSource,
+        name: str,
+        grid: Dim3,
+        block: Dim3,
+        args: tuple[Any, ...],
+        shared_bytes: int,
+    ) -> None:
+        threads = 1
+        for size in block:
+            threads *= size
+        key = (source, name)
+        self.launches[key] = max(threads, self.launches.get(key, 0))
+
+
+def launches(config: ModelConfig) -> dict[tuple[KernelSource, str], int]:
+    """Every kernel of a training step of `config` in each dtype, with the threads of its blocks.
+
+    Attention also with the other HEAD_SIZES.
+    """
+    found: dict[tuple[KernelSource, str], int] = {}
+    for dtype in DTYPES:
+        device = RecordingDevice()
+        ops = KernelOps(device, dtype)
+        for case in cases(ops, dtype, config, B=1, T=16):
+            case.run()
+        for head_size in HEAD_SIZES:
+            small = replace(config, n_embd=head_size, n_head=1, n_layer=1, vocab_size=128)
+            for case in cases(ops, dtype, small, B=1, T=16):
+                if case.name.startswith("attention"):
+                    case.run()
+        found |= device.launches
+    return found
+
+
+def builds(
+    config: ModelConfig, architectures: tuple[str, ...] = ARCHITECTURES
+) -> Iterator[KernelBuild]:
+    """Compiles every kernel of `launches`; KernelError if one does not compile."""
+    wanted = launches(config)
+    for source in dict.fromkeys(source for source, _ in wanted):
+        for architecture in architectures:
+            needs_tensor_cores = f'"{TENSOR_CORE_HEADER}"' in source.text
+            if needs_tensor_cores and architecture not in TENSOR_CORE_ARCHITECTURES:
+                continue
+            for resources in compile_for(source, architecture):
+                if threads := wanted.get((source, resources.kernel)):
+                    yield KernelBuild(
+                        file=source.file,
+                        dtype=source.dtype,
+                        defines=source.defines,
+                        architecture=architecture,
+                        threads=threads,
+                        resources=resources,
+                    )
+
+
+def table(found: list[KernelBuild]) -> Table:
+    """Registers, shared memory and spills for the console: a row per kernel, sizes in columns."""
+    columns = Table(box=None)
+    for title in ("kernel", "names", "threads", "dtype"):
+        columns.add_column(title)
+    for title in (*ARCHITECTURES, "shared", "spilled"):
+        columns.add_column(title, justify="right")
+    for row in rows(found):
+        columns.add_row(*map(str, row.values()))
+    return columns
+
+
+def rows(found: list[KernelBuild]) -> list[dict[str, Any]]:
+    """One dictionary per kernel, dtype and set of names: registers by architecture, the rest."""
+    together: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for build in found:
+        r = build.resources
+        key = (r.kernel, build.defines, build.dtype)
+        row = together.setdefault(
+            key,
+            {
+                "kernel": r.kernel,
+                "names": " ".join(f"{name}={value}" for name, value in build.defines),
+                "threads": build.threads,
+                "dtype": build.dtype,
+                **dict.fromkeys(ARCHITECTURES, ""),
+                "shared_bytes": r.shared_bytes,
+                "spill_bytes": 0,
+            },
+        )
+        row[build.architecture] = r.registers
+        row["spill_bytes"] += r.spill_bytes + r.stack_bytes
+    return list(together.values())
