@@ -51,7 +51,7 @@
 
 #define ROWS (THREADS / LANES)                  // positions of a block
 #define DIMS ((HEAD_SIZE + LANES - 1) / LANES)  // numbers of a head that each lane has
-#define WIDTH (DIMS * LANES)                    // of a tile's row: HEAD_SIZE, up to full lanes
+#define TILE_ROW (DIMS * LANES)                 // numbers: HEAD_SIZE, up to full lanes
 
 // Where the numbers of one head of one sequence are: position t has them at first + t * stride.
 struct Head {
@@ -84,8 +84,8 @@ __device__ inline float number_at(const floatX* x, Head head, int t, int d, int 
 
 // Copies positions first, first + 1, ... first + TILE - 1 into shared memory.
 __device__ inline void copy_tile(float* tile, const floatX* x, Head head, int first, int T) {
-    for (int i = threadIdx.x; i < TILE * WIDTH; i += THREADS) {
-        tile[i] = number_at(x, head, first + i / WIDTH, i % WIDTH, T);
+    for (int i = threadIdx.x; i < TILE * TILE_ROW; i += THREADS) {
+        tile[i] = number_at(x, head, first + i / TILE_ROW, i % TILE_ROW, T);
     }
 }
 
@@ -93,8 +93,8 @@ __device__ inline void copy_tile(float* tile, const floatX* x, Head head, int fi
 // needs. Left to itself it aims at more blocks and, for some D, keeps a number in memory instead.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_fwd(floatX* y, float* lse, const floatX* qkv, int T, int H) {
-    SHARED_ARRAY(float, k_tile, TILE * WIDTH);
-    SHARED_ARRAY(float, v_tile, TILE * WIDTH);
+    SHARED_ARRAY(float, k_tile, TILE * TILE_ROW);
+    SHARED_ARRAY(float, v_tile, TILE * TILE_ROW);
     Head q_head = head_in_qkv(0, T, H);
     Head k_head = head_in_qkv(1, T, H);
     Head v_head = head_in_qkv(2, T, H);
@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             float dot = 0.0f;
 #pragma unroll
             for (int d = 0; d < DIMS; d++) {
-                dot += q[d] * k_tile[j * WIDTH + lane + d * LANES];
+                dot += q[d] * k_tile[j * TILE_ROW + lane + d * LANES];
             }
             dot = group_sum(dot, LANES);
             s[j] = first_key + j <= query ? dot : -LARGEST_FLOAT;  // exp of that is 0
@@ -147,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             l += p;
 #pragma unroll
             for (int d = 0; d < DIMS; d++) {
-                acc[d] += p * v_tile[j * WIDTH + lane + d * LANES];
+                acc[d] += p * v_tile[j * TILE_ROW + lane + d * LANES];
             }
         }
         __syncthreads();  // nobody may fill the tiles again while others still read them
@@ -191,8 +191,8 @@ extern "C" __global__ void attention_delta(float* delta, const floatX* dy, const
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_bwd_dq(floatX* dqkv, const floatX* dy, const floatX* qkv, const float* lse,
                      const float* delta, int T, int H) {
-    SHARED_ARRAY(float, k_tile, TILE * WIDTH);
-    SHARED_ARRAY(float, v_tile, TILE * WIDTH);
+    SHARED_ARRAY(float, k_tile, TILE * TILE_ROW);
+    SHARED_ARRAY(float, v_tile, TILE * TILE_ROW);
     Head q_head = head_in_qkv(0, T, H);
     Head k_head = head_in_qkv(1, T, H);
     Head v_head = head_in_qkv(2, T, H);
@@ -226,8 +226,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             float dp = 0.0f;
 #pragma unroll
             for (int d = 0; d < DIMS; d++) {
-                s += q[d] * k_tile[j * WIDTH + lane + d * LANES];
-                dp += dout[d] * v_tile[j * WIDTH + lane + d * LANES];
+                s += q[d] * k_tile[j * TILE_ROW + lane + d * LANES];
+                dp += dout[d] * v_tile[j * TILE_ROW + lane + d * LANES];
             }
             s = group_sum(s, LANES);
             dp = group_sum(dp, LANES);
@@ -235,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             float ds = p * (dp - query_delta);
 #pragma unroll
             for (int d = 0; d < DIMS; d++) {
-                dq[d] += ds * k_tile[j * WIDTH + lane + d * LANES];
+                dq[d] += ds * k_tile[j * TILE_ROW + lane + d * LANES];
             }
         }
         __syncthreads();
@@ -256,8 +256,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_bwd_dkv(floatX* dqkv, const floatX* dy, const floatX* qkv, const float* lse,
                       const float* delta, int T, int H) {
-    SHARED_ARRAY(float, q_tile, TILE * WIDTH);
-    SHARED_ARRAY(float, dout_tile, TILE * WIDTH);
+    SHARED_ARRAY(float, q_tile, TILE * TILE_ROW);
+    SHARED_ARRAY(float, dout_tile, TILE * TILE_ROW);
     SHARED_ARRAY(float, lse_tile, TILE);
     SHARED_ARRAY(float, delta_tile, TILE);
     Head q_head = head_in_qkv(0, T, H);
@@ -299,8 +299,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             float dp = 0.0f;
 #pragma unroll
             for (int d = 0; d < DIMS; d++) {
-                s += k[d] * q_tile[i * WIDTH + lane + d * LANES];
-                dp += v[d] * dout_tile[i * WIDTH + lane + d * LANES];
+                s += k[d] * q_tile[i * TILE_ROW + lane + d * LANES];
+                dp += v[d] * dout_tile[i * TILE_ROW + lane + d * LANES];
             }
             s = group_sum(s, LANES);
             dp = group_sum(dp, LANES);
@@ -308,8 +308,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             float ds = p * (dp - delta_tile[i]);
 #pragma unroll
             for (int d = 0; d < DIMS; d++) {
-                dk[d] += ds * q_tile[i * WIDTH + lane + d * LANES];
-                dv[d] += p * dout_tile[i * WIDTH + lane + d * LANES];
+                dk[d] += ds * q_tile[i * TILE_ROW + lane + d * LANES];
+                dv[d] += p * dout_tile[i * TILE_ROW + lane + d * LANES];
             }
         }
         __syncthreads();

@@ -1,87 +1,80 @@
-"""NVRTC compiles every kernel for three generations of GPUs, on a machine that has none.
+"""NVRTC compiles every kernel of a training step for three generations of GPUs, without one.
 
-The options are those that CuPy passes when it compiles a RawModule (cupy/cuda/compiler.py). What
-ptxas says of registers and memory is printed at the end of the test run.
+What ptxas says of registers and memory is printed at the end of the test run.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from cupy_backends.cuda.libs import nvrtc
 
+from gpu_gpt2.bench.static import ARCHITECTURES, HEAD_SIZES, KernelBuild, builds, launches, rows
+from gpu_gpt2.config import ModelConfig, model_config
+from gpu_gpt2.device import source as source_module
 from gpu_gpt2.device.cupy_device import DEFAULT_SHARED_BYTES
-from gpu_gpt2.device.launch import MAX_THREADS
-from gpu_gpt2.device.source import KernelSource, kernel_files, kernel_source
-from gpu_gpt2.ops.kernels import attention_defines
+from gpu_gpt2.device.nvrtc import compile_for
+from gpu_gpt2.device.source import DTYPES, kernel_files, kernel_source
+from gpu_gpt2.errors import KernelError
+from gpu_gpt2.ops.kernels import FLASH_HEAD_SIZES
 
-ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 REGISTERS = 65536  # of a multiprocessor: a block that needs more does not start
-HEAD_SIZES = (10, 64, 80, 112, 128, 256)
-VARIANTS: list[tuple[str, dict[str, int]]] = [
-    (file, defines)
-    for file in kernel_files()
-    for defines in (
-        [attention_defines(size) for size in HEAD_SIZES] if file == "attention.cu" else [{}]
-    )
-]
-ENTRY = re.compile(
-    r"Compiling entry function '(\w+)'.*?"
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-    r"Used (\d+) registers[^\n]*",
-    re.DOTALL,
-)
 
 
-def _compile(source: KernelSource, architecture: str) -> str:
-    """The compiler's and ptxas' messages; raises NVRTCError with them if it does not compile."""
-    program = nvrtc.createProgram(source.text, source.file, [], [])
-    options = [*source.options(), "--std=c++17", "-ftz=true", f"-arch={architecture}"]
-    options += ["--device-as-default-execution-space", "--ptxas-options=-v"]
-    try:
-        nvrtc.compileProgram(program, options)
-        assert nvrtc.getCUBIN(program)
-    except nvrtc.NVRTCError:
-        pytest.fail(f"{source.file} for {architecture}: {nvrtc.getProgramLog(program)}")
-    else:
-        return str(nvrtc.getProgramLog(program))
-    finally:
-        nvrtc.destroyProgram(program)
+@pytest.fixture(scope="module")
+def compiled() -> list[KernelBuild]:
+    return list(builds(model_config("d12")))
 
 
-def _name(value: object) -> str:
-    return f"D{value['HEAD_SIZE']}" if isinstance(value, dict) and value else str(value or "")
+def test_every_kernel_is_compiled(compiled: list[KernelBuild]) -> None:
+    kernels = {name for file in kernel_files() for name in kernel_source(file, "fp32").signatures}
+    unused = {"prepare_update"}  # of the optimizer: not an op of bench.cases
+    casts = {"float_to_bf16", "float_to_fp16", "bf16_to_float", "fp16_to_float"}
+    found = {(build.resources.kernel, build.dtype) for build in compiled}
+    for kernel in kernels - unused - casts:
+        dtypes = DTYPES[1:] if kernel.startswith("flash") else DTYPES
+        assert {dtype for name, dtype in found if name == kernel} == set(dtypes), kernel
+    flash = {dict(build.defines)["HEAD_SIZE"] for build in compiled if "flash" in build.file}
+    assert flash == set(HEAD_SIZES) & set(FLASH_HEAD_SIZES)
+    assert {build.architecture for build in compiled} == set(ARCHITECTURES)
 
 
-@pytest.mark.parametrize(("file", "defines"), VARIANTS, ids=_name)
-def test_compiles_without_warning_or_spill(
-    file: str, defines: dict[str, int], record_property: Callable[[str, object], None]
+def test_none_spills_or_asks_for_too_much(
+    compiled: list[KernelBuild], record_property: Callable[[str, object], None]
 ) -> None:
-    registers: dict[str, list[str]] = {}
-    shared: dict[str, int] = {}
-    for architecture in ARCHITECTURES:
-        for bf16 in (False, True):
-            source = kernel_source(file, bf16=bf16, **defines)
-            log = _compile(source, architecture)
-            where = f"{file} {defines} bf16={bf16} {architecture}"
-            assert "warning" not in log, f"{where}: {log}"
-            entries = list(ENTRY.finditer(log))
-            assert {entry[1] for entry in entries} == set(source.signatures), log
-            for entry in entries:
-                kernel, stack, stores, loads, used = entry.groups()
-                assert (stack, stores, loads) == ("0", "0", "0"), f"{where}: {entry[0]}"
-                threads = defines.get("THREADS", MAX_THREADS)
-                assert int(used) * threads <= REGISTERS, f"{where}: {entry[0]}"
-                registers.setdefault(kernel, []).append(used)
-                memory = re.search(r"(\d+) bytes smem", entry[0])
-                shared[kernel] = int(memory[1]) if memory else 0
-                assert shared[kernel] <= DEFAULT_SHARED_BYTES, f"{where}: {entry[0]}"
-    for kernel, used in registers.items():
-        head = f"D={defines['HEAD_SIZE']}" if defines else ""
-        pairs = [f"{used[i]}/{used[i + 1]}" for i in range(0, len(used), 2)]
-        columns = " ".join(f"{a} {p:<8}" for a, p in zip(ARCHITECTURES, pairs, strict=True))
-        record_property(
-            "kernel", f"{kernel:<24}{head:<7}{columns} registers fp32/bf16, {shared[kernel]} shared"
-        )
+    for build in compiled:
+        r = build.resources
+        assert (r.stack_bytes, r.spill_bytes) == (0, 0), build
+        assert r.registers * build.threads <= REGISTERS, build
+        assert r.shared_bytes <= DEFAULT_SHARED_BYTES, build
+    for row in rows(compiled):
+        if row["dtype"] != "fp16":
+            registers = " ".join(f"{name} {row[name]:<4}" for name in ARCHITECTURES)
+            record_property(
+                "kernel",
+                f"{row['kernel']:<24}{row['head_size']:<5}{row['dtype']}  {registers} registers, "
+                f"{row['shared_bytes']} shared",
+            )
+
+
+@pytest.mark.parametrize(("C", "n_head"), [(15, 3), (1600, 25)])
+def test_other_widths_compile_too(C: int, n_head: int) -> None:
+    config = ModelConfig(vocab_size=300, n_positions=16, n_embd=C, n_layer=1, n_head=n_head)
+    by_width = {"layernorm.cu", "bias.cu", "embedding.cu", "gelu.cu", "classifier.cu"}
+    sources = {s for s, _ in launches(config) if s.file in by_width and s.dtype != "fp16"}
+    assert {source.file for source in sources} == by_width
+    for source in sources:
+        for r in compile_for(source, "sm_80"):
+            assert (r.stack_bytes, r.spill_bytes) == (0, 0), (source, r)
+
+
+@pytest.mark.parametrize("text", ["int x = y;", "#define WARP 31"])
+def test_errors_and_warnings_are_reported(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "common.cuh").write_text("#define WARP 32\n")
+    (tmp_path / "bad.cu").write_text(f"{text}\n")
+    monkeypatch.setattr(source_module, "kernels_dir", lambda: tmp_path)
+    with pytest.raises(KernelError, match=r"bad.cu .* for sm_80: .*bad.cu\(1\)"):
+        compile_for(kernel_source("bad.cu", "fp32"), "sm_80")

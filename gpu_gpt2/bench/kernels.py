@@ -11,10 +11,10 @@ from rich.table import Table
 
 from gpu_gpt2.bench.cases import BenchCase, Tensors, cases
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.device.base import Device
+from gpu_gpt2.device.base import FLOAT32, Device
 from gpu_gpt2.ops.interface import Ops
 
-COPY_BYTES: Final = {"cuda": 4 << 30, "cpu": 256 << 20}
+COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}  # far more than caches hold
 PRODUCT_SIZE: Final = {"cuda": 8192, "cpu": 1024}  # of each side of the square matrices
 
 
@@ -39,18 +39,25 @@ class KernelTime:
 
 def measure_limits(ops: Ops, dtype: str) -> Limits:
     """Copies and multiplies random numbers on the device of `ops`."""
-    device = ops.device
-    new = Tensors(ops, dtype)
-    half = COPY_BYTES[device.name] // 2 // 4
-    src, dst = new.float32(half), new.float32(half)
-    copy_ms = statistics.median(device.time_ms(lambda: device.copy(dst, src), repeat=10))
-    del src, dst
-    size = PRODUCT_SIZE[device.name]
-    a, b, out = new(size, size), new(size, size), new(size, size)
-    product_ms = statistics.median(device.time_ms(lambda: ops.matmul(out, a, b), repeat=10))
+    copied = 2 * COPY_BYTES[ops.device.name]
+    flops = 2 * PRODUCT_SIZE[ops.device.name] ** 3
     return Limits(
-        copy_gb_s=2 * 4 * half / copy_ms / 1e6, matmul_tflops=2 * size**3 / product_ms / 1e9
+        copy_gb_s=copied / _copy_ms(ops, dtype) / 1e6,
+        matmul_tflops=flops / _product_ms(ops, dtype) / 1e9,
     )
+
+
+def _copy_ms(ops: Ops, dtype: str) -> float:
+    device, new = ops.device, Tensors(ops, dtype)
+    count = COPY_BYTES[device.name] // FLOAT32.itemsize
+    src, dst = new.float32(count), new.float32(count)
+    return statistics.median(device.time_ms(lambda: device.copy(dst, src), repeat=10))
+
+
+def _product_ms(ops: Ops, dtype: str) -> float:
+    size, new = PRODUCT_SIZE[ops.device.name], Tensors(ops, dtype)
+    a, b, out = new(size, size), new(size, size), new(size, size)
+    return statistics.median(ops.device.time_ms(lambda: ops.matmul(out, a, b), repeat=10))
 
 
 def measure(

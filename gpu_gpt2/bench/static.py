@@ -6,7 +6,9 @@ model's own sizes; each kernel so found is compiled for each architecture.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,6 +16,7 @@ from rich.table import Table
 
 from gpu_gpt2.bench.cases import cases
 from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.device.base import Array
 from gpu_gpt2.device.host import HostDevice
 from gpu_gpt2.device.launch import Dim3
 from gpu_gpt2.device.nvrtc import KernelResources, compile_for
@@ -21,7 +24,7 @@ from gpu_gpt2.device.source import DTYPES, KernelSource
 from gpu_gpt2.ops.kernels import KernelOps
 
 ARCHITECTURES: Final = ("sm_75", "sm_80", "sm_90")
-TENSOR_CORE_HEADER: Final = "tensor_core.cuh"
+TENSOR_CORE_HEADER: Final = '"tensor_core.cuh"'
 TENSOR_CORE_ARCHITECTURES: Final = ("sm_80", "sm_90")
 # Head sizes of GPT-2 and GPT-3, and one that only the plain attention kernel takes.
 HEAD_SIZES: Final = (64, 80, 96, 128, 33)
@@ -44,6 +47,9 @@ class RecordingDevice(HostDevice):
 
     def __init__(self) -> None:
         self.launches: dict[tuple[KernelSource, str], int] = {}
+
+    def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
+        pass
 
     def _launch(
         self,
@@ -86,12 +92,16 @@ def builds(
 ) -> Iterator[KernelBuild]:
     """Compiles every kernel of `launches`; KernelError if one does not compile."""
     wanted = launches(config)
-    for source in dict.fromkeys(source for source, _ in wanted):
-        for architecture in architectures:
-            needs_tensor_cores = f'"{TENSOR_CORE_HEADER}"' in source.text
-            if needs_tensor_cores and architecture not in TENSOR_CORE_ARCHITECTURES:
-                continue
-            for resources in compile_for(source, architecture):
+    jobs = [
+        (source, architecture)
+        for source in dict.fromkeys(source for source, _ in wanted)
+        for architecture in architectures
+        if architecture in TENSOR_CORE_ARCHITECTURES or TENSOR_CORE_HEADER not in source.text
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        compiled = compilers.map(lambda job: compile_for(*job), jobs)
+        for (source, architecture), kernels in zip(jobs, compiled, strict=True):
+            for resources in kernels:
                 if threads := wanted.get((source, resources.kernel)):
                     yield KernelBuild(
                         file=source.file,
@@ -104,9 +114,10 @@ def builds(
 
 
 def table(found: list[KernelBuild]) -> Table:
-    """Registers, shared memory and spills for the console: a row per kernel, sizes in columns."""
+    """Registers of a thread by architecture, shared memory of a block, spills: for the console."""
     columns = Table(box=None)
-    for title in ("kernel", "names", "threads", "dtype"):
+    columns.add_column("kernel", no_wrap=True)
+    for title in ("D", "threads", "dtype"):
         columns.add_column(title)
     for title in (*ARCHITECTURES, "shared", "spilled"):
         columns.add_column(title, justify="right")
@@ -116,23 +127,28 @@ def table(found: list[KernelBuild]) -> Table:
 
 
 def rows(found: list[KernelBuild]) -> list[dict[str, Any]]:
-    """One dictionary per kernel, dtype and set of names: registers by architecture, the rest."""
+    """One dictionary per kernel, head size and dtype: registers by architecture, and the rest.
+
+    Kernels that several ops share appear once, with the largest numbers.
+    """
     together: dict[tuple[Any, ...], dict[str, Any]] = {}
     for build in found:
         r = build.resources
-        key = (r.kernel, build.defines, build.dtype)
+        head_size = dict(build.defines).get("HEAD_SIZE", "")
         row = together.setdefault(
-            key,
+            (r.kernel, head_size, build.dtype),
             {
                 "kernel": r.kernel,
-                "names": " ".join(f"{name}={value}" for name, value in build.defines),
-                "threads": build.threads,
+                "head_size": head_size,
+                "threads": 0,
                 "dtype": build.dtype,
                 **dict.fromkeys(ARCHITECTURES, ""),
-                "shared_bytes": r.shared_bytes,
+                "shared_bytes": 0,
                 "spill_bytes": 0,
             },
         )
-        row[build.architecture] = r.registers
+        row["threads"] = max(row["threads"], build.threads)
+        row[build.architecture] = max(row[build.architecture] or 0, r.registers)
+        row["shared_bytes"] = max(row["shared_bytes"], r.shared_bytes)
         row["spill_bytes"] += r.spill_bytes + r.stack_bytes
     return list(together.values())

@@ -9,11 +9,12 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
+from gpu_gpt2.cli.bench import bench_app
 from gpu_gpt2.cli.convert import convert
 from gpu_gpt2.cli.data import data_app
 from gpu_gpt2.cli.evaluate import evaluate
 from gpu_gpt2.cli.generate import generate
-from gpu_gpt2.cli.inspect import bench_app, check_ops, show_info
+from gpu_gpt2.cli.inspect import check_ops, show_info
 from gpu_gpt2.cli.plan import show_plan
 from gpu_gpt2.cli.train import train
 from gpu_gpt2.cli.verify import verify_model

@@ -1,21 +1,16 @@
-"""`gpu-gpt2 info`, `check` and `bench`: what this machine has, and whether it computes right."""
+"""`gpu-gpt2 info` and `check`: what this machine has, and whether it computes right."""
 
 from __future__ import annotations
-
-from typing import Annotated
 
 import typer
 from rich.progress import track
 from rich.table import Table
 
-from gpu_gpt2 import bench, check, info
+from gpu_gpt2 import check, info
 from gpu_gpt2.cli.common import Device, Dtype, console, say
-from gpu_gpt2.config import MODEL_NAMES
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.ops.select import ops_for
-
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 
 
 def show_info() -> None:
@@ -50,17 +45,3 @@ def check_ops(device: Device = "auto", dtype: Dtype = "auto") -> None:
     console.print(f"{len(results) - failed} of {len(results)} checks passed on {place.name}")
     if failed:
         raise typer.Exit(1)
-
-
-@bench_app.command("step")
-def bench_step(
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    model: Annotated[str, typer.Option(help=MODEL_NAMES)] = "d12",
-    batch_size: Annotated[int, typer.Option(help="Sequences.")] = 4,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 64,
-    steps: Annotated[int, typer.Option(help="Steps to take the median of, at least 5.")] = 5,
-) -> None:
-    """Time a whole training step, and the same in PyTorch if it is installed."""
-    result = bench.training_step(device, dtype, model, batch_size, seq_len, steps)
-    console.print(bench.render(result))

@@ -1,0 +1,214 @@
+"""Results on disk, and the tables and the plot made of them.
+
+A result is one JSON file in docs/benchmarks: what ran, where, when, and its rows. Tables stand in
+Markdown files between two marks, and `write_tables` writes them anew from the newest results.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+from gpu_gpt2.bench.step import COLUMNS, StepTime, cells
+from gpu_gpt2.device.base import Device
+from gpu_gpt2.device.cupy_device import CupyDevice, cuda_versions
+from gpu_gpt2.errors import DataError
+
+SCHEMA: Final = 1
+FOLDER: Final = Path("docs/benchmarks")
+PACKAGES: Final = ("numpy", "torch")
+UNMEASURED: Final = "Nothing has been measured on a GPU yet: [gpu-queue.md]({docs}/gpu-queue.md)."
+
+
+def record(kind: str, device: Device | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A result of `kind` ("kernels", "static" or "steps") with all that it depends on."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "command": shlex.join(["gpu-gpt2", *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": _machine(device),
+        "rows": [dict(row) for row in rows],
+    }
+
+
+def save(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a result; DataError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def newest(kind: str, folder: Path = FOLDER) -> dict[str, Any] | None:
+    """The newest result of a kind, or None. DataError for a file that is none."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_bytes())
+            if result["schema"] == SCHEMA and result["kind"] == kind:
+                found.append(result)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not a result of gpu-gpt2 bench ({error!r})") from None
+    return max(found, key=lambda result: str(result["date"]), default=None)
+
+
+def write_tables(root: Path) -> list[Path]:
+    """Writes the tables of README.md and kernels/README.md and the plot; the files changed."""
+    folder = root / FOLDER
+    texts = {
+        root / "README.md": {"steps": _steps(newest("steps", folder), "docs")},
+        root / "kernels/README.md": {
+            "kernels": _kernels(newest("kernels", folder), "../docs"),
+            "static": _static(newest("static", folder)),
+        },
+    }
+    changed = []
+    for path, blocks in texts.items():
+        old = new = path.read_text()
+        for name, text in blocks.items():
+            new = replace_block(new, name, text)
+        if new != old:
+            path.write_text(new)
+            changed.append(path)
+    kernels = newest("kernels", folder)
+    if kernels:
+        changed.append(plot(kernels, folder / "kernels.png"))
+    return changed
+
+
+def replace_block(text: str, name: str, block: str) -> str:
+    """The text with what stands between the marks of `name` replaced; DataError without them."""
+    start, stop = f"<!-- bench {name} -->\n", f"<!-- end of bench {name} -->"
+    if start not in text or stop not in text:
+        raise DataError(f"expected the marks {start.strip()} and {stop}")
+    pattern = re.escape(start) + ".*?" + re.escape(stop)
+    return re.sub(pattern, lambda match: f"{start}{block.strip()}\n{stop}", text, flags=re.DOTALL)
+
+
+def plot(result: Mapping[str, Any], path: Path) -> Path:
+    """A bar for each op: its share of the limit. DataError without matplotlib."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise DataError("the plot needs matplotlib: pip install matplotlib") from None
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"][::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
+    axes.barh([row["name"] for row in rows], [100 * row["share"] for row in rows])
+    axes.set_xlabel("% of the limit measured on the same card: copy bandwidth or products")
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.set_title(_where(result))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _steps(result: Mapping[str, Any] | None, docs: str) -> str:
+    if result is None:
+        return UNMEASURED.format(docs=docs)
+    rows = [StepTime(**row) for row in result["rows"]]
+    lines = []
+    for size in dict.fromkeys(row.size for row in rows):
+        group = [row for row in rows if row.size == size]
+        ours = next((row for row in group if row.name == "gpu-gpt2" and row.step_ms), None)
+        for row in group:
+            lines.append((size, *cells(row, ours)))
+            size = ""
+    head = ("", "", *COLUMNS)
+    return _with_source(result, _markdown(head, lines))
+
+
+def _kernels(result: Mapping[str, Any] | None, docs: str) -> str:
+    if result is None:
+        return UNMEASURED.format(docs=docs)
+    lines = [
+        (
+            row["name"], f"{row['ms']:.3f}", f"{row['gb_s']:,.0f}",
+            f"{row['tflops']:,.1f}" if row["tflops"] else "", f"{row['share']:.0%}",
+        )
+        for row in result["rows"]
+    ]  # fmt: skip
+    head = ("op", "ms", "GB/s", "TFLOP/s", "of the limit")
+    return _with_source(result, _markdown(head, lines))
+
+
+def _static(result: Mapping[str, Any] | None) -> str:
+    if result is None:
+        return "Not compiled yet: `gpu-gpt2 bench kernels --static --json FILE`."
+    rows = result["rows"]
+    architectures = [name for name in rows[0] if name.startswith("sm_")]
+    lines = [
+        (
+            f"`{row['kernel']}`", str(row["head_size"]), row["dtype"], str(row["threads"]),
+            *(str(row[architecture]) for architecture in architectures),
+            f"{row['shared_bytes']:,}", str(row["spill_bytes"]),
+        )
+        for row in rows if row["dtype"] != "fp16"  # as bf16
+    ]  # fmt: skip
+    head = (
+        "kernel", "D", "X", "threads",
+        *(f"registers {architecture}" for architecture in architectures),
+        "shared bytes", "spilled bytes",
+    )  # fmt: skip
+    return _with_source(result, _markdown(head, lines))
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    width = len(head)
+    rows = [head, ["---"] * width, *([*line, *[""] * (width - len(line))] for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _with_source(result: Mapping[str, Any], table: str) -> str:
+    return f"{table}\n\n`{result['command']}`, {_where(result)}."
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    return f"{machine}, {result['date']}, commit {result['commit']}"
+
+
+def _machine(device: Device | None) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if isinstance(device, CupyDevice):
+        found |= {"GPU": device.product_name, **cuda_versions()}
+    elif device is not None:
+        found["device"] = device.name
+    else:
+        found["NVRTC"] = cuda_versions()["NVRTC"]
+    found["Python"] = platform.python_version()
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """The commit of the source tree, with a + if something has changed since; or "unknown"."""
+
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent
+        command = ["git", "-C", str(folder), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

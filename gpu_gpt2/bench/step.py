@@ -1,0 +1,313 @@
+"""`bench step` and `bench peers`: whole training steps, ours and others', timed in one way."""
+
+from __future__ import annotations
+
+import gc
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, model_config
+from gpu_gpt2.data.loader import Batch
+from gpu_gpt2.device.base import Device
+from gpu_gpt2.device.cupy_device import CupyDevice
+from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.init import initial_weights
+from gpu_gpt2.layout import parameter_count
+from gpu_gpt2.model import GPT2
+from gpu_gpt2.ops.select import ops_for
+from gpu_gpt2.optimizer import AdamW
+from gpu_gpt2.plan import planned_bytes
+from gpu_gpt2.step import TrainingStep
+
+Tokens = npt.NDArray[np.int32]
+# Enqueues a step and returns what waits for it.
+Step: TypeAlias = Callable[[], Callable[[], object]]
+
+OURS: Final = "gpu-gpt2"
+PEERS: Final = ("PyTorch eager", "torch.compile")
+COLUMNS: Final = (
+    "ms/step", "fastest", "enqueued", "tokens/s", "MFU", "GB", "of plan", "speed-up"
+)  # fmt: skip
+WARM_UP: Final = 3  # steps: compilation, the capture of graphs, the first replay
+SKIPPED_LLMC_STEPS: Final = 5
+# Dense 16-bit TFLOP/s with float32 sums, from NVIDIA's data sheets, by part of the GPU's name.
+PEAK_TFLOPS: Final = {
+    "H200": 989.0, "H100 80GB HBM3": 989.0, "H100 PCIe": 756.0, "A100": 312.0,
+    "RTX 4090": 165.2, "RTX 3090": 71.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A model and the batches it is given."""
+
+    model: str
+    batch_size: int
+    seq_len: int
+
+    def __str__(self) -> str:
+        return f"{self.model}:{self.batch_size}x{self.seq_len}"
+
+
+SIZES: Final = tuple(
+    Size(model=model, batch_size=B, seq_len=T)
+    for model, B, T in (
+        ("d12", 4, 64),
+        ("d12", 32, 1024),
+        ("d12", 64, 1024),
+        ("d24", 32, 1024),
+        ("d48", 8, 1024),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """A training step of one program at one size, or why there is none."""
+
+    name: str
+    size: str
+    step_ms: float = 0.0  # median
+    fastest_ms: float = 0.0
+    host_ms: float = 0.0  # median time to enqueue a step
+    tokens_per_s: float = 0.0  # at the median
+    peak_bytes: int = 0  # 0 where it is not known
+    planned_bytes: int = 0  # of ours
+    mfu: float = 0.0  # of the data sheet's peak, by llm.c's count of flops; 0 where not known
+    problem: str = ""
+
+
+def parse_size(text: str) -> Size:
+    """A size such as "d12:32x1024"; ConfigError for anything else."""
+    match = re.fullmatch(r"(.+):(\d+)x(\d+)", text)
+    if match is None or int(match[2]) < 1 or int(match[3]) < 1:
+        raise ConfigError(f"cannot read {text!r} as a size; write MODEL:BATCHxLENGTH: d12:32x1024")
+    model_config(match[1])
+    return Size(model=match[1], batch_size=int(match[2]), seq_len=int(match[3]))
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """llm.c's count: 6 per parameter, and 6 L C T for attention."""
+    return 6.0 * (parameter_count(config) + config.n_layer * config.n_embd * seq_len)
+
+
+def measure_ours(
+    device: Device, dtype: str, size: Size, steps: int, recompute: int = 0
+) -> StepTime:
+    """Our training step on random tokens."""
+    config, tokens, targets = _inputs(size)
+    ops = ops_for(device, dtype)
+    model = GPT2(
+        config,
+        ops,
+        dtype=dtype,
+        max_batch=size.batch_size,
+        max_seq_len=size.seq_len,
+        recompute=recompute,
+    )
+    optimizer = AdamW(model, weight_decay=0.1)
+    optimizer.load(initial_weights(config, 0))
+    order = np.argsort(tokens, axis=None, kind="stable").astype(np.int32)
+    batch = Batch(tokens, targets, order)
+    problems: list[str] = []
+    training_step = TrainingStep(model, optimizer, micro_steps=1, say=problems.append)
+    times, host = _timed(lambda: training_step(lambda: batch, 1e-4), steps)
+    return _result(
+        OURS,
+        size,
+        times,
+        host,
+        device,
+        peak_bytes=_peak_bytes(device),
+        planned=planned_bytes(config, dtype, size.batch_size, size.seq_len, recompute),
+        problem="; ".join(problems),
+    )
+
+
+def measure_peer(name: str, device: Device, dtype: str, size: Size, steps: int) -> StepTime:
+    """PyTorch's training step on the same tokens; `name` is one of PEERS."""
+    import torch
+
+    from gpu_gpt2.peers import torch_step
+
+    config, tokens, targets = _inputs(size)
+    on_gpu = device.name == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    step = torch_step(config, device.name, dtype, tokens, targets, compiled=name == "torch.compile")
+    times, host = _timed(step, steps)
+    peak = int(torch.cuda.max_memory_allocated()) if on_gpu else 0
+    return _result(name, size, times, host, device, peak_bytes=peak, planned=0)
+
+
+def measure_all(
+    device: Device, dtype: str, sizes: Sequence[Size], names: Sequence[str], steps: int
+) -> Iterator[StepTime]:
+    """Every program at every size; one that fails becomes a row that says why."""
+    for size in sizes:
+        for name in names:
+            try:
+                if name == OURS:
+                    yield measure_ours(device, dtype, size, steps)
+                else:
+                    yield measure_peer(name, device, dtype, size, steps)
+            except Exception as error:  # a peer may fail in any way; the others still count
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                yield StepTime(name=name, size=str(size), problem=reason[:200])
+            _release(device)
+
+
+def read_llmc_log(path: Path, size: str) -> StepTime:
+    """The median of the steps that llm.c's train_gpt2cu printed; DataError if there are none."""
+    pattern = re.compile(r"step\s+\d+/\d+ \|.*?\| ([\d.]+) ms \|.*?\| (\d+) tok/s")
+    try:
+        found = pattern.findall(path.read_text(errors="replace"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    times = [float(ms) for ms, _ in found[SKIPPED_LLMC_STEPS:]]
+    if not times:
+        raise DataError(
+            f"{path} has {len(found)} lines of steps; more than {SKIPPED_LLMC_STEPS} are needed "
+            f"(step n/m | loss ... | ... ms | ... tok/s)"
+        )
+    batch = parse_size(size)
+    median = statistics.median(times)
+    return StepTime(
+        name="llm.c",
+        size=size,
+        step_ms=median,
+        fastest_ms=min(times),
+        tokens_per_s=1000 * batch.batch_size * batch.seq_len / median,
+    )
+
+
+def table(rows: Sequence[StepTime]) -> Table:
+    """The rows for the console, with our speed over each other program's of the same size."""
+    columns = Table(box=None)
+    columns.add_column("", no_wrap=True)
+    for title in COLUMNS:
+        columns.add_column(title, justify="right")
+    for size in dict.fromkeys(row.size for row in rows):
+        group = [row for row in rows if row.size == size]
+        columns.add_row(f"[bold]{size}[/]")
+        for row in group:
+            columns.add_row(*cells(row, _ours(group)))
+    return columns
+
+
+def cells(row: StepTime, ours: StepTime | None) -> tuple[str, ...]:
+    """The row as text: in a table of the console or of Markdown."""
+    if not row.step_ms:
+        return (row.name, row.problem)
+    known = row.peak_bytes and row.planned_bytes
+    return (
+        row.name,
+        f"{row.step_ms:.2f}",
+        f"{row.fastest_ms:.2f}",
+        f"{row.host_ms:.2f}" if row.host_ms else "",
+        f"{row.tokens_per_s:,.0f}",
+        f"{row.mfu:.1%}" if row.mfu else "",
+        f"{row.peak_bytes / 1e9:.2f}" if row.peak_bytes else "",
+        f"{row.peak_bytes / row.planned_bytes:.2f}" if known else "",
+        f"{row.step_ms / ours.step_ms:.2f} x" if ours and ours is not row else "",
+    )
+
+
+def _ours(rows: Sequence[StepTime]) -> StepTime | None:
+    return next((row for row in rows if row.name == OURS and row.step_ms), None)
+
+
+def _inputs(size: Size) -> tuple[ModelConfig, Tokens, Tokens]:
+    config = model_config(size.model, GPT2_VOCAB_SIZE)
+    shape = (2, size.batch_size, size.seq_len)
+    tokens, targets = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
+    return config, tokens, targets
+
+
+def _timed(step: Step, steps: int) -> tuple[list[float], list[float]]:
+    """Milliseconds between the ends of steps, each enqueued while the one before it runs."""
+    for _ in range(WARM_UP):
+        step()()
+    times, host = [], []
+    wait = step()
+    last = time.perf_counter()
+    for _ in range(steps):
+        started = time.perf_counter()
+        next_wait = step()
+        host.append((time.perf_counter() - started) * 1000)
+        wait()
+        now = time.perf_counter()
+        times.append((now - last) * 1000)
+        wait, last = next_wait, now
+    wait()
+    return times[1:], host  # the first began before the clock did
+
+
+def _result(
+    name: str,
+    size: Size,
+    times: Sequence[float],
+    host: Sequence[float],
+    device: Device,
+    *,
+    peak_bytes: int,
+    planned: int,
+    problem: str = "",
+) -> StepTime:
+    config = model_config(size.model, GPT2_VOCAB_SIZE)
+    median = statistics.median(times)
+    tokens_per_s = 1000 * size.batch_size * size.seq_len / median
+    peak = peak_tflops(device)
+    achieved = tokens_per_s * flops_per_token(config, size.seq_len) / 1e12
+    return StepTime(
+        name=name,
+        size=str(size),
+        step_ms=median,
+        fastest_ms=min(times),
+        # A device that does not run ahead does the step while it is enqueued.
+        host_ms=statistics.median(host) if device.runs_ahead else 0.0,
+        tokens_per_s=tokens_per_s,
+        peak_bytes=peak_bytes,
+        planned_bytes=planned,
+        mfu=achieved / peak if peak else 0.0,
+        problem=problem,
+    )
+
+
+def peak_tflops(device: Device) -> float:
+    """What the data sheet promises for this GPU, or 0 if it is not in PEAK_TFLOPS."""
+    if not isinstance(device, CupyDevice):
+        return 0.0
+    name = device.product_name
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
+
+
+def _peak_bytes(device: Device) -> int:
+    """Of a GPU: what CuPy took for arrays; of the CPU: the most that this process ever had."""
+    if isinstance(device, CupyDevice):
+        return device.allocated_bytes
+    try:
+        import resource
+    except ImportError:  # Windows does not count this
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts in bytes
+
+
+def _release(device: Device) -> None:
+    """Gives the memory of the last program back, for the next to use."""
+    gc.collect()
+    if isinstance(device, CupyDevice):
+        device.free_cached_memory()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()

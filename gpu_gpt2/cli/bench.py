@@ -1,0 +1,146 @@
+"""`gpu-gpt2 bench`: speed of ops and of whole steps, size of kernels, tables of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import track
+
+from gpu_gpt2.bench import kernels, results, static, step
+from gpu_gpt2.cli.common import Device, Dtype, console, say
+from gpu_gpt2.config import MODEL_NAMES, model_config
+from gpu_gpt2.device.base import Device as Place
+from gpu_gpt2.device.select import choose_dtype, open_device
+from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.ops.select import ops_for
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+
+Model = Annotated[str, typer.Option(help=MODEL_NAMES)]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    model: Model = "d12",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences.")] = 32,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 1024,
+    repeat: Annotated[int, typer.Option(min=3, help="Runs to take the median of.")] = 20,
+    static_only: Annotated[
+        bool, typer.Option("--static", help="Compile only, which needs no GPU.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Time every op beside the device's limits, or say what each kernel needs (--static)."""
+    config = model_config(model)
+    if static_only:
+        compiling = track(static.builds(config), "compiling", console=console, transient=True)
+        builds = list(compiling)
+        console.print(static.table(builds))
+        spilled = [build for build in builds if build.resources.spill_bytes]
+        say(f"{len(builds)} kernels compiled, {len(spilled)} of them spill registers to memory")
+        _save(json, "static", None, static.rows(builds))
+        return
+    place = _timed_device(device)
+    dtype = choose_dtype(dtype, place)
+    ops = ops_for(place, dtype)
+    limits = kernels.measure_limits(ops, dtype)
+    timing = kernels.measure(ops, dtype, config, batch_size, seq_len, limits, repeat)
+    times = list(track(timing, "timing", console=console, transient=True))
+    say(f"{model}, batch {batch_size} x {seq_len}, {dtype}, {place.name}: medians of {repeat}")
+    console.print(kernels.table(times, limits))
+    _save(json, "kernels", place, [asdict(row) | asdict(limits) for row in times])
+
+
+@bench_app.command("step")
+def bench_step(
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    model: Model = "d12",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences.")] = 4,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 64,
+    steps: Annotated[int, typer.Option(min=5, help="Steps to take the median of.")] = 5,
+    recompute: Annotated[int, typer.Option(min=0, max=3, help="Level, as in train.")] = 0,
+    json: Json = None,
+) -> None:
+    """Time our training step."""
+    place = _timed_device(device)
+    dtype = choose_dtype(dtype, place)
+    size = step.Size(model=model, batch_size=batch_size, seq_len=seq_len)
+    row = step.measure_ours(place, dtype, size, steps, recompute)
+    say(f"{dtype} on {place.name}, medians of {steps}")
+    console.print(step.table([row]))
+    if row.problem:
+        say(f"! {row.problem}")
+    _save(json, "steps", place, [asdict(row)])
+
+
+@bench_app.command("peers")
+def bench_peers(
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    size: Annotated[
+        list[str] | None, typer.Option(help="MODEL:BATCHxLENGTH, several times if you like.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=5, help="Steps to take the median of.")] = 10,
+    llmc_log: Annotated[
+        list[str] | None,
+        typer.Option(help="SIZE=FILE: what llm.c's train_gpt2cu printed at that size."),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Time our training step beside PyTorch's, eager and compiled, in one run."""
+    place = _timed_device(device)
+    dtype = choose_dtype(dtype, place)
+    logs = [_llmc_row(text) for text in llmc_log or ()]
+    if size:
+        sizes = tuple(map(step.parse_size, size))
+    else:
+        sizes = step.SIZES if place.name == "cuda" else step.SIZES[:1]
+    names = (step.OURS, *(step.PEERS if place.name == "cuda" else step.PEERS[:1]))
+    rows: list[step.StepTime] = []
+    timing = step.measure_all(place, dtype, sizes, names, steps)
+    total = len(sizes) * len(names)
+    for row in track(timing, "timing", total=total, console=console, transient=True):
+        rows.append(row)
+    rows += logs
+    say(f"{dtype} on {place.name}, medians of {steps}")
+    console.print(step.table(rows))
+    _save(json, "steps", place, [asdict(row) for row in rows])
+
+
+@bench_app.command("tables")
+def bench_tables() -> None:
+    """Write the tables and the plot anew from docs/benchmarks, in the root of the source tree."""
+    if not results.FOLDER.is_dir():
+        raise ConfigError(f"no folder {results.FOLDER} here; run this in the root of the project")
+    for path in results.write_tables(Path()):
+        say(f"wrote {path}")
+
+
+def _timed_device(name: str) -> Place:
+    place = open_device(name)
+    if place.name == "emulator":
+        raise ConfigError("the emulator's times mean nothing; use --device cuda or cpu")
+    return place
+
+
+def _llmc_row(text: str) -> step.StepTime:
+    size, equals, path = text.partition("=")
+    if not equals:
+        raise ConfigError(f"cannot read --llmc-log {text!r}; write SIZE=FILE, as d12:64x1024=log")
+    return step.read_llmc_log(Path(path), size)
+
+
+def _save(
+    path: Path | None, kind: str, place: Place | None, rows: Sequence[dict[str, Any]]
+) -> None:
+    if path:
+        results.save(path, results.record(kind, place, rows))
+        say(f"wrote {path}")

@@ -1,0 +1,220 @@
+"""Benchmarks: counts by hand, logs of others, failures of others, results and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from gpu_gpt2.bench import kernels, results, step
+from gpu_gpt2.bench.cases import BenchCase, cases
+from gpu_gpt2.bench.kernels import Limits
+from gpu_gpt2.cli.app import app
+from gpu_gpt2.config import ModelConfig, model_config
+from gpu_gpt2.device.host import HostDevice
+from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.ops.reference import ReferenceOps
+
+CONFIG = ModelConfig(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+SMALL = step.Size(model="nano", batch_size=2, seq_len=8)
+
+
+def case(name: str) -> BenchCase:
+    """A case for 2 x 8 tokens, in float32."""
+    return next(c for c in cases(ReferenceOps(), "fp32", CONFIG, 2, 8) if c.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "moved", "flops"),
+    [
+        ("residual_layernorm_fwd", 4 * 16 * 16 * 4 + 2 * 16 * 4, 0),
+        ("layernorm_bwd", 4 * 16 * 16 * 4 + 2 * 16 * 4, 0),
+        ("gelu_bwd", 3 * 16 * 64 * 4, 0),
+        ("bias_bwd", 16 * 64 * 4, 0),
+        ("classifier_fwd_bwd", 16 * (100 + 128) * 4, 0),
+        # 36 pairs of 8 queries and keys; 4 heads in all; 2 products of 8 multiplications and adds
+        ("attention_fwd", 4 * 16 * 16 * 4 + 32 * 4, 2 * 2 * 8 * 36 * 4),
+        ("attention_bwd", 8 * 16 * 16 * 4 + 32 * 4, 5 * 2 * 8 * 36 * 4),
+        ("matmul y = x w^T", (16 * 16 + 64 * 16 + 16 * 64) * 4, 2 * 16 * 16 * 64),
+        ("matmul dw += dy^T x", (16 * 16 + 16 * 64) * 4 + 8 * 64 * 16, 2 * 16 * 16 * 64),
+    ],
+)
+def test_bytes_and_flops_counted_by_hand(name: str, moved: int, flops: int) -> None:
+    found = case(name)
+    assert (found.moved, found.flops) == (moved, flops)
+    found.run()
+
+
+def test_the_share_is_of_the_limit_that_binds() -> None:
+    limits = Limits(copy_gb_s=100.0, matmul_tflops=10.0)
+    work = BenchCase(name="w", run=lambda: None, moved=10**9, flops=10**12)
+    row = kernels._result(work, 200.0, limits)  # 5 GB/s and 5 TFLOP/s
+    assert (row.gb_s, row.tflops, row.share) == (5.0, 5.0, 0.5)
+
+
+def test_every_op_is_timed_on_the_cpu() -> None:
+    limits = Limits(copy_gb_s=1.0, matmul_tflops=1.0)
+    times = list(kernels.measure(ReferenceOps(), "fp32", CONFIG, 1, 8, limits, repeat=1))
+    assert {"embedding_bwd", "softmax_bwd", "squared_norm", "adamw"} <= {t.name for t in times}
+    assert all(time.ms > 0 and time.share > 0 for time in times)
+
+
+def test_flops_are_llm_c_s() -> None:
+    assert step.flops_per_token(model_config("d12"), 1024) == 803_478_528
+
+
+def test_our_step_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> step.StepTime:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(step, "measure_peer", fail)
+    names = (step.OURS, "torch.compile")
+    ours, peer = step.measure_all(HostDevice(), "fp32", [SMALL], names, steps=5)
+    assert ours.name == step.OURS
+    assert 0 < ours.fastest_ms <= ours.step_ms
+    assert ours.tokens_per_s == pytest.approx(16_000 / ours.step_ms)
+    assert ours.planned_bytes > 0
+    assert (peer.name, peer.problem, peer.step_ms) == ("torch.compile", "out of memory", 0.0)
+    assert step.cells(peer, ours) == ("torch.compile", "out of memory")
+
+
+def test_pytorch_is_timed_beside_us() -> None:
+    ours, peer = step.measure_all(HostDevice(), "fp32", [SMALL], (step.OURS, step.PEERS[0]), 5)
+    assert peer.problem == ""
+    assert step.cells(peer, ours)[-1] == f"{peer.step_ms / ours.step_ms:.2f} x"
+
+
+def llmc_line(number: int, ms: float) -> str:
+    return (
+        f"step {number:4d}/100 | loss 10.9 (+nanz)| norm 5.1 (+nanz)| lr 1.00e-06 | {ms:.2f} ms | "
+        f"44.1% bf16 MFU | 524288 tok/s\n"
+    )
+
+
+def test_reads_a_log_of_llm_c(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    lines = [llmc_line(i, 900.0 if i <= 5 else 100.0 + i) for i in range(1, 11)]
+    log.write_text("+-----+\nval loss 11.0\n" + "".join(lines))
+    row = step.read_llmc_log(log, "d12:4x64")
+    assert (row.name, row.size, row.step_ms, row.fastest_ms) == ("llm.c", "d12:4x64", 108.0, 106.0)
+    assert row.tokens_per_s == 256_000 / 108.0
+
+
+def test_refuses_a_log_without_steps(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(llmc_line(1, 5.0))
+    with pytest.raises(DataError, match="has 1 lines of steps; more than 5 are needed"):
+        step.read_llmc_log(log, "d12:4x64")
+    with pytest.raises(DataError, match=r"cannot read .*gone: No such file"):
+        step.read_llmc_log(tmp_path / "gone", "d12:4x64")
+
+
+@pytest.mark.parametrize("text", ["d12", "d12:4", "d12:4x", "d12:0x64", ":4x64"])
+def test_refuses_sizes(text: str) -> None:
+    with pytest.raises(ConfigError):
+        step.parse_size(text)
+
+
+def kernels_result(date: str, share: float) -> dict[str, Any]:
+    row = {"name": "gelu_fwd", "ms": 0.5, "gb_s": 4000.0, "tflops": 0.0, "share": share}
+    machine = {"GPU": "Some GPU", "Python": "3.11"}
+    return {
+        "schema": 1, "kind": "kernels", "date": date, "command": "gpu-gpt2 bench kernels",
+        "commit": "abc", "machine": machine, "rows": [row],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    def marks(*names: str) -> str:
+        return "".join(f"x\n<!-- bench {n} -->\nold\n<!-- end of bench {n} -->\ny\n" for n in names)
+
+    (tmp_path / "docs/benchmarks").mkdir(parents=True)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "README.md").write_text(marks("steps"))
+    (tmp_path / "kernels/README.md").write_text(marks("kernels", "static"))
+    return tmp_path
+
+
+def test_without_results_the_tables_say_so(project: Path) -> None:
+    results.write_tables(project)
+    text = (project / "README.md").read_text()
+    assert "Nothing has been measured on a GPU yet: [gpu-queue.md](docs/gpu-queue.md)." in text
+    assert text.startswith("x\n<!-- bench steps -->\nNothing")
+    assert text.endswith("<!-- end of bench steps -->\ny\n")
+    assert results.write_tables(project) == []  # nothing left to change
+
+
+def test_tables_and_plot_come_from_the_newest_result(project: Path) -> None:
+    folder = project / "docs/benchmarks"
+    results.save(folder / "b.json", kernels_result("2026-01-02", 0.87))
+    results.save(folder / "a.json", kernels_result("2026-01-01", 0.11))
+    changed = results.write_tables(project)
+    text = (project / "kernels/README.md").read_text()
+    assert "| gelu_fwd | 0.500 | 4,000 |  | 87% |" in text
+    assert "`gpu-gpt2 bench kernels`, GPU Some GPU, Python 3.11, 2026-01-02, commit abc." in text
+    assert folder / "kernels.png" in changed
+    assert (folder / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_become_a_table_with_ratios(project: Path) -> None:
+    rows = [
+        {"name": "gpu-gpt2", "size": "d12:4x64", "step_ms": 2.0, "tokens_per_s": 128000.0},
+        {"name": "torch.compile", "size": "d12:4x64", "step_ms": 5.0, "tokens_per_s": 51200.0},
+        {"name": "PyTorch eager", "size": "d12:4x64", "problem": "out of memory"},
+    ]
+    result = kernels_result("2026-01-01", 1.0) | {"kind": "steps", "rows": rows}
+    results.save(project / "docs/benchmarks/steps.json", result)
+    results.write_tables(project)
+    text = (project / "README.md").read_text()
+    assert "|  | torch.compile | 5.00 | 0.00 |  | 51,200 |  |  |  | 2.50 x |" in text
+    assert "|  | PyTorch eager | out of memory |  |  |  |  |  |  |  |" in text
+
+
+def test_refuses_other_json(project: Path) -> None:
+    (project / "docs/benchmarks/other.json").write_text("{}")
+    with pytest.raises(DataError, match=r"other\.json is not a result of gpu-gpt2 bench"):
+        results.write_tables(project)
+
+
+def test_a_missing_mark_is_named() -> None:
+    with pytest.raises(DataError, match="expected the marks <!-- bench steps -->"):
+        results.replace_block("text", "steps", "")
+
+
+def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(kernels.PRODUCT_SIZE, "cpu", 64)
+
+    def run(*args: str) -> str:
+        shown = CliRunner().invoke(app, ["bench", *args])
+        assert shown.exit_code == 0, shown
+        return shown.output
+
+    small = ("--device", "cpu", "--model", "nano", "--batch-size", "2", "--seq-len", "8")
+    assert "adamw" in run("kernels", *small, "--repeat", "3", "--json", "a.json")
+    found = json.loads(Path("a.json").read_text())
+    assert (found["kind"], found["machine"]["device"]) == ("kernels", "cpu")
+    assert {"name", "ms", "share", "copy_gb_s"} <= found["rows"][0].keys()
+    assert "nano:2x8" in run("step", *small, "--recompute", "3", "--json", "b.json")
+    rows = json.loads(Path("b.json").read_text())["rows"]
+    assert step.StepTime(**rows[0]).name == step.OURS
+    log = tmp_path / "log"
+    log.write_text("".join(llmc_line(i, 2.0) for i in range(9)))
+    peers = ("--device", "cpu", "--size", "nano:2x8", "--llmc-log", "nano:2x8=log")
+    assert "llm.c" in run("peers", *peers)
+
+
+def test_refusals_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def problem(*args: str) -> str:
+        return str(CliRunner().invoke(app, ["bench", *args]).exception)
+
+    assert "the emulator's times mean nothing" in problem("step", "--device", "emulator")
+    assert "write SIZE=FILE" in problem("peers", "--device", "cpu", "--llmc-log", "log")
+    assert "no folder docs/benchmarks here" in problem("tables")
