@@ -97,12 +97,9 @@ extern "C" __global__ void prepare_update(float* factors, float* report, float* 
     counts[IN_A_ROW] = in_a_row;
 }
 
+// Four float32 numbers; `count`, below 4 at the very end of an array alone, says how many exist.
 struct __align__(16) Four {
     float at[4];
-};
-
-struct __align__(4 * sizeof(floatX)) FourX {
-    floatX at[4];
 };
 
 __device__ inline Four load_four(const float* x, int count) {
@@ -142,7 +139,7 @@ extern "C" __global__ void adamw(float* master, float* m, float* v, floatX* para
     float c1 = factors[C1];
     float c2 = factors[C2];
 
-    int count = (int)min(n - i, 4ll);  // less than 4 at the very end
+    int count = (int)min(n - i, 4ll);
     Four g4 = load_four(grad + i, count);
     Four m4 = load_four(m + i, count);
     Four v4 = load_four(v + i, count);
@@ -159,16 +156,12 @@ extern "C" __global__ void adamw(float* master, float* m, float* v, floatX* para
     store_four(v + i, v4, count);
     store_four(master + i, w4, count);
 #if FLOATX != FP32
-    FourX p4;
-    for (int k = 0; k < 4; k++) {
-        p4.at[k] = to_floatX(w4.at[k]);
-    }
     if (count == 4) {
-        *(FourX*)(param + i) = p4;
+        *(uint2*)(param + i) = make_uint2(pack(w4.at[0], w4.at[1]), pack(w4.at[2], w4.at[3]));
     } else {
         for (int k = 0; k < 4; k++) {
             if (k < count) {
-                param[i + k] = p4.at[k];
+                param[i + k] = to_floatX(w4.at[k]);
             }
         }
     }

@@ -45,9 +45,8 @@ def _wte(**changed: Any) -> Any:
     return EMBEDDING, "embedding_bwd_wte", (4, 1), (32,), tuple((args | changed).values())
 
 
-def _adamw(lr: Any) -> Any:
-    scalars = (0.1, 0.1, 1e-8, 0.1, 1.0, 1.0, 1.0)
-    args = (*(_floats(8) for _ in range(5)), _floats(1), 8, 0, lr, *scalars)
+def _adamw(eps: Any) -> Any:
+    args = (*(_floats(8) for _ in range(5)), _floats(5), 8, 0, 0.1, 0.1, eps, 0.1)
     return ADAMW, "adamw", (1,), (32,), args
 
 
@@ -88,8 +87,8 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         "int N: expected a whole number, got float 4.0",
     ),
     "bool for a whole number": (_wte(N=True), "int N: expected a whole number, got a bool"),
-    "bool for a number": (_adamw(True), "float lr: expected a number, got bool True"),
-    "text for a number": (_adamw("0.1"), "float lr: expected a number, got str '0.1'"),
+    "bool for a number": (_adamw(True), "float eps: expected a number, got bool True"),
+    "text for a number": (_adamw("0.1"), "float eps: expected a number, got str '0.1'"),
     "too large for int": (_wte(N=2**31), "int N: 2147483648 does not fit into int"),
     "too small for int": (_wte(C=-(2**31) - 1), "int C: -2147483649 does not fit into int"),
     "too large for long long": (
