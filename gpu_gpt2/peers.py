@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.device.cupy_device import FLUSH_BYTES
 from gpu_gpt2.formats.pieces import FloatArray, Piece, named, part_of, pieces
 from gpu_gpt2.layout import parameter_count
 
@@ -110,3 +111,36 @@ def torch_step(
         return lambda: float(loss.item())
 
     return step
+
+
+def torch_attention_ms(
+    dtype: str, B: int, H: int, T: int, D: int, repeat: int, backward: bool
+) -> list[float]:
+    """Milliseconds of causal flash attention on q, k, v (B, H, T, D), or of its backward pass.
+
+    The L2 cache is emptied before each. [] if PyTorch cannot use the GPU.
+    """
+    if not torch.cuda.is_available():
+        return []
+    precision = torch.float16 if dtype == "fp16" else torch.bfloat16
+    q, k, v, dy = (torch.randn(B, H, T, D, device="cuda", dtype=precision) for _ in range(4))
+    flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.FLASH_ATTENTION):
+        for i in range(repeat + 3):
+            for x in (q, k, v):
+                x.requires_grad_(backward)
+                x.grad = None
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            flushed.zero_()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            if backward:
+                y.backward(dy)
+            else:
+                nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            stop.record()
+            torch.cuda.synchronize()
+            if i >= 3:
+                times.append(start.elapsed_time(stop))
+    return times

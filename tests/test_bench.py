@@ -66,6 +66,13 @@ def test_flops_are_llm_c_s() -> None:
     assert step.flops_per_token(model_config("d12"), 1024) == 803_478_528
 
 
+@pytest.fixture
+def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(kernels.PRODUCT_SIZE, "cpu", 64)
+
+
+@pytest.mark.usefixtures("_small_products")
 def test_our_step_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> step.StepTime:
         raise RuntimeError("out of memory\nand more")
@@ -81,6 +88,7 @@ def test_our_step_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step.cells(peer, ours) == ("torch.compile", "out of memory")
 
 
+@pytest.mark.usefixtures("_small_products")
 def test_pytorch_is_timed_beside_us() -> None:
     ours, peer = step.measure_all(HostDevice(), "fp32", [SMALL], (step.OURS, step.PEERS[0]), 5)
     assert peer.problem == ""
@@ -134,7 +142,7 @@ def project(tmp_path: Path) -> Path:
 
     (tmp_path / "docs/benchmarks").mkdir(parents=True)
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "README.md").write_text(marks("steps"))
+    (tmp_path / "README.md").write_text(marks("steps", "cpu steps"))
     (tmp_path / "kernels/README.md").write_text(marks("kernels", "static"))
     return tmp_path
 
@@ -144,7 +152,7 @@ def test_without_results_the_tables_say_so(project: Path) -> None:
     text = (project / "README.md").read_text()
     assert "Nothing has been measured on a GPU yet: [gpu-queue.md](docs/gpu-queue.md)." in text
     assert text.startswith("x\n<!-- bench steps -->\nNothing")
-    assert text.endswith("<!-- end of bench steps -->\ny\n")
+    assert "<!-- end of bench steps -->\ny\nx\n<!-- bench cpu steps -->\n" in text
     assert results.write_tables(project) == []  # nothing left to change
 
 
@@ -170,8 +178,8 @@ def test_steps_become_a_table_with_ratios(project: Path) -> None:
     results.save(project / "docs/benchmarks/steps.json", result)
     results.write_tables(project)
     text = (project / "README.md").read_text()
-    assert "|  | torch.compile | 5.00 | 0.00 |  | 51,200 |  |  |  | 2.50 x |" in text
-    assert "|  | PyTorch eager | out of memory |  |  |  |  |  |  |  |" in text
+    assert "|  | torch.compile | 5.00 | 0.00 |  | 51,200 |  |  |  |  | 2.50 x |" in text
+    assert "|  | PyTorch eager | out of memory |  |  |  |  |  |  |  |  |" in text
 
 
 def test_refuses_other_json(project: Path) -> None:
@@ -185,10 +193,9 @@ def test_a_missing_mark_is_named() -> None:
         results.replace_block("text", "steps", "")
 
 
+@pytest.mark.usefixtures("_small_products")
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setitem(kernels.PRODUCT_SIZE, "cpu", 64)
 
     def run(*args: str) -> str:
         shown = CliRunner().invoke(app, ["bench", *args])
@@ -198,7 +205,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ("--device", "cpu", "--model", "nano", "--batch-size", "2", "--seq-len", "8")
     assert "adamw" in run("kernels", *small, "--repeat", "3", "--json", "a.json")
     found = json.loads(Path("a.json").read_text())
-    assert (found["kind"], found["machine"]["device"]) == ("kernels", "cpu")
+    assert (found["kind"], found["machine"]["device"]) == ("cpu kernels", "cpu")
     assert {"name", "ms", "share", "copy_gb_s"} <= found["rows"][0].keys()
     assert "nano:2x8" in run("step", *small, "--recompute", "3", "--json", "b.json")
     rows = json.loads(Path("b.json").read_text())["rows"]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from rich.table import Table
 
 from gpu_gpt2.bench.cases import BenchCase, Tensors, cases
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.device.base import FLOAT32, Device
+from gpu_gpt2.device.base import FLOAT32
 from gpu_gpt2.ops.interface import Ops
 
 COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}  # far more than caches hold
@@ -40,11 +41,17 @@ class KernelTime:
 def measure_limits(ops: Ops, dtype: str) -> Limits:
     """Copies and multiplies random numbers on the device of `ops`."""
     copied = 2 * COPY_BYTES[ops.device.name]
-    flops = 2 * PRODUCT_SIZE[ops.device.name] ** 3
     return Limits(
-        copy_gb_s=copied / _copy_ms(ops, dtype) / 1e6,
-        matmul_tflops=flops / _product_ms(ops, dtype) / 1e9,
+        copy_gb_s=copied / _copy_ms(ops, dtype) / 1e6, matmul_tflops=product_tflops(ops, dtype)
     )
+
+
+def product_tflops(ops: Ops, dtype: str) -> float:
+    """What a large square product of random numbers reaches."""
+    size, new = PRODUCT_SIZE[ops.device.name], Tensors(ops, dtype)
+    a, b, out = new(size, size), new(size, size), new(size, size)
+    ms = statistics.median(ops.device.time_ms(lambda: ops.matmul(out, a, b), repeat=10))
+    return 2 * size**3 / ms / 1e9
 
 
 def _copy_ms(ops: Ops, dtype: str) -> float:
@@ -54,22 +61,32 @@ def _copy_ms(ops: Ops, dtype: str) -> float:
     return statistics.median(device.time_ms(lambda: device.copy(dst, src), repeat=10))
 
 
-def _product_ms(ops: Ops, dtype: str) -> float:
-    size, new = PRODUCT_SIZE[ops.device.name], Tensors(ops, dtype)
-    a, b, out = new(size, size), new(size, size), new(size, size)
-    return statistics.median(ops.device.time_ms(lambda: ops.matmul(out, a, b), repeat=10))
-
-
 def measure(
     ops: Ops, dtype: str, config: ModelConfig, B: int, T: int, limits: Limits, repeat: int
 ) -> Iterator[KernelTime]:
-    """The time of every op in bench.cases, in caches that hold nothing of it."""
+    """The time of every op in bench.cases, in caches that hold nothing of it.
+
+    On a GPU where PyTorch can use it too, its flash attention follows ours.
+    """
     for case in cases(ops, dtype, config, B, T):
-        yield _result(case, _median_ms(ops.device, case, repeat), limits)
+        yield _result(case, statistics.median(ops.device.time_ms(case.run, repeat=repeat)), limits)
+        if case.name.startswith("attention") and ops.device.name == "cuda" and dtype != "fp32":
+            backward = case.name == "attention_bwd"
+            if ms := _torch_attention_ms(dtype, config, B, T, repeat, backward=backward):
+                peer = replace(case, name=f"{case.name} of PyTorch")
+                yield _result(peer, ms, limits)
 
 
-def _median_ms(device: Device, case: BenchCase, repeat: int) -> float:
-    return statistics.median(device.time_ms(case.run, repeat=repeat))
+def _torch_attention_ms(
+    dtype: str, config: ModelConfig, B: int, T: int, repeat: int, *, backward: bool
+) -> float:
+    """Median of PyTorch's flash attention on (B, H, T, D), or 0 where PyTorch has no GPU."""
+    if not importlib.util.find_spec("torch"):
+        return 0.0
+    from gpu_gpt2.peers import torch_attention_ms
+
+    times = torch_attention_ms(dtype, B, config.n_head, T, config.head_size, repeat, backward)
+    return statistics.median(times) if times else 0.0
 
 
 def _result(case: BenchCase, ms: float, limits: Limits) -> KernelTime:

@@ -30,7 +30,12 @@ UNMEASURED: Final = "Nothing has been measured on a GPU yet: [gpu-queue.md]({doc
 
 
 def record(kind: str, device: Device | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A result of `kind` ("kernels", "static" or "steps") with all that it depends on."""
+    """A result of `kind` ("kernels", "static" or "steps") with all that it depends on.
+
+    What the CPU did is of kind "cpu kernels" or "cpu steps".
+    """
+    if device is not None and device.name == "cpu":
+        kind = f"cpu {kind}"
     return {
         "schema": SCHEMA,
         "kind": kind,
@@ -68,7 +73,10 @@ def write_tables(root: Path) -> list[Path]:
     """Writes the tables of README.md and kernels/README.md and the plot; the files changed."""
     folder = root / FOLDER
     texts = {
-        root / "README.md": {"steps": _steps(newest("steps", folder), "docs")},
+        root / "README.md": {
+            "steps": _steps(newest("steps", folder), "docs"),
+            "cpu steps": _steps(newest("cpu steps", folder), "docs"),
+        },
         root / "kernels/README.md": {
             "kernels": _kernels(newest("kernels", folder), "../docs"),
             "static": _static(newest("static", folder)),

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
+from gpu_gpt2.bench.kernels import product_tflops
 from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, model_config
 from gpu_gpt2.data.loader import Batch
 from gpu_gpt2.device.base import Device
@@ -36,7 +37,7 @@ Step: TypeAlias = Callable[[], Callable[[], object]]
 OURS: Final = "gpu-gpt2"
 PEERS: Final = ("PyTorch eager", "torch.compile")
 COLUMNS: Final = (
-    "ms/step", "fastest", "enqueued", "tokens/s", "MFU", "GB", "of plan", "speed-up"
+    "ms/step", "fastest", "enqueued", "tokens/s", "MFU", "of matmul", "GB", "of plan", "speed-up"
 )  # fmt: skip
 WARM_UP: Final = 3  # steps: compilation, the capture of graphs, the first replay
 SKIPPED_LLMC_STEPS: Final = 5
@@ -84,6 +85,7 @@ class StepTime:
     peak_bytes: int = 0  # 0 where it is not known
     planned_bytes: int = 0  # of ours
     mfu: float = 0.0  # of the data sheet's peak, by llm.c's count of flops; 0 where not known
+    of_products: float = 0.0  # the same flops, of what large matrix products reach on this device
     problem: str = ""
 
 
@@ -102,9 +104,9 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def measure_ours(
-    device: Device, dtype: str, size: Size, steps: int, recompute: int = 0
+    device: Device, dtype: str, size: Size, steps: int, products: float, recompute: int = 0
 ) -> StepTime:
-    """Our training step on random tokens."""
+    """Our training step on random tokens; `products`: bench.kernels.product_tflops."""
     config, tokens, targets = _inputs(size)
     ops = ops_for(device, dtype)
     model = GPT2(
@@ -128,13 +130,16 @@ def measure_ours(
         times,
         host,
         device,
+        products,
         peak_bytes=_peak_bytes(device),
         planned=planned_bytes(config, dtype, size.batch_size, size.seq_len, recompute),
         problem="; ".join(problems),
     )
 
 
-def measure_peer(name: str, device: Device, dtype: str, size: Size, steps: int) -> StepTime:
+def measure_peer(
+    name: str, device: Device, dtype: str, size: Size, steps: int, products: float
+) -> StepTime:
     """PyTorch's training step on the same tokens; `name` is one of PEERS."""
     import torch
 
@@ -147,20 +152,21 @@ def measure_peer(name: str, device: Device, dtype: str, size: Size, steps: int) 
     step = torch_step(config, device.name, dtype, tokens, targets, compiled=name == "torch.compile")
     times, host = _timed(step, steps)
     peak = int(torch.cuda.max_memory_allocated()) if on_gpu else 0
-    return _result(name, size, times, host, device, peak_bytes=peak, planned=0)
+    return _result(name, size, times, host, device, products, peak_bytes=peak, planned=0)
 
 
 def measure_all(
     device: Device, dtype: str, sizes: Sequence[Size], names: Sequence[str], steps: int
 ) -> Iterator[StepTime]:
     """Every program at every size; one that fails becomes a row that says why."""
+    products = product_tflops(ops_for(device, dtype), dtype)
     for size in sizes:
         for name in names:
             try:
                 if name == OURS:
-                    yield measure_ours(device, dtype, size, steps)
+                    yield measure_ours(device, dtype, size, steps, products)
                 else:
-                    yield measure_peer(name, device, dtype, size, steps)
+                    yield measure_peer(name, device, dtype, size, steps, products)
             except Exception as error:  # a peer may fail in any way; the others still count
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 yield StepTime(name=name, size=str(size), problem=reason[:200])
@@ -217,6 +223,7 @@ def cells(row: StepTime, ours: StepTime | None) -> tuple[str, ...]:
         f"{row.host_ms:.2f}" if row.host_ms else "",
         f"{row.tokens_per_s:,.0f}",
         f"{row.mfu:.1%}" if row.mfu else "",
+        f"{row.of_products:.1%}" if row.of_products else "",
         f"{row.peak_bytes / 1e9:.2f}" if row.peak_bytes else "",
         f"{row.peak_bytes / row.planned_bytes:.2f}" if known else "",
         f"{row.step_ms / ours.step_ms:.2f} x" if ours and ours is not row else "",
@@ -259,6 +266,7 @@ def _result(
     times: Sequence[float],
     host: Sequence[float],
     device: Device,
+    products: float,
     *,
     peak_bytes: int,
     planned: int,
@@ -280,6 +288,7 @@ def _result(
         peak_bytes=peak_bytes,
         planned_bytes=planned,
         mfu=achieved / peak if peak else 0.0,
+        of_products=achieved / products,
         problem=problem,
     )
 

@@ -73,7 +73,8 @@ def bench_step(
     place = _timed_device(device)
     dtype = choose_dtype(dtype, place)
     size = step.Size(model=model, batch_size=batch_size, seq_len=seq_len)
-    row = step.measure_ours(place, dtype, size, steps, recompute)
+    products = kernels.product_tflops(ops_for(place, dtype), dtype)
+    row = step.measure_ours(place, dtype, size, steps, products, recompute)
     say(f"{dtype} on {place.name}, medians of {steps}")
     console.print(step.table([row]))
     if row.problem:
