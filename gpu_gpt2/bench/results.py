@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from gpu_gpt2.bench.step import COLUMNS, StepTime, cells
+from gpu_gpt2.bench.step import StepTime, text_table
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.cupy_device import CupyDevice, cuda_versions
 from gpu_gpt2.errors import DataError
@@ -128,15 +128,7 @@ def plot(result: Mapping[str, Any], path: Path) -> Path:
 def _steps(result: Mapping[str, Any] | None, docs: str) -> str:
     if result is None:
         return UNMEASURED.format(docs=docs)
-    rows = [StepTime(**row) for row in result["rows"]]
-    lines = []
-    for size in dict.fromkeys(row.size for row in rows):
-        group = [row for row in rows if row.size == size]
-        ours = next((row for row in group if row.name == "gpu-gpt2" and row.step_ms), None)
-        for row in group:
-            lines.append((size, *cells(row, ours)))
-            size = ""
-    head = ("", "", *COLUMNS)
+    head, lines = text_table([StepTime(**row) for row in result["rows"]])
     return _with_source(result, _markdown(head, lines))
 
 
@@ -176,8 +168,7 @@ def _static(result: Mapping[str, Any] | None) -> str:
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    width = len(head)
-    rows = [head, ["---"] * width, *([*line, *[""] * (width - len(line))] for line in lines)]
+    rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -199,39 +199,46 @@ def read_llmc_log(path: Path, size: str) -> StepTime:
 
 def table(rows: Sequence[StepTime]) -> Table:
     """The rows for the console, with our speed over each other program's of the same size."""
+    head, lines = text_table(rows)
     columns = Table(box=None)
-    columns.add_column("", no_wrap=True)
-    for title in COLUMNS:
-        columns.add_column(title, justify="right")
-    for size in dict.fromkeys(row.size for row in rows):
-        group = [row for row in rows if row.size == size]
-        columns.add_row(f"[bold]{size}[/]")
-        for row in group:
-            columns.add_row(*cells(row, _ours(group)))
+    for title in head:
+        columns.add_column(title, justify="right" if title else "left", no_wrap=True)
+    for line in lines:
+        columns.add_row(*line)
     return columns
 
 
+def text_table(rows: Sequence[StepTime]) -> tuple[list[str], list[list[str]]]:
+    """Titles and lines as text, without the columns in which nothing stands."""
+    lines = []
+    for size in dict.fromkeys(row.size for row in rows):
+        group = [row for row in rows if row.size == size]
+        ours = next((row for row in group if row.name == OURS and row.step_ms), None)
+        for row in group:
+            lines.append([size if row is group[0] else "", *cells(row, ours)])
+    head = ["", "", *COLUMNS]
+    lines = [[*line, *[""] * (len(head) - len(line))] for line in lines]
+    used = [i for i in range(len(head)) if i < 2 or any(line[i] for line in lines)]
+    return [head[i] for i in used], [[line[i] for i in used] for line in lines]
+
+
 def cells(row: StepTime, ours: StepTime | None) -> tuple[str, ...]:
-    """The row as text: in a table of the console or of Markdown."""
+    """The row as text, from its name on."""
     if not row.step_ms:
         return (row.name, row.problem)
-    known = row.peak_bytes and row.planned_bytes
+    peak, plan = row.peak_bytes, row.planned_bytes
     return (
         row.name,
         f"{row.step_ms:.2f}",
-        f"{row.fastest_ms:.2f}",
+        f"{row.fastest_ms:.2f}" if row.fastest_ms else "",
         f"{row.host_ms:.2f}" if row.host_ms else "",
         f"{row.tokens_per_s:,.0f}",
         f"{row.mfu:.1%}" if row.mfu else "",
         f"{row.of_products:.1%}" if row.of_products else "",
-        f"{row.peak_bytes / 1e9:.2f}" if row.peak_bytes else "",
-        f"{row.peak_bytes / row.planned_bytes:.2f}" if known else "",
+        f"{peak / 1e9:.2f}" if peak else "",
+        f"{peak / plan:.2f}" if peak and plan else "",
         f"{row.step_ms / ours.step_ms:.2f} x" if ours and ours is not row else "",
     )
-
-
-def _ours(rows: Sequence[StepTime]) -> StepTime | None:
-    return next((row for row in rows if row.name == OURS and row.step_ms), None)
 
 
 def _inputs(size: Size) -> tuple[ModelConfig, Tokens, Tokens]:

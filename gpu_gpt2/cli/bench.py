@@ -11,7 +11,7 @@ import typer
 from rich.progress import track
 
 from gpu_gpt2.bench import kernels, results, static, step
-from gpu_gpt2.cli.common import Device, Dtype, console, say
+from gpu_gpt2.cli.common import Device, Dtype, console, say, show_table
 from gpu_gpt2.config import MODEL_NAMES, model_config
 from gpu_gpt2.device.base import Device as Place
 from gpu_gpt2.device.select import choose_dtype, open_device
@@ -42,7 +42,7 @@ def bench_kernels(
     if static_only:
         compiling = track(static.builds(config), "compiling", console=console, transient=True)
         builds = list(compiling)
-        console.print(static.table(builds))
+        show_table(static.table(builds))
         spilled = [build for build in builds if build.resources.spill_bytes]
         say(f"{len(builds)} kernels compiled, {len(spilled)} of them spill registers to memory")
         _save(json, "static", None, static.rows(builds))
@@ -54,7 +54,7 @@ def bench_kernels(
     timing = kernels.measure(ops, dtype, config, batch_size, seq_len, limits, repeat)
     times = list(track(timing, "timing", console=console, transient=True))
     say(f"{model}, batch {batch_size} x {seq_len}, {dtype}, {place.name}: medians of {repeat}")
-    console.print(kernels.table(times, limits))
+    show_table(kernels.table(times, limits))
     _save(json, "kernels", place, [asdict(row) | asdict(limits) for row in times])
 
 
@@ -76,7 +76,7 @@ def bench_step(
     products = kernels.product_tflops(ops_for(place, dtype), dtype)
     row = step.measure_ours(place, dtype, size, steps, products, recompute)
     say(f"{dtype} on {place.name}, medians of {steps}")
-    console.print(step.table([row]))
+    show_table(step.table([row]))
     if row.problem:
         say(f"! {row.problem}")
     _save(json, "steps", place, [asdict(row)])
@@ -112,7 +112,7 @@ def bench_peers(
         rows.append(row)
     rows += logs
     say(f"{dtype} on {place.name}, medians of {steps}")
-    console.print(step.table(rows))
+    show_table(step.table(rows))
     _save(json, "steps", place, [asdict(row) for row in rows])
 
 

@@ -6,12 +6,14 @@ from typing import Annotated, Final
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from gpu_gpt2.device.select import DEVICES, choose_dtype, open_device
 from gpu_gpt2.formats.pieces import WeightSource, load_arena
 from gpu_gpt2.model import GPT2
 from gpu_gpt2.ops.select import ops_for
 
+WIDE: Final = 110  # columns: the widest table
 INTERRUPTED: Final = 130  # exit status after Ctrl-C, by convention
 
 console: Final = Console()
@@ -23,6 +25,11 @@ Dtype = Annotated[str, typer.Option(help="auto | fp32 | bf16 | fp16")]
 def say(text: str) -> None:
     """One line, never wrapped, so that a path or a command in it can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_table(table: Table) -> None:
+    """A table at its full width, which a narrow terminal may break but nobody cuts."""
+    console.print(table, width=max(console.width, WIDE), crop=False)
 
 
 def model_on_device(source: WeightSource, device: str, dtype: str, B: int, T: int) -> GPT2:

@@ -7,7 +7,7 @@ from rich.progress import track
 from rich.table import Table
 
 from gpu_gpt2 import check, info
-from gpu_gpt2.cli.common import Device, Dtype, console, say
+from gpu_gpt2.cli.common import Device, Dtype, console, say, show_table
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.ops.select import ops_for
@@ -40,7 +40,7 @@ def check_ops(device: Device = "auto", dtype: Dtype = "auto") -> None:
         transient=True,
     ):
         results.append(result)
-    console.print(check.table(results))
+    show_table(check.table(results))
     failed = sum(not result.passed for result in results)
     console.print(f"{len(results) - failed} of {len(results)} checks passed on {place.name}")
     if failed:
