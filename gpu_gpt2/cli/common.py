@@ -28,8 +28,8 @@ def say(text: str) -> None:
 
 
 def show_table(table: Table) -> None:
-    """A table at its full width, which a narrow terminal may break but nobody cuts."""
-    console.print(table, width=max(console.width, WIDE), crop=False)
+    """A table at its full width: a narrow terminal breaks its lines, but nothing is cut off."""
+    Console(width=max(console.width, WIDE)).print(table)
 
 
 def model_on_device(source: WeightSource, device: str, dtype: str, B: int, T: int) -> GPT2:
