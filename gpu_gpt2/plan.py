@@ -107,8 +107,8 @@ def best_fit(
 ) -> MemoryPlan:
     """The batch size and recompute level to train with in `memory` bytes.
 
-    The lowest level whose largest batch holds ENOUGH_TOKENS or the whole step; if none does, the
-    level with the largest batch. `recompute` fixes the level. ConfigError if nothing fits.
+    The lowest level whose largest batch holds ENOUGH_TOKENS; if none does, the lowest of those with
+    the largest batch. `recompute` fixes the level. ConfigError if nothing fits.
     """
     levels = RECOMPUTE_LEVELS if recompute is None else (recompute,)
     best = (0, levels[0])
@@ -116,7 +116,7 @@ def best_fit(
         batch_size = largest_batch(config, dtype, seq_len, level, memory, sequences)
         if batch_size > best[0]:
             best = batch_size, level
-        if batch_size * seq_len >= ENOUGH_TOKENS or batch_size == sequences:
+        if batch_size * seq_len >= ENOUGH_TOKENS:
             break
     if best[0] == 0:
         least = planned_bytes(config, dtype, 1, seq_len, levels[-1])

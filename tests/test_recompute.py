@@ -50,9 +50,16 @@ def test_every_level_needs_less_memory() -> None:
     assert len(set(sizes)) == len(sizes)
 
 
-def test_the_highest_level_keeps_one_tensor_per_layer() -> None:
-    specs = layout.activations(CONFIG, B, T, recompute=MAX_RECOMPUTE)
-    assert [spec.name for spec in specs if spec.stacked and spec.shape[0] > 1] == ["res_mlp"]
+def test_what_each_level_keeps_of_every_layer() -> None:
+    def kept(level: int) -> set[str]:
+        specs = layout.activations(CONFIG, B, T, recompute=level)
+        return {spec.name for spec in specs if spec.stacked and spec.shape[0] == CONFIG.n_layer}
+
+    norms = {f"{name}{part}" for name in ("ln1", "ln2") for part in ("", "_mean", "_rstd")}
+    assert kept(0) - kept(1) == {"gelu"}
+    assert kept(1) - kept(2) == norms
+    assert kept(2) - kept(3) == {"qkv", "lse", "att", "res_att", "fc"}
+    assert kept(3) == {"res_mlp"}
 
 
 def test_without_training_nothing_is_kept_per_layer() -> None:
