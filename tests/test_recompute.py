@@ -66,3 +66,19 @@ def test_without_training_nothing_is_kept_per_layer() -> None:
     specs = layout.activations(CONFIG, B, T, training=False)
     assert {spec.shape[0] for spec in specs if spec.stacked} == {1}
     assert not {"dres", "dfc", "dqkv", "delta", "order"} & {spec.name for spec in specs}
+
+
+@pytest.mark.parametrize(("dtype", "device"), KERNELS)
+@pytest.mark.parametrize(("n_embd", "n_positions"), [(12, 33), (6, 33), (20, 7)])
+def test_tensors_of_odd_sizes_that_begin_anywhere(
+    n_embd: int, n_positions: int, dtype: str, device: str
+) -> None:
+    """Biases of 4 C numbers, whole pieces of 16 bytes, that do not begin at a multiple of 16."""
+    config = ModelConfig(vocab_size=67, n_positions=n_positions, n_embd=n_embd, n_layer=2, n_head=1)
+    ops = ops_for(open_device(device), dtype)
+    model = GPT2(config, ops, dtype=dtype, max_batch=1, max_seq_len=7)
+    model.load(initial_weights(config, 0))
+    tokens = np.arange(7, dtype=np.int32)[None]
+    order = np.arange(7, dtype=np.int32)
+    model.forward_backward(tokens, tokens, order, micro_step=0, micro_steps=1)
+    assert np.isfinite(ops.device.download(model.grad_arena)).all()

@@ -87,6 +87,10 @@ class Device(ABC):
         return work
 
     @abstractmethod
+    def address(self, array: Array) -> int:
+        """Where the array begins in memory."""
+
+    @abstractmethod
     def fill_zero(self, dst: Array) -> None:
         """Sets a C-contiguous array to zeros."""
 

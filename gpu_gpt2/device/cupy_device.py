@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.device.base import Array, Device
+from gpu_gpt2.device.base import FLOAT32, Array, Device
 from gpu_gpt2.device.cublas import Cublas, math_mode, workspace_bytes
 from gpu_gpt2.device.launch import Dim3, scalar_value
 from gpu_gpt2.device.source import KernelSource
@@ -137,6 +137,9 @@ class CupyDevice(Device):
         self._uploading.clear()
         return host
 
+    def address(self, array: Array) -> int:
+        return int(array.data.ptr)
+
     def fill_zero(self, dst: Array) -> None:
         dst.data.memset_async(0, dst.nbytes)
 
@@ -229,7 +232,10 @@ class CupyDevice(Device):
             self._direct = False
 
     def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
-        if accumulate or out.dtype != a.dtype or self._direct:
+        # CuPy lets cuBLAS take float16 for float32 (CUBLAS_GEMM_DEFAULT_TENSOR_OP), and makes a
+        # product of one number itself, without float32 sums.
+        not_cupy_s = a.dtype == FLOAT32 or out.size == 1 or out.dtype != a.dtype
+        if accumulate or not_cupy_s or self._direct:
             self._cublas.matmul(out, a, b, accumulate=accumulate)
         else:
             _ = self._cublas_binding  # CuPy's handle must have our mode

@@ -37,6 +37,9 @@ class HostDevice(Device):
     def download(self, src: Array) -> npt.NDArray[Any]:
         return np.array(src, order="C")
 
+    def address(self, array: Array) -> int:
+        return int(array.ctypes.data)
+
     def fill_zero(self, dst: Array) -> None:
         dst.fill(0)
 
