@@ -3,7 +3,8 @@
 That is to add into the output, to write float32 from 16-bit inputs, to multiply float32 numbers as
 such, and to be recorded into a CUDA graph: CuPy refuses to call cuBLAS while a stream is captured.
 CuPy also sets the stream before every call, which takes a handle's own workspace away, so the
-handle here is one that CuPy never sees. Names and numbers are those of cublas_api.h and library_types.h of CUDA 12 and 13.
+handle here is one that CuPy never sees. Names and numbers are those of cublas_api.h and
+library_types.h of CUDA 12 and 13.
 """
 
 from __future__ import annotations
