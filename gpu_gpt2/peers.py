@@ -86,6 +86,7 @@ def torch_step(
     tokens: npt.NDArray[np.int32],
     targets: npt.NDArray[np.int32],
     *,
+    lr: float,
     compiled: bool,
 ) -> Callable[[], Callable[[], float]]:
     """A function that enqueues one step on "cpu" or "cuda" and returns what waits for its loss.
@@ -95,12 +96,8 @@ def torch_step(
     """
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
-    else:
-        # One batch again and again soon has gradients below 1e-38, with which a CPU computes so
-        # slowly that a step takes five times as long. Real training hardly meets them.
-        torch.set_flush_denormal(True)
     model = TorchGPT2(config, config.padded_vocab_size).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
     forward = torch.compile(model) if compiled else model
     x, y = (torch.from_numpy(a).long().to(device) for a in (tokens, targets))
     precision = torch.float16 if dtype == "fp16" else torch.bfloat16
