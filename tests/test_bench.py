@@ -85,7 +85,8 @@ def test_our_step_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours.tokens_per_s == pytest.approx(16_000 / ours.step_ms)
     assert ours.planned_bytes > 0
     assert (peer.name, peer.problem, peer.step_ms) == ("torch.compile", "out of memory", 0.0)
-    assert step.cells(peer, ours) == ("torch.compile", "out of memory")
+    assert step.cells(peer, ours) == ("torch.compile", "failed")
+    assert step.problems([ours, peer]) == ["torch.compile at nano:2x8: out of memory"]
 
 
 @pytest.mark.usefixtures("_small_products")
@@ -179,7 +180,9 @@ def test_steps_become_a_table_with_ratios(project: Path) -> None:
     results.write_tables(project)
     text = (project / "README.md").read_text()
     assert "|  | torch.compile | 5.00 | 51,200 | 2.50 x |" in text
-    assert "|  | PyTorch eager | out of memory |  |  |" in text
+    assert (
+        "|  | PyTorch eager | failed |  |  |\n\nPyTorch eager at d12:4x64: out of memory." in text
+    )
 
 
 def test_refuses_other_json(project: Path) -> None:

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from gpu_gpt2.bench.step import StepTime, text_table
+from gpu_gpt2.bench.step import StepTime, problems, text_table
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.cupy_device import CupyDevice, cuda_versions
 from gpu_gpt2.errors import DataError
@@ -128,8 +128,9 @@ def plot(result: Mapping[str, Any], path: Path) -> Path:
 def _steps(result: Mapping[str, Any] | None, docs: str) -> str:
     if result is None:
         return UNMEASURED.format(docs=docs)
-    head, lines = text_table([StepTime(**row) for row in result["rows"]])
-    return _with_source(result, _markdown(head, lines))
+    rows = [StepTime(**row) for row in result["rows"]]
+    parts = [_markdown(*text_table(rows)), *(f"{problem}." for problem in problems(rows))]
+    return _with_source(result, "\n\n".join(parts))
 
 
 def _kernels(result: Mapping[str, Any] | None, docs: str) -> str:

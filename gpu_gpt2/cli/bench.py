@@ -77,8 +77,8 @@ def bench_step(
     row = step.measure_ours(place, dtype, size, steps, products, recompute)
     say(f"{dtype} on {place.name}, medians of {steps}")
     show_table(step.table([row]))
-    if row.problem:
-        say(f"! {row.problem}")
+    for problem in step.problems([row]):
+        say(f"! {problem}")
     _save(json, "steps", place, [asdict(row)])
 
 
@@ -113,6 +113,8 @@ def bench_peers(
     rows += logs
     say(f"{dtype} on {place.name}, medians of {steps}")
     show_table(step.table(rows))
+    for problem in step.problems(rows):
+        say(f"! {problem}")
     _save(json, "steps", place, [asdict(row) for row in rows])
 
 
