@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from gpu_gpt2.bench import kernels, results, step
+from gpu_gpt2.bench import kernels, results, static, step
 from gpu_gpt2.bench.cases import BenchCase, cases
 from gpu_gpt2.bench.kernels import Limits
 from gpu_gpt2.cli.app import app
 from gpu_gpt2.config import ModelConfig, model_config
 from gpu_gpt2.device.host import HostDevice
 from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.layout import parameter_count
 from gpu_gpt2.ops.reference import ReferenceOps
 
 CONFIG = ModelConfig(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=2)
@@ -46,6 +47,14 @@ def test_bytes_and_flops_counted_by_hand(name: str, moved: int, flops: int) -> N
     found = case(name)
     assert (found.moved, found.flops) == (moved, flops)
     found.run()
+
+
+def test_counts_need_no_memory_and_scale_with_the_model() -> None:
+    found = {row["name"]: row for row in static.counts(model_config("d48"), "bf16")}
+    assert found["gelu_fwd"]["bytes"] == 2 * 1024 * 6400 * 2
+    assert found["matmul y = x w^T"]["flops"] == 2 * 1024 * 1600 * 6400
+    assert found["adamw"]["bytes"] == parameter_count(model_config("d48")) * 30
+    assert static.count_cells(found["adamw"]) == ("adamw", "46730.59", "", "")
 
 
 def test_the_share_is_of_the_limit_that_binds() -> None:
@@ -144,7 +153,7 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "docs/benchmarks").mkdir(parents=True)
     (tmp_path / "kernels").mkdir()
     (tmp_path / "README.md").write_text(marks("steps", "cpu steps"))
-    (tmp_path / "kernels/README.md").write_text(marks("kernels", "static"))
+    (tmp_path / "kernels/README.md").write_text(marks("kernels", "static", "counts"))
     return tmp_path
 
 

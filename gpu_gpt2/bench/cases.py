@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array
 from gpu_gpt2.layout import parameter_count
 from gpu_gpt2.ops.interface import AdamWSettings, Ops
+
+BLOCK: Final = 1 << 20  # random numbers made for an array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +42,12 @@ class Tensors:
     def __call__(self, *shape: int, dtype: np.dtype[np.generic] | None = None) -> Array:
         array = self.device.empty(shape, self.X if dtype is None else dtype)
         # One block of numbers over and over: as random as anyone can see, and quickly made.
-        block = self._rng.standard_normal(min(array.size, 1 << 20), dtype=np.float32)
-        self.device.upload(array, np.resize(block, shape).astype(array.dtype))
+        flat = array.reshape(-1)
+        block = self._rng.standard_normal(min(flat.size, BLOCK), dtype=np.float32)
+        block = block.astype(array.dtype)
+        for start in range(0, flat.size, BLOCK):
+            piece = flat[start : start + BLOCK]
+            self.device.upload(piece, block[: piece.size])
         return array
 
     def float32(self, *shape: int) -> Array:

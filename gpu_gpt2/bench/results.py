@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from gpu_gpt2.bench.static import count_cells
 from gpu_gpt2.bench.step import StepTime, problems, text_table
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.cupy_device import CupyDevice, cuda_versions
@@ -26,6 +27,7 @@ from gpu_gpt2.errors import DataError
 SCHEMA: Final = 1
 FOLDER: Final = Path("docs/benchmarks")
 PACKAGES: Final = ("numpy", "torch")
+NOT_COMPILED: Final = "Not compiled yet: `gpu-gpt2 bench kernels --static --json FILE`."
 UNMEASURED: Final = "Nothing has been measured on a GPU yet: [gpu-queue.md]({docs}/gpu-queue.md)."
 
 
@@ -80,6 +82,7 @@ def write_tables(root: Path) -> list[Path]:
         root / "kernels/README.md": {
             "kernels": _kernels(newest("kernels", folder), "../docs"),
             "static": _static(newest("static", folder)),
+            "counts": _counts(newest("static", folder)),
         },
     }
     changed = []
@@ -149,7 +152,7 @@ def _kernels(result: Mapping[str, Any] | None, docs: str) -> str:
 
 def _static(result: Mapping[str, Any] | None) -> str:
     if result is None:
-        return "Not compiled yet: `gpu-gpt2 bench kernels --static --json FILE`."
+        return NOT_COMPILED
     rows = result["rows"]
     architectures = [name for name in rows[0] if name.startswith("sm_")]
     lines = [
@@ -166,6 +169,13 @@ def _static(result: Mapping[str, Any] | None) -> str:
         "shared bytes", "spilled bytes",
     )  # fmt: skip
     return _with_source(result, _markdown(head, lines))
+
+
+def _counts(result: Mapping[str, Any] | None) -> str:
+    if result is None:
+        return NOT_COMPILED
+    head = ("op", "MB", "GFLOP", "flops per byte")
+    return _markdown(head, [count_cells(row) for row in result["counts"]])
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy.typing as npt
 from rich.table import Table
 
 from gpu_gpt2.bench.cases import cases
@@ -43,10 +44,16 @@ class KernelBuild:
 
 
 class RecordingDevice(HostDevice):
-    """Runs nothing; `launches` are the sources, kernel names and threads of a block asked for."""
+    """Runs and copies nothing; `launches` are the sources, kernel names and threads asked for."""
 
     def __init__(self) -> None:
         self.launches: dict[tuple[KernelSource, str], int] = {}
+
+    def upload(self, dst: Array, src: npt.NDArray[Any]) -> None:
+        pass
+
+    def fill_zero(self, dst: Array) -> None:
+        pass
 
     def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
         pass
@@ -85,6 +92,33 @@ def launches(config: ModelConfig) -> dict[tuple[KernelSource, str], int]:
                     case.run()
         found |= device.launches
     return found
+
+
+def counts(config: ModelConfig, dtype: str) -> list[dict[str, Any]]:
+    """The least bytes and the flops of each op for one sequence of the model's full context."""
+    ops = KernelOps(RecordingDevice(), dtype)
+    return [
+        {"name": case.name, "dtype": dtype, "bytes": case.moved, "flops": case.flops}
+        for case in cases(ops, dtype, config, B=1, T=config.n_positions)
+    ]
+
+
+def counts_table(found: list[dict[str, Any]]) -> Table:
+    """The counts for the console."""
+    columns = Table(box=None)
+    columns.add_column("op")
+    for title in ("MB", "GFLOP", "flops per byte"):
+        columns.add_column(title, justify="right")
+    for row in found:
+        columns.add_row(*count_cells(row))
+    return columns
+
+
+def count_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of counts as text."""
+    moved, flops = row["bytes"], row["flops"]
+    products = (f"{flops / 1e9:.2f}", f"{flops / moved:.0f}") if flops else ("", "")
+    return (row["name"], f"{moved / 1e6:.2f}", *products)
 
 
 def builds(

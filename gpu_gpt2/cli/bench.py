@@ -45,7 +45,10 @@ def bench_kernels(
         show_table(static.table(builds))
         spilled = [build for build in builds if build.resources.spill_bytes]
         say(f"{len(builds)} kernels compiled, {len(spilled)} of them spill registers to memory")
-        _save(json, "static", None, static.rows(builds))
+        counts = static.counts(config, "bf16")
+        say(f"\nleast bytes, and flops of products, of a sequence of {config.n_positions} in bf16")
+        show_table(static.counts_table(counts))
+        _save(json, "static", None, static.rows(builds), counts=counts)
         return
     place = _timed_device(device)
     dtype = choose_dtype(dtype, place)
@@ -142,8 +145,8 @@ def _llmc_row(text: str) -> step.StepTime:
 
 
 def _save(
-    path: Path | None, kind: str, place: Place | None, rows: Sequence[dict[str, Any]]
+    path: Path | None, kind: str, place: Place | None, rows: Sequence[dict[str, Any]], **more: Any
 ) -> None:
     if path:
-        results.save(path, results.record(kind, place, rows))
+        results.save(path, results.record(kind, place, rows) | more)
         say(f"wrote {path}")
