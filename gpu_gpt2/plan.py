@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -102,10 +103,11 @@ def best_fit(
     seq_len: int,
     memory: int,
     *,
+    reserved: int = 0,
     recompute: int | None = None,
     sequences: int | None = None,
 ) -> MemoryPlan:
-    """The batch size and recompute level to train with in `memory` bytes.
+    """The batch size and recompute level to train with in `memory` bytes less `reserved`.
 
     The lowest level whose largest batch holds ENOUGH_TOKENS; if none does, the lowest of those with
     the largest batch. `recompute` fixes the level. ConfigError if nothing fits.
@@ -113,17 +115,20 @@ def best_fit(
     levels = RECOMPUTE_LEVELS if recompute is None else (recompute,)
     best = (0, levels[0])
     for level in levels:
-        batch_size = largest_batch(config, dtype, seq_len, level, memory, sequences)
+        batch_size = largest_batch(
+            config, dtype, seq_len, level, memory - reserved, sequences
+        )
         if batch_size > best[0]:
             best = batch_size, level
         if batch_size * seq_len >= ENOUGH_TOKENS:
             break
     if best[0] == 0:
-        least = planned_bytes(config, dtype, 1, seq_len, levels[-1])
+        least = planned_bytes(config, dtype, 1, seq_len, levels[-1]) + reserved
+        higher = "a higher --recompute, " if levels[-1] < MAX_RECOMPUTE else ""
         raise ConfigError(
             f"{format_bytes(memory)} are not enough: one sequence of {seq_len} tokens needs "
-            f"{format_bytes(least)} at recompute level {levels[-1]}; use a smaller --model or "
-            f"--seq-len"
+            f"{format_bytes(least)} at recompute level {levels[-1]}; use {higher}a smaller --model "
+            f"or --seq-len"
         )
     return memory_plan(config, dtype, best[0], seq_len, best[1])
 
@@ -131,9 +136,10 @@ def best_fit(
 def parse_bytes(text: str) -> int:
     """Bytes of "8GB", "16 GiB", "500MB" or "8e9": GB is 10^9 bytes, GiB 2^30. ConfigError."""
     match = re.fullmatch(r"(\d+\.?\d*(?:e\d+)?)\s*([A-Z]*)", text.strip(), re.IGNORECASE)
-    if match is None or match[2].upper() not in UNITS:
+    size = float(match[1]) * UNITS.get(match[2].upper(), math.nan) if match else math.nan
+    if not math.isfinite(size):
         raise ConfigError(f"cannot read {text!r} as memory; write 8GB, 16GiB or 500MB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return int(size)
 
 
 def format_bytes(size: int) -> str:

@@ -265,7 +265,8 @@ def _announce(console: Console, config: TrainConfig, data: Dataset, sizes: Model
         f"{len(data.val):,} held out, "
         f"tokenizer {config.tokenizer}\n"
         f"{config.steps} steps of {config.total_batch_tokens:,} tokens "
-        f"({config.grad_accum_steps} x {config.batch_size} x {config.seq_len}) into "
+        f"({config.grad_accum_steps} x {config.batch_size} x {config.seq_len}, "
+        f"recompute level {config.recompute}) into "
         f"{config.run_dir}",
         highlight=False,
         markup=False,

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from gpu_gpt2 import plan
 from gpu_gpt2.cli.common import console, say
-from gpu_gpt2.config import MODEL_NAMES, model_config
+from gpu_gpt2.config import MAX_RECOMPUTE, MODEL_NAMES, model_config
 from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.model import check_seq_len
@@ -45,14 +45,19 @@ def show_plan(
     console.print(levels)
 
     if batch_size is None:
-        chosen = plan.best_fit(config, dtype, T, usable, recompute=recompute)
+        chosen = plan.best_fit(
+            config, dtype, T, available, reserved=plan.LIBRARIES, recompute=recompute
+        )
     else:
-        chosen = plan.memory_plan(config, dtype, batch_size, T, recompute or 0)
+        tried = plan.RECOMPUTE_LEVELS if recompute is None else (recompute,)
+        plans = [plan.memory_plan(config, dtype, batch_size, T, level) for level in tried]
+        chosen = next((fit for fit in plans if fit.total <= usable), plans[-1])
     say(f"\nwith --batch-size {chosen.batch_size} --recompute {chosen.recompute}")
     console.print(plan.table(chosen))
     say(f"and about {plan.format_bytes(plan.LIBRARIES)} for CUDA and its libraries (an estimate)")
     if chosen.total > usable:
+        higher = " or a higher --recompute" if chosen.recompute < MAX_RECOMPUTE else ""
         raise ConfigError(
-            f"that does not fit into {plan.format_bytes(available)}; use a smaller --batch-size or "
-            f"a higher --recompute"
+            f"that does not fit into {plan.format_bytes(available)}; it needs "
+            f"{plan.format_bytes(chosen.total + plan.LIBRARIES)}; use a smaller --batch-size{higher}"
         )

@@ -21,7 +21,7 @@ from gpu_gpt2.train import train as run_training
 
 RUNS: Final = Path("runs")
 AUTO: Final = "auto"
-MEMORY_TO_USE: Final = 0.95  # of what is free, by --batch-size auto
+SPARE_MEMORY: Final = 0.05  # of what is free, left alone by --batch-size auto
 # What may change when a run goes on.
 RESUMABLE: Final = {"device", "dtype", "steps", "eval_every", "sample_every", "recompute", "tf32"}
 
@@ -146,7 +146,8 @@ def _fitting(values: dict[str, Any], dtype: str, free_memory: int) -> dict[str, 
         model_config(values["model"], vocab_size_of(values["tokenizer"])),
         dtype,
         T,
-        int(MEMORY_TO_USE * free_memory),
+        free_memory,
+        reserved=int(SPARE_MEMORY * free_memory),
         recompute=values.get("recompute"),
         sequences=total // T,
     )
