@@ -115,9 +115,7 @@ def best_fit(
     levels = RECOMPUTE_LEVELS if recompute is None else (recompute,)
     best = (0, levels[0])
     for level in levels:
-        batch_size = largest_batch(
-            config, dtype, seq_len, level, memory - reserved, sequences
-        )
+        batch_size = largest_batch(config, dtype, seq_len, level, memory - reserved, sequences)
         if batch_size > best[0]:
             best = batch_size, level
         if batch_size * seq_len >= ENOUGH_TOKENS:

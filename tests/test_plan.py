@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpu_gpt2 import layout, plan
-from gpu_gpt2.cli.train import _fitting
-from gpu_gpt2.config import MODELS, ModelConfig, model_config
+from gpu_gpt2 import checkpoint, layout, plan
+from gpu_gpt2.cli.train import _fitting, _new_config
+from gpu_gpt2.config import MODELS, ModelConfig, TrainConfig, model_config
 from gpu_gpt2.device.base import X_DTYPES
 from gpu_gpt2.device.emulator import EmulatorDevice
-from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.device.host import HostDevice
+from gpu_gpt2.errors import ConfigError, DeviceError
 from gpu_gpt2.model import GPT2
 from gpu_gpt2.ops.select import ops_for
 from gpu_gpt2.optimizer import AdamW
@@ -56,14 +59,13 @@ def test_the_plan_is_what_is_allocated(
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", X_DTYPES)
-def test_no_tensor_of_logits_in_float32_beside_16_bits(name: str, dtype: str) -> None:
+@pytest.mark.parametrize("recompute", plan.RECOMPUTE_LEVELS)
+def test_no_float32_tensor_as_large_as_the_logits(name: str, recompute: int) -> None:
     config = model_config(name)
-    size = 7 * config.n_positions * config.padded_vocab_size
-    large = [
-        spec for spec in layout.activations(config, 7, config.n_positions) if spec.size >= size
-    ]
-    assert {spec.dtype for spec in large if spec.name == "logits" or spec.size == size} == {"X"}
+    T = config.n_positions
+    specs = layout.activations(config, 7, T, recompute=recompute)
+    logits = 7 * T * config.vocab_size
+    assert [spec.name for spec in specs if spec.dtype == "float32" and spec.size >= logits] == []
 
 
 @pytest.mark.parametrize(("model", "memory"), [("gpt2", "8GB"), ("gpt2-xl", "80GB")])
@@ -104,8 +106,17 @@ def test_the_level_is_no_higher_than_it_must_be() -> None:
 def test_what_does_not_fit_says_what_is_needed() -> None:
     with pytest.raises(ConfigError, match=r"needs \d\.\d\d GB at recompute level 3; use a smaller"):
         plan.best_fit(model_config("gpt2"), "bf16", 1024, 10**9)
-    with pytest.raises(ConfigError, match="at recompute level 1;"):
+    with pytest.raises(ConfigError, match="at recompute level 1; use a higher --recompute, a"):
         plan.best_fit(model_config("gpt2"), "bf16", 1024, 10**9, recompute=1)
+
+
+def test_what_is_needed_counts_what_is_reserved() -> None:
+    """The size named is one that fits: the GPU's memory, not what is left of it."""
+    least = plan.planned_bytes(SMALL, "bf16", 1, 16, 3)
+    message = f"^1000.0 MB are not enough: .* needs {(least + 10**9) / 1e9:.2f} GB at"
+    with pytest.raises(ConfigError, match=message):
+        plan.best_fit(SMALL, "bf16", 16, 10**9 - 1, reserved=10**9)
+    assert plan.best_fit(SMALL, "bf16", 16, least + 10**9, reserved=10**9).batch_size == 1
 
 
 @pytest.mark.parametrize(
@@ -119,7 +130,9 @@ def test_reads_sizes(text: str, size: int) -> None:
     assert plan.parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "8 parsecs", "-8GB", "1.2.3GB", "8GB 8GB", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "8 parsecs", "-8GB", "1.2.3GB", "8GB 8GB", "nan", "1e400GB"]
+)
 def test_refuses_other_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="as memory; write 8GB"):
         plan.parse_bytes(text)
@@ -132,22 +145,71 @@ def test_batch_size_auto_fills_the_memory_with_a_divisor_of_the_step() -> None:
     fit = _fitting(values, "fp32", int(memory / 0.95) + 100)
     assert fit == {"batch_size": 10, "recompute": 3}
     assert _fitting(values, "fp32", 10**9) == {"batch_size": 30, "recompute": 0}
+    assert _fitting(values | {"recompute": 2}, "fp32", 10**9)["recompute"] == 2
     with pytest.raises(
         ConfigError, match="--total-batch-tokens 100 is not a multiple of --seq-len"
     ):
         _fitting(values | {"total_batch_tokens": 100}, "fp32", 10**9)
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gpu_gpt2", "plan", *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def auto_config(run_dir: Path) -> TrainConfig:
+    """Of `train --batch-size auto` with 30 sequences a step."""
+    given = {"model": "nano", "tokenizer": "bytes", "seq_len": 16, "total_batch_tokens": 16 * 30}
+    return _new_config({**given, "batch_size": "auto"}, "cpu", "fp32", run_dir)
+
+
+def test_batch_size_auto_asks_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    memory = plan.planned_bytes(model_config("nano", 257), "fp32", 12, 16, 3)
+    monkeypatch.setattr(HostDevice, "free_memory", int(memory / 0.95) + 100)
+    config = auto_config(tmp_path / "run")
+    assert (config.batch_size, config.recompute) == (10, 3)
+
+
+def test_a_system_that_does_not_tell_its_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unknown(name: str) -> int:
+        raise ValueError(f"unrecognized configuration name {name}")
+
+    monkeypatch.setattr(os, "sysconf", unknown)
+    with pytest.raises(DeviceError, match="give --batch-size a number"):
+        auto_config(tmp_path / "run")
+
+
+def test_what_auto_chose_is_said_and_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
+    sizes = ["--seq-len", "16", "--total-batch-tokens", "480", "--batch-size", "auto"]
+    small = ["--device", "cpu", "--model", "nano", "--tokenizer", "bytes", "--steps", "1"]
+    done = run("train", *small, *sizes, "--data", "text.txt", "--run-dir", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(1 x 30 x 16, recompute level 0)" in done.stdout
+    saved = checkpoint.load(checkpoint.latest(tmp_path / "run")).train
+    assert (saved.batch_size, saved.recompute) == (30, 0)
+
+
+def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gpu_gpt2", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 def test_the_command() -> None:
-    shown = run("--model", "gpt2-medium", "--memory", "8GB")
+    shown = run("plan", "--model", "gpt2-medium", "--memory", "8GB")
     assert shown.returncode == 0, shown.stderr
     assert "with --batch-size 3 --recompute 3" in shown.stdout
     assert "moments of AdamW, float32" in shown.stdout
-    refused = run("--model", "gpt2", "--memory", "8GB", "--batch-size", "40")
+    refused = run("plan", "--model", "gpt2", "--memory", "8GB", "--batch-size", "40")
     assert refused.returncode == 1
-    assert refused.stderr.startswith("gpu-gpt2: that does not fit into 8.00 GB")
+    assert refused.stderr.startswith("gpu-gpt2: that does not fit into 8.00 GB; it needs ")
+    assert "higher" not in refused.stderr  # level 3 was tried
+
+
+def test_the_command_takes_the_lowest_level_that_holds_a_given_batch() -> None:
+    shown = run("plan", "--model", "gpt2", "--memory", "8GB", "--batch-size", "12")
+    assert shown.returncode == 0, shown.stderr
+    assert "with --batch-size 12 --recompute 1" in shown.stdout
+    fixed = run(
+        "plan", "--model", "gpt2", "--memory", "8GB", "--batch-size", "12", "--recompute", "0"
+    )
+    assert fixed.returncode == 1
+    assert "or a higher --recompute" in fixed.stderr

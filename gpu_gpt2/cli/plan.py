@@ -57,7 +57,8 @@ def show_plan(
     say(f"and about {plan.format_bytes(plan.LIBRARIES)} for CUDA and its libraries (an estimate)")
     if chosen.total > usable:
         higher = " or a higher --recompute" if chosen.recompute < MAX_RECOMPUTE else ""
+        needed = plan.format_bytes(chosen.total + plan.LIBRARIES)
         raise ConfigError(
-            f"that does not fit into {plan.format_bytes(available)}; it needs "
-            f"{plan.format_bytes(chosen.total + plan.LIBRARIES)}; use a smaller --batch-size{higher}"
+            f"that does not fit into {plan.format_bytes(available)}; it needs {needed}; use a "
+            f"smaller --batch-size{higher}"
         )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gpu_gpt2.device.base import FLOAT32, Array, Device
 from gpu_gpt2.device.launch import Dim3
 from gpu_gpt2.device.source import KernelSource
-from gpu_gpt2.errors import LaunchError
+from gpu_gpt2.errors import DeviceError, LaunchError
 
 ACCUMULATE_CHUNK: Final = 1 << 20  # elements of a temporary product: it stays in cache
 
@@ -21,7 +21,12 @@ class HostDevice(Device):
 
     @property
     def free_memory(self) -> int:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError):  # Windows, macOS
+            raise DeviceError(
+                "this system does not say how much memory is free; give --batch-size a number"
+            ) from None
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return np.empty(shape, dtype)
