@@ -34,17 +34,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _device(item: pytest.Item) -> str:
-    """Where a test runs its kernels, or "cpu": its parameter `device`, its mark, or its file."""
+    """Where a test runs its kernels, or "cpu": its mark, or its parameter `device`."""
     if item.get_closest_marker("gpu"):
         return "cuda"
+    if item.get_closest_marker("emulator"):
+        return "emulator"
     parameters = (
         item.callspec.params
         if isinstance(item, pytest.Function) and hasattr(item, "callspec")
         else {}
     )
-    if parameters.get("device") in DEVICES:
-        return str(parameters["device"])
-    return "emulator" if "emulator" in item.path.name else "cpu"
+    device = parameters.get("device")
+    return device if device in DEVICES else "cpu"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -157,7 +157,8 @@ def test_resume_and_generate_refuse_what_does_not_fit(
     assert "is at step 2 already; give a higher --steps" in err
     code, _, err = run("train", "--resume", "--run-dir", "bytes run", "--dtype", "bf16")
     assert code == 1
-    code, out, err = run("train", "--resume", "--run-dir", "bytes run", "--steps", "3")
+    more = ("--steps", "3", "--recompute", "2")
+    code, out, err = run("train", "--resume", "--run-dir", "bytes run", *more)
     assert code == 0, err
     assert "gpu-gpt2 generate 'bytes run' --prompt" in out
     # On another device a run goes on in what every device has.
@@ -171,6 +172,7 @@ def test_resume_and_generate_refuse_what_does_not_fit(
     )
     assert code == 0, err
     settings = json.loads(Path("bytes run/step_00000004/training.json").read_text())["train"]
+    assert settings["recompute"] == 2
     assert (settings["device"], settings["dtype"], settings["tf32"]) == ("cpu", "fp32", False)
     # The data is found from another folder too.
     there = Path("bytes run").resolve()

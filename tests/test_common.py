@@ -13,6 +13,8 @@ from gpu_gpt2.device import source as source_module
 from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.device.source import KernelSource, kernel_source, kernels_dir
 
+pytestmark = pytest.mark.emulator
+
 KERNELS = """
 extern "C" __global__ void sums(float* out, const float* x) {
     SHARED_ARRAY(float, scratch, MAX_WARPS);
@@ -43,12 +45,9 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelSource:
     return kernel_source("sums.cu", "fp32")
 
 
-@pytest.mark.parametrize("device", ["emulator"])
 @pytest.mark.parametrize("threads", [32, 96, 1024])
 @pytest.mark.parametrize("order", ORDERS)
-def test_sums_one_after_the_other(
-    kernels: KernelSource, threads: int, order: str, device: str
-) -> None:
+def test_sums_one_after_the_other(kernels: KernelSource, threads: int, order: str) -> None:
     where = EmulatorDevice(order=order)
     x = np.random.default_rng(0).integers(-9, 10, threads).astype(np.float32)
     out = where.empty((4,), np.float32)
@@ -56,9 +55,8 @@ def test_sums_one_after_the_other(
     assert out.tolist() == [x.sum(), (x * x).sum(), x.max(), x.min()]
 
 
-@pytest.mark.parametrize("device", ["emulator"])
 @pytest.mark.parametrize("width", [1, 2, 8, 32])
-def test_sums_of_groups_of_lanes(kernels: KernelSource, width: int, device: str) -> None:
+def test_sums_of_groups_of_lanes(kernels: KernelSource, width: int) -> None:
     where = EmulatorDevice()
     x = np.random.default_rng(0).integers(-9, 10, 64).astype(np.float32)
     out = where.empty((64,), np.float32)

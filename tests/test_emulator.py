@@ -24,6 +24,8 @@ from gpu_gpt2.device.launch import pointer_dtype
 from gpu_gpt2.device.source import kernel_source
 from gpu_gpt2.errors import DeviceError, KernelError
 
+pytestmark = pytest.mark.emulator
+
 FAULTS: Final = Path(__file__).parent / "faults"
 ORDERS: Final[tuple[Order, ...]] = ("ascending", "descending", "random")
 F32: Final = np.float32

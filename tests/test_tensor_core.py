@@ -16,6 +16,8 @@ from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.device.source import kernel_source, kernels_dir
 from gpu_gpt2.errors import KernelError
 
+pytestmark = pytest.mark.emulator
+
 KERNELS = """
 #include "tensor_core.cuh"
 

@@ -104,7 +104,8 @@ def test_the_checkpoint_is_a_hugging_face_model_with_the_same_logits() -> None:
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one() -> None:
+@pytest.mark.parametrize("recompute", [0, 3])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(recompute: int) -> None:
     whole = train(settings(run_dir="whole"), quiet()).checkpoint
     # The same run, stopped after four of eight steps by taking its later checkpoint away.
     train(settings(run_dir="parts"), quiet())
@@ -117,7 +118,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one() -> None:
         path.unlink()
     last.rmdir()
     state = checkpoint.load(first)
-    parts = train(state.train, quiet(), state).checkpoint
+    parts = train(replace(state.train, recompute=recompute), quiet(), state).checkpoint
     a, b = checkpoint.load(whole), checkpoint.load(parts)
     for name in ("weights", "m", "v"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
