@@ -114,6 +114,7 @@ class AdamW:
         if m is not None and v is not None:
             device.upload(self.m, m)
             device.upload(self.v, v)
+        device.synchronize()  # the host arrays are no longer needed
 
     def load_counts(self, counts: UpdateCounts) -> None:
         """Goes on from these counts; without loss scaling the scale is 1 whatever they say."""

@@ -110,6 +110,7 @@ def measure_ours(
     device: Device, dtype: str, size: Size, steps: int, products: float, recompute: int = 0
 ) -> StepTime:
     """Our training step on random tokens; `products`: bench.kernels.product_tflops."""
+    _release(device)  # for the peak is of this program alone
     config, tokens, targets = _inputs(size)
     ops = ops_for(device, dtype)
     model = GPT2(
@@ -330,7 +331,7 @@ def _peak_bytes(device: Device) -> int:
 
 
 def _release(device: Device) -> None:
-    """Gives the memory of the last program back, for the next to use."""
+    """Gives memory that was in use before back, for the next program."""
     gc.collect()
     if isinstance(device, CupyDevice):
         device.free_cached_memory()
