@@ -131,6 +131,16 @@ def best_fit(
     return memory_plan(config, dtype, best[0], seq_len, best[1])
 
 
+def check_fits(plan: MemoryPlan, free_memory: int) -> None:
+    """ConfigError if the plan is of more than is free: some systems would only say "Killed"."""
+    if plan.total > free_memory:
+        raise ConfigError(
+            f"training needs {format_bytes(plan.total)}, and {format_bytes(free_memory)} are free; "
+            f"use --batch-size auto, a smaller --batch-size, a higher --recompute, or a smaller "
+            f"--model"
+        )
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of "8GB", "16 GiB", "500MB" or "8e9": GB is 10^9 bytes, GiB 2^30. ConfigError."""
     match = re.fullmatch(r"(\d+\.?\d*(?:e\d+)?)\s*([A-Z]*)", text.strip(), re.IGNORECASE)

@@ -21,6 +21,7 @@ from gpu_gpt2.config import ModelConfig, TrainConfig, model_config
 from gpu_gpt2.data.dataset import Dataset, prepare
 from gpu_gpt2.data.loader import BatchLoader
 from gpu_gpt2.data.prefetch import Prefetcher
+from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.select import open_device
 from gpu_gpt2.errors import CheckpointError, TrainingError
 from gpu_gpt2.evaluate import validation_loss
@@ -68,12 +69,17 @@ def train(
         vocab_size=sizes.vocab_size,
         seed=config.seed,
     )
-    model, optimizer = _build(config, sizes, resumed)
     step = resumed.step if resumed else 0
     if resumed:
         loader.restore(resumed.loader)
+    device = open_device(config.device, tf32=config.tf32)
+    memory = plan.memory_plan(
+        sizes, config.dtype, config.batch_size, config.seq_len, config.recompute
+    )
+    _announce(console, config, data, sizes, memory)
+    plan.check_fits(memory, device.free_memory)
+    model, optimizer = _build(config, sizes, device, resumed)
     _make_run_dir(run_dir)
-    _announce(console, config, data, sizes)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)
@@ -178,9 +184,11 @@ class _Reports:
 
 
 def _build(
-    config: TrainConfig, sizes: ModelConfig, resumed: checkpoint.TrainingState | None
+    config: TrainConfig,
+    sizes: ModelConfig,
+    device: Device,
+    resumed: checkpoint.TrainingState | None,
 ) -> tuple[GPT2, AdamW]:
-    device = open_device(config.device, tf32=config.tf32)
     ops = ops_for(device, config.dtype)
     model = GPT2(
         sizes,
@@ -257,7 +265,13 @@ def _make_run_dir(run_dir: Path) -> None:
         raise CheckpointError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
 
 
-def _announce(console: Console, config: TrainConfig, data: Dataset, sizes: ModelConfig) -> None:
+def _announce(
+    console: Console,
+    config: TrainConfig,
+    data: Dataset,
+    sizes: ModelConfig,
+    memory: plan.MemoryPlan,
+) -> None:
     console.print(
         f"GPT-2 {config.model}: {layout.parameter_count(sizes):,} parameters, {config.dtype} on "
         f"{config.device}\n"
@@ -271,13 +285,7 @@ def _announce(console: Console, config: TrainConfig, data: Dataset, sizes: Model
         highlight=False,
         markup=False,
     )
-    console.print(
-        plan.table(
-            plan.memory_plan(
-                sizes, config.dtype, config.batch_size, config.seq_len, config.recompute
-            )
-        )
-    )
+    console.print(plan.table(memory))
 
 
 @contextmanager

@@ -6,8 +6,7 @@
 // its own definitions of CUDA's words (__global__, threadIdx, __syncthreads, __shfl_xor_sync, expf
 // ...) in front of this text, so that no kernel knows which of the two it is running on.
 //
-// Reading order for newcomers: gelu.cu (one thread per element), layernorm.cu (one warp per row),
-// softmax.cu and classifier.cu (one block per row), bias.cu (sums down columns), attention.cu.
+// README.md beside this file says in which order to read the kernels.
 
 // --- types ---
 

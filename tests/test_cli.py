@@ -12,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from gpu_gpt2 import check
+from gpu_gpt2.cli import app as app_module
+from gpu_gpt2.cli import inspect
 from gpu_gpt2.cli.app import app, main
 from gpu_gpt2.cli.common import console
 from gpu_gpt2.device.host import HostDevice
@@ -76,7 +78,7 @@ def write_bad_inputs() -> None:
         (["--batch-size", "3", "--total-batch-tokens", "100"], "total_batch_tokens 100"),
         (["--data", "text.txt", *SMALL, "--run-dir", "/proc/no"], "cannot make the run"),
         (["--batch-size", "1000000000", "--steps", "1"], "batch_size x seq_len = 64,000,000,000"),
-        (["--data", "text.txt", *SMALL[2:], "--model", "gpt3:c12288"], "out of memory"),
+        (["--data", "text.txt", *SMALL[2:], "--model", "gpt3:c12288"], "use --batch-size auto"),
         (["--resume"], "there is no run in runs/"),
         (["--resume", "--run-dir", "nothing"], "nothing: no checkpoint here"),
     ],
@@ -230,6 +232,16 @@ def test_check_passes_on_the_cpu(run: Run) -> None:
     assert int(counted[1]) > 50
 
 
+def test_check_runs_the_kernels_where_there_is_no_gpu(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "has_gpu", lambda: False)
+    monkeypatch.setattr(check, "CASES", [c for c in check.CASES if "gelu_fwd" in str(c)][:1])
+    code, out, _ = run("check")
+    assert code == 0
+    assert "3 of 3 checks passed on emulator" in out  # in three dtypes
+
+
 def test_check_fails_when_an_op_is_off(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops_for(HostDevice(), "fp32").__class__.gelu_fwd
 
@@ -243,6 +255,19 @@ def test_check_fails_when_an_op_is_off(run: Run, monkeypatch: pytest.MonkeyPatch
     code, out, _ = run("check", "--device", "cpu")
     assert code == 1
     assert "0 of 1 checks passed" in out
+
+
+def test_out_of_memory_is_said_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise MemoryError("8 GiB for an array")
+
+    monkeypatch.setattr(app_module, "app", fail)
+    code, _, err = run("generate", "x")
+    assert code == 1
+    assert err == (
+        "gpu-gpt2: out of memory (8 GiB for an array); use a smaller --batch-size, --seq-len or "
+        "--model\n"
+    )
 
 
 def test_help_names_every_command() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from gpu_gpt2 import checkpoint, layout, plan
 from gpu_gpt2.cli.train import _fitting, _new_config
@@ -16,10 +18,11 @@ from gpu_gpt2.config import MODELS, ModelConfig, TrainConfig, model_config
 from gpu_gpt2.device.base import X_DTYPES
 from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.device.host import HostDevice
-from gpu_gpt2.errors import ConfigError, DeviceError
+from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.model import GPT2
 from gpu_gpt2.ops.select import ops_for
 from gpu_gpt2.optimizer import AdamW
+from gpu_gpt2.train import train
 
 SMALL = ModelConfig(vocab_size=67, n_positions=16, n_embd=32, n_layer=3, n_head=2)
 
@@ -165,15 +168,19 @@ def test_batch_size_auto_asks_the_device(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert (config.batch_size, config.recompute) == (10, 3)
 
 
-def test_a_system_that_does_not_tell_its_memory(
+def test_what_does_not_fit_is_refused_before_anything_is_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def unknown(name: str) -> int:
-        raise ValueError(f"unrecognized configuration name {name}")
-
-    monkeypatch.setattr(os, "sysconf", unknown)
-    with pytest.raises(DeviceError, match="give --batch-size a number"):
-        auto_config(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    Path("text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
+    config = replace(auto_config(Path("run")), data="text.txt", model="d48", seq_len=16)
+    console = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr(HostDevice, "free_memory", 10**10)
+    with pytest.raises(ConfigError, match=r"26\.\d\d GB, and 10\.00 GB are free; .* --batch-size"):
+        train(config, console)
+    assert "moments of AdamW" in console.file.getvalue()  # the table is there all the same
+    assert not Path("run").exists()
 
 
 def test_what_auto_chose_is_said_and_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

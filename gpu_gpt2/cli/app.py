@@ -48,7 +48,7 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except MemoryError as error:
-        _fail(f"out of memory ({error}); lower --batch-size, --seq-len or --model")
+        _fail(f"out of memory ({error}); use a smaller --batch-size, --seq-len or --model")
 
 
 def _fail(message: str) -> NoReturn:

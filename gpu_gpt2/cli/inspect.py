@@ -8,7 +8,7 @@ from rich.table import Table
 
 from gpu_gpt2 import check, info
 from gpu_gpt2.cli.common import Device, Dtype, console, say, show_table
-from gpu_gpt2.device.select import choose_dtype, open_device
+from gpu_gpt2.device.select import choose_dtype, has_gpu, open_device
 from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.ops.select import ops_for
 
@@ -25,7 +25,9 @@ def show_info() -> None:
 
 
 def check_ops(device: Device = "auto", dtype: Dtype = "auto") -> None:
-    """Run every op against the NumPy reference in float64; exit 1 if one is off."""
+    """Run every op against NumPy in float64; exit 1 if one is off. Without a GPU: emulated."""
+    if device == "auto":  # what is in question is the kernels, and the CPU runs none
+        device = "cuda" if has_gpu() else "emulator"
     place = open_device(device)
     dtypes = ["fp32"] if place.name == "cpu" else list(DTYPES)
     if dtype != "auto":

@@ -124,7 +124,8 @@ class CupyDevice(Device):
             free, total = self.memory
             raise DeviceError(
                 f"out of GPU memory: {need / 2**20:.0f} MiB more are needed, {free / 2**20:.0f} of "
-                f"{total / 2**20:.0f} MiB are free; lower --batch-size, --seq-len or --model"
+                f"{total / 2**20:.0f} MiB are free; use --batch-size auto, or a smaller "
+                f"--batch-size, --seq-len or --model"
             ) from None
 
     def upload(self, dst: Array, src: npt.NDArray[Any]) -> None:
