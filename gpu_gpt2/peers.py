@@ -95,7 +95,7 @@ def torch_step(
     it is torch's autocast, weights stay float32. `compiled`: by torch.compile.
     """
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest" if dtype == "fp32" else "high")
     model = TorchGPT2(config, config.padded_vocab_size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
     forward = torch.compile(model) if compiled else model

@@ -21,7 +21,6 @@ LIBRARIES: Final = 768 << 20
 RECOMPUTE_LEVELS: Final = range(MAX_RECOMPUTE + 1)
 ENOUGH_TOKENS: Final = 4096  # in a micro-batch: more is worth less than a higher level costs
 UNITS: Final = {
-    "": 1,
     "B": 1,
     **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)},
     **{f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", 1)},
@@ -142,7 +141,7 @@ def check_fits(plan: MemoryPlan, free_memory: int) -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "8GB", "16 GiB", "500MB" or "8e9": GB is 10^9 bytes, GiB 2^30. ConfigError."""
+    """Bytes of "8GB", "16 GiB" or "500MB": GB is 10^9 bytes, GiB 2^30. ConfigError."""
     match = re.fullmatch(r"(\d+\.?\d*(?:e\d+)?)\s*([A-Z]*)", text.strip(), re.IGNORECASE)
     size = float(match[1]) * UNITS.get(match[2].upper(), math.nan) if match else math.nan
     if not math.isfinite(size):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from gpu_gpt2.bench.kernels import Limits
 from gpu_gpt2.cli.app import app
 from gpu_gpt2.config import ModelConfig, model_config
 from gpu_gpt2.device.host import HostDevice
-from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.errors import ConfigError, DataError, DeviceError
 from gpu_gpt2.layout import parameter_count
 from gpu_gpt2.ops.reference import ReferenceOps
 
@@ -105,42 +107,63 @@ def test_pytorch_is_timed_beside_us() -> None:
     assert step.cells(peer, ours)[-1] == f"{peer.step_ms / ours.step_ms:.2f} x"
 
 
-def llmc_line(number: int, ms: float) -> str:
-    return (
-        f"step {number:4d}/100 | loss 10.9 (+nanz)| norm 5.1 (+nanz)| lr 1.00e-06 | {ms:.2f} ms | "
-        f"44.1% bf16 MFU | 524288 tok/s\n"
-    )
+def llmc_log(steps: int = 10, *, T: int = 64, total: int = 256, L: int = 12) -> str:
+    """As train_gpt2cu prints it, the first five steps slow; B is 4."""
+    settings = {
+        "micro batch size B": 4, "sequence length T": T, "total batch size": total,
+        "max_sequence_length T": 1024, "num_layers L": L, "channels C": 768,
+    }  # fmt: skip
+    lines = ["+-----------------------+----------------------------------------------------+"]
+    lines += [f"| {name:21} | {value:<50d} |" for name, value in settings.items()]
+    lines += ["val loss 11.0"]
+    for i in range(1, steps + 1):
+        ms = 900.0 if i <= 5 else 100.0 + i
+        lines.append(
+            f"step {i:4d}/100 | loss 10.900000 (+nanz)| norm 5.1000 (+nanz)| lr 1.00e-06 | "
+            f"{ms:.2f} ms | -100.0% bf16 MFU | 524288 tok/s"
+        )
+    return "\n".join(lines)
 
 
 def test_reads_a_log_of_llm_c(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    lines = [llmc_line(i, 900.0 if i <= 5 else 100.0 + i) for i in range(1, 11)]
-    log.write_text("+-----+\nval loss 11.0\n" + "".join(lines))
-    row = step.read_llmc_log(log, "d12:4x64")
+    log.write_text(llmc_log())
+    row = step.read_llmc_log(log)
     assert (row.name, row.size, row.step_ms, row.fastest_ms) == ("llm.c", "d12:4x64", 108.0, 106.0)
     assert row.tokens_per_s == 256_000 / 108.0
 
 
-def test_refuses_a_log_without_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (llmc_log(5), "has 5 lines of steps .* more than 5 are needed"),
+        (llmc_log(total=512), "is of 512 tokens a step; run train_gpt2cu with -d 256"),
+        (llmc_log(L=13), "is of a model with 13 layers and 768 channels, which has no name"),
+        (llmc_log(L=24), "is of a model with 24 layers and 768 channels, which has no name"),
+        ("step 1/2 | 3.0 ms |", "has no line of 'micro batch size B': is it what train_gpt2cu"),
+    ],
+)
+def test_refuses_other_logs(tmp_path: Path, text: str, problem: str) -> None:
     log = tmp_path / "log"
-    log.write_text(llmc_line(1, 5.0))
-    with pytest.raises(DataError, match="has 1 lines of steps; more than 5 are needed"):
-        step.read_llmc_log(log, "d12:4x64")
+    log.write_text(text)
+    with pytest.raises(DataError, match=problem):
+        step.read_llmc_log(log)
     with pytest.raises(DataError, match=r"cannot read .*gone: No such file"):
-        step.read_llmc_log(tmp_path / "gone", "d12:4x64")
+        step.read_llmc_log(tmp_path / "gone")
 
 
-@pytest.mark.parametrize("text", ["d12", "d12:4", "d12:4x", "d12:0x64", ":4x64"])
+@pytest.mark.parametrize("text", ["d12", "d12:4", "d12:4x", "d12:0x64", ":4x64", "d12:1x1025"])
 def test_refuses_sizes(text: str) -> None:
     with pytest.raises(ConfigError):
         step.parse_size(text)
 
 
-def kernels_result(date: str, share: float) -> dict[str, Any]:
+def kernels_result(date: str, share: float, what: str = "d12, 32 x 1024") -> dict[str, Any]:
     row = {"name": "gelu_fwd", "ms": 0.5, "gb_s": 4000.0, "tflops": 0.0, "share": share}
     machine = {"GPU": "Some GPU", "Python": "3.11"}
     return {
-        "schema": 1, "kind": "kernels", "date": date, "command": "gpu-gpt2 bench kernels",
+        "schema": 1, "kind": "kernels", "what": what, "date": date,
+        "command": "gpu-gpt2 bench kernels",
         "commit": "abc", "machine": machine, "rows": [row],
     }  # fmt: skip
 
@@ -166,16 +189,21 @@ def test_without_results_the_tables_say_so(project: Path) -> None:
     assert results.write_tables(project) == []  # nothing left to change
 
 
-def test_tables_and_plot_come_from_the_newest_result(project: Path) -> None:
+def test_tables_and_plots_come_from_the_newest_result_of_each_size(project: Path) -> None:
     folder = project / "docs/benchmarks"
-    results.save(folder / "b.json", kernels_result("2026-01-02", 0.87))
-    results.save(folder / "a.json", kernels_result("2026-01-01", 0.11))
+    results.save(folder / "b.json", kernels_result("2026-01-02 10:00 UTC", 0.87))
+    results.save(folder / "a.json", kernels_result("2026-01-02 09:59 UTC", 0.11))
+    results.save(folder / "c.json", kernels_result("2025-01-01 09:59 UTC", 0.22, "d12, 16 x 1024"))
     changed = results.write_tables(project)
     text = (project / "kernels/README.md").read_text()
     assert "| gelu_fwd | 0.500 | 4,000 |  | 87% |" in text
-    assert "`gpu-gpt2 bench kernels`, GPU Some GPU, Python 3.11, 2026-01-02, commit abc." in text
-    assert folder / "kernels.png" in changed
-    assert (folder / "kernels.png").read_bytes().startswith(b"\x89PNG")
+    assert "`gpu-gpt2 bench kernels`, GPU Some GPU, Python 3.11, 2026-01-02 10:00 UTC" in text
+    assert "| 22% |" in text
+    assert "| 11% |" not in text
+    for name in ("kernels-some-gpu-d12-32-x-1024.png", "kernels-some-gpu-d12-16-x-1024.png"):
+        assert f"![share of the limit](../docs/benchmarks/{name})" in text
+        assert folder / name in changed
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_steps_become_a_table_with_ratios(project: Path) -> None:
@@ -195,9 +223,11 @@ def test_steps_become_a_table_with_ratios(project: Path) -> None:
 
 
 def test_refuses_other_json(project: Path) -> None:
-    (project / "docs/benchmarks/other.json").write_text("{}")
-    with pytest.raises(DataError, match=r"other\.json is not a result of gpu-gpt2 bench"):
-        results.write_tables(project)
+    right = kernels_result("2026-01-01", 1.0)
+    for wrong in ({}, [], right | {"rows": [{"name": "gelu_fwd"}]}, right | {"rows": 3}):
+        (project / "docs/benchmarks/other.json").write_text(json.dumps(wrong))
+        with pytest.raises(DataError, match=r"other\.json is not a result of gpu-gpt2 bench"):
+            results.write_tables(project)
 
 
 def test_a_missing_mark_is_named() -> None:
@@ -223,9 +253,22 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = json.loads(Path("b.json").read_text())["rows"]
     assert step.StepTime(**rows[0]).name == step.OURS
     log = tmp_path / "log"
-    log.write_text("".join(llmc_line(i, 2.0) for i in range(9)))
-    peers = ("--device", "cpu", "--size", "nano:2x8", "--llmc-log", "nano:2x8=log")
+    log.write_text(llmc_log())
+    peers = ("--device", "cpu", "--size", "nano:2x8", "--llmc-log", "log")
     assert "llm.c" in run("peers", *peers)
+
+
+def test_a_failure_of_ours_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> float:
+        raise DeviceError("out of GPU memory")
+
+    monkeypatch.setattr(step, "product_tflops", lambda *args: 1.0)
+    monkeypatch.setattr(step, "measure_ours", fail)
+    monkeypatch.setitem(sys.modules, "torch", None)  # not installed
+    shown = CliRunner().invoke(app, ["bench", "peers", "--device", "cpu", "--size", "nano:2x8"])
+    assert shown.exit_code == 1
+    assert "! gpu-gpt2 at nano:2x8: out of GPU memory" in shown.output
+    assert re.search(r"! PyTorch eager at nano:2x8: PyTorch cannot be used .*pip in", shown.output)
 
 
 def test_refusals_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,5 +278,5 @@ def test_refusals_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return str(CliRunner().invoke(app, ["bench", *args]).exception)
 
     assert "the emulator's times mean nothing" in problem("step", "--device", "emulator")
-    assert "write SIZE=FILE" in problem("peers", "--device", "cpu", "--llmc-log", "log")
+    assert "cannot read log" in problem("peers", "--device", "cpu", "--llmc-log", "log")
     assert "no folder docs/benchmarks here" in problem("tables")

@@ -126,7 +126,7 @@ def test_what_is_needed_counts_what_is_reserved() -> None:
     ("text", "size"),
     [
         ("8GB", 8 * 10**9), ("8 gib", 8 * 2**30), ("512MB", 512 * 10**6), ("1.5TB", 15 * 10**11),
-        ("24e9", 24 * 10**9), ("1000", 1000), ("2KiB", 2048),
+        ("24e9B", 24 * 10**9), ("1000B", 1000), ("2KiB", 2048),
     ],
 )  # fmt: skip
 def test_reads_sizes(text: str, size: int) -> None:
@@ -134,7 +134,7 @@ def test_reads_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "8 parsecs", "-8GB", "1.2.3GB", "8GB 8GB", "nan", "1e400GB"]
+    "text", ["", "GB", "8", "8 parsecs", "-8GB", "1.2.3GB", "8GB 8GB", "nan", "1e400GB"]
 )
 def test_refuses_other_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="as memory; write 8GB"):

@@ -64,9 +64,9 @@ def _copy_ms(ops: Ops, dtype: str) -> float:
 def measure(
     ops: Ops, dtype: str, config: ModelConfig, B: int, T: int, limits: Limits, repeat: int
 ) -> Iterator[KernelTime]:
-    """The time of every op in bench.cases, in caches that hold nothing of it.
+    """The time of every op in bench.cases; on a GPU in caches that hold nothing of it.
 
-    On a GPU where PyTorch can use it too, its flash attention follows ours.
+    On a GPU that PyTorch can use too, its flash attention follows ours.
     """
     for case in cases(ops, dtype, config, B, T):
         yield _result(case, statistics.median(ops.device.time_ms(case.run, repeat=repeat)), limits)

@@ -13,7 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -27,21 +27,27 @@ from gpu_gpt2.errors import DataError
 SCHEMA: Final = 1
 FOLDER: Final = Path("docs/benchmarks")
 PACKAGES: Final = ("numpy", "torch")
+NOT_A_RESULT: Final = (ValueError, KeyError, TypeError, AttributeError, IndexError)  # when read
 NOT_COMPILED: Final = "Not compiled yet: `gpu-gpt2 bench kernels --static --json FILE`."
+NOT_TIMED: Final = "Not timed yet: `gpu-gpt2 bench peers --device cpu --json FILE`."
 UNMEASURED: Final = "Nothing has been measured on a GPU yet: [gpu-queue.md]({docs}/gpu-queue.md)."
 
 
-def record(kind: str, device: Device | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A result of `kind` ("kernels", "static" or "steps") with all that it depends on.
+def record(
+    kind: str, what: str, device: Device | None, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A result of `kind` ("kernels", "static", "step" or "steps") with all that it depends on.
 
-    What the CPU did is of kind "cpu kernels" or "cpu steps".
+    What the CPU did is of kind "cpu kernels" and so on. `what` says which sizes and dtype: one
+    result takes the place of another only if it is of the same.
     """
     if device is not None and device.name == "cpu":
         kind = f"cpu {kind}"
     return {
         "schema": SCHEMA,
         "kind": kind,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "what": what,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["gpu-gpt2", *sys.argv[1:]]),
         "commit": _commit(),
         "machine": _machine(device),
@@ -58,34 +64,55 @@ def save(path: Path, result: Mapping[str, Any]) -> None:
         raise DataError(f"cannot write {path}: {error.strerror}") from None
 
 
-def newest(kind: str, folder: Path = FOLDER) -> dict[str, Any] | None:
-    """The newest result of a kind, or None. DataError for a file that is none."""
-    found = []
+def newest(kind: str, folder: Path = FOLDER) -> list[tuple[Path, dict[str, Any]]]:
+    """The newest result of a kind for each GPU and each `what`, with its file.
+
+    DataError for a file that is none.
+    """
+    found: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_bytes())
-            if result["schema"] == SCHEMA and result["kind"] == kind:
-                found.append(result)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is not a result of gpu-gpt2 bench ({error!r})") from None
-    return max(found, key=lambda result: str(result["date"]), default=None)
+            if result["schema"] != SCHEMA or result["kind"] != kind:
+                continue
+            key = str(result["machine"].get("GPU", "")), str(result["what"])
+            if key not in found or str(found[key][1]["date"]) < str(result["date"]):
+                found[key] = path, result
+        except NOT_A_RESULT as error:
+            raise _no_result(path, error) from None
+    return [found[key] for key in sorted(found)]
 
 
 def write_tables(root: Path) -> list[Path]:
-    """Writes the tables of README.md and kernels/README.md and the plot; the files changed."""
+    """Writes the tables of README.md and kernels/README.md and the plots; the files changed."""
     folder = root / FOLDER
+
+    def tables(kind: str, render: Callable[[dict[str, Any]], str], missing: str) -> str:
+        parts = []
+        for path, result in newest(kind, folder):
+            try:
+                parts.append(render(result))
+            except NOT_A_RESULT as error:
+                raise _no_result(path, error) from None
+        return "\n\n".join(parts) or missing
+
+    def kernels(result: dict[str, Any]) -> str:
+        path = plot(result, folder)
+        changed.append(path)
+        return f"{_kernels(result)}\n\n![share of the limit](../{FOLDER.as_posix()}/{path.name})"
+
+    changed: list[Path] = []
     texts = {
         root / "README.md": {
-            "steps": _steps(newest("steps", folder), "docs"),
-            "cpu steps": _steps(newest("cpu steps", folder), "docs"),
+            "steps": tables("steps", _steps, UNMEASURED.format(docs="docs")),
+            "cpu steps": tables("cpu steps", _steps, NOT_TIMED),
         },
         root / "kernels/README.md": {
-            "kernels": _kernels(newest("kernels", folder), "../docs"),
-            "static": _static(newest("static", folder)),
-            "counts": _counts(newest("static", folder)),
+            "kernels": tables("kernels", kernels, UNMEASURED.format(docs="../docs")),
+            "static": tables("static", _static, NOT_COMPILED),
+            "counts": tables("static", _counts, NOT_COMPILED),
         },
     }
-    changed = []
     for path, blocks in texts.items():
         old = new = path.read_text()
         for name, text in blocks.items():
@@ -93,9 +120,6 @@ def write_tables(root: Path) -> list[Path]:
         if new != old:
             path.write_text(new)
             changed.append(path)
-    kernels = newest("kernels", folder)
-    if kernels:
-        changed.append(plot(kernels, folder / "kernels.png"))
     return changed
 
 
@@ -108,8 +132,8 @@ def replace_block(text: str, name: str, block: str) -> str:
     return re.sub(pattern, lambda match: f"{start}{block.strip()}\n{stop}", text, flags=re.DOTALL)
 
 
-def plot(result: Mapping[str, Any], path: Path) -> Path:
-    """A bar for each op: its share of the limit. DataError without matplotlib."""
+def plot(result: Mapping[str, Any], folder: Path) -> Path:
+    """A PNG with a bar for each op: its share of the limit. DataError without matplotlib."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -122,23 +146,21 @@ def plot(result: Mapping[str, Any], path: Path) -> Path:
     axes.barh([row["name"] for row in rows], [100 * row["share"] for row in rows])
     axes.set_xlabel("% of the limit measured on the same card: copy bandwidth or products")
     axes.axvline(100, color="black", linewidth=0.8)
-    axes.set_title(_where(result))
+    axes.set_title(f"{result['what']} on {result['machine']['GPU']}, {result['date']}")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{result['machine']['GPU']} {result['what']}".lower())
+    path = folder / f"kernels-{name}.png"
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
 
 
-def _steps(result: Mapping[str, Any] | None, docs: str) -> str:
-    if result is None:
-        return UNMEASURED.format(docs=docs)
+def _steps(result: Mapping[str, Any]) -> str:
     rows = [StepTime(**row) for row in result["rows"]]
     parts = [_markdown(*text_table(rows)), *(f"{problem}." for problem in problems(rows))]
     return _with_source(result, "\n\n".join(parts))
 
 
-def _kernels(result: Mapping[str, Any] | None, docs: str) -> str:
-    if result is None:
-        return UNMEASURED.format(docs=docs)
+def _kernels(result: Mapping[str, Any]) -> str:
     lines = [
         (
             row["name"], f"{row['ms']:.3f}", f"{row['gb_s']:,.0f}",
@@ -150,9 +172,7 @@ def _kernels(result: Mapping[str, Any] | None, docs: str) -> str:
     return _with_source(result, _markdown(head, lines))
 
 
-def _static(result: Mapping[str, Any] | None) -> str:
-    if result is None:
-        return NOT_COMPILED
+def _static(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
     architectures = [name for name in rows[0] if name.startswith("sm_")]
     lines = [
@@ -171,9 +191,7 @@ def _static(result: Mapping[str, Any] | None) -> str:
     return _with_source(result, _markdown(head, lines))
 
 
-def _counts(result: Mapping[str, Any] | None) -> str:
-    if result is None:
-        return NOT_COMPILED
+def _counts(result: Mapping[str, Any]) -> str:
     head = ("op", "MB", "GFLOP", "flops per byte")
     return _markdown(head, [count_cells(row) for row in result["counts"]])
 
@@ -190,6 +208,10 @@ def _with_source(result: Mapping[str, Any], table: str) -> str:
 def _where(result: Mapping[str, Any]) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     return f"{machine}, {result['date']}, commit {result['commit']}"
+
+
+def _no_result(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is not a result of gpu-gpt2 bench ({error!r})")
 
 
 def _machine(device: Device | None) -> dict[str, str]:

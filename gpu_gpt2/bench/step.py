@@ -17,14 +17,14 @@ import numpy.typing as npt
 from rich.table import Table
 
 from gpu_gpt2.bench.kernels import product_tflops
-from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, model_config
+from gpu_gpt2.config import GPT2_SIZES, GPT2_VOCAB_SIZE, ModelConfig, model_config
 from gpu_gpt2.data.loader import Batch
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.cupy_device import CupyDevice
-from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.errors import ConfigError, DataError, DeviceError
 from gpu_gpt2.init import initial_weights
 from gpu_gpt2.layout import parameter_count
-from gpu_gpt2.model import GPT2
+from gpu_gpt2.model import GPT2, check_seq_len
 from gpu_gpt2.ops.select import ops_for
 from gpu_gpt2.optimizer import AdamW
 from gpu_gpt2.plan import planned_bytes
@@ -93,12 +93,13 @@ class StepTime:
 
 
 def parse_size(text: str) -> Size:
-    """A size such as "d12:32x1024"; ConfigError for anything else."""
+    """A size such as "d12:32x1024"; ConfigError for what is none, or too long for the model."""
     match = re.fullmatch(r"(.+):(\d+)x(\d+)", text)
     if match is None or int(match[2]) < 1 or int(match[3]) < 1:
         raise ConfigError(f"cannot read {text!r} as a size; write MODEL:BATCHxLENGTH: d12:32x1024")
-    model_config(match[1])
-    return Size(model=match[1], batch_size=int(match[2]), seq_len=int(match[3]))
+    size = Size(model=match[1], batch_size=int(match[2]), seq_len=int(match[3]))
+    check_seq_len(size.seq_len, model_config(size.model))
+    return size
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -145,8 +146,10 @@ def measure_peer(
     name: str, device: Device, dtype: str, size: Size, steps: int, products: float
 ) -> StepTime:
     """PyTorch's training step on the same tokens; `name` is one of PEERS."""
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        raise DeviceError(f"PyTorch cannot be used ({error}): pip install torch") from None
     from gpu_gpt2.peers import torch_step
 
     config, tokens, targets = _inputs(size)
@@ -178,27 +181,43 @@ def measure_all(
             _release(device)
 
 
-def read_llmc_log(path: Path, size: str) -> StepTime:
-    """The median of the steps that llm.c's train_gpt2cu printed; DataError if there are none."""
-    pattern = re.compile(r"step\s+\d+/\d+ \|.*?\| ([\d.]+) ms \|.*?\| (\d+) tok/s")
+def read_llmc_log(path: Path) -> StepTime:
+    """The median of the steps that llm.c's train_gpt2cu printed, and the size that it says.
+
+    DataError if there are no steps, for a model that is not one of config.GPT2_SIZES, and for
+    steps of several micro-steps or GPUs, which no size here stands for.
+    """
     try:
-        found = pattern.findall(path.read_text(errors="replace"))
+        text = path.read_text(errors="replace")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    times = [float(ms) for ms, _ in found[SKIPPED_LLMC_STEPS:]]
-    if not times:
+
+    def setting(name: str) -> int:
+        found = re.search(rf"^\| {name} +\| (\d+) +\|", text, re.MULTILINE)
+        if found is None:
+            raise DataError(f"{path} has no line of {name!r}: is it what train_gpt2cu printed?")
+        return int(found[1])
+
+    B, T = setting("micro batch size B"), setting("sequence length T")
+    total, L, C = setting("total batch size"), setting("num_layers L"), setting("channels C")
+    if total != B * T:
+        raise DataError(f"{path} is of {total} tokens a step; run train_gpt2cu with -d {B * T}")
+    if L not in GPT2_SIZES or GPT2_SIZES[L][0] != C:
+        raise DataError(f"{path} is of a model with {L} layers and {C} channels, which has no name")
+    times = [float(ms) for ms in re.findall(r"step +\d+/\d+ \|.*?\| ([\d.]+) ms \|", text)]
+    if len(times) <= SKIPPED_LLMC_STEPS:
         raise DataError(
-            f"{path} has {len(found)} lines of steps; more than {SKIPPED_LLMC_STEPS} are needed "
-            f"(step n/m | loss ... | ... ms | ... tok/s)"
+            f"{path} has {len(times)} lines of steps (step n/m | loss ... | ... ms | ...); more "
+            f"than {SKIPPED_LLMC_STEPS} are needed"
         )
-    batch = parse_size(size)
+    times = times[SKIPPED_LLMC_STEPS:]
     median = statistics.median(times)
     return StepTime(
         name="llm.c",
-        size=size,
+        size=str(Size(model=f"d{L}", batch_size=B, seq_len=T)),
         step_ms=median,
         fastest_ms=min(times),
-        tokens_per_s=1000 * batch.batch_size * batch.seq_len / median,
+        tokens_per_s=1000 * B * T / median,
     )
 
 
@@ -259,13 +278,16 @@ def _inputs(size: Size) -> tuple[ModelConfig, Tokens, Tokens]:
 
 
 def _timed(step: Step, steps: int) -> tuple[list[float], list[float]]:
-    """Milliseconds between the ends of steps, each enqueued while the one before it runs."""
+    """Milliseconds between the ends of steps, each enqueued while the one before it runs.
+
+    Then the milliseconds in which each was enqueued.
+    """
     for _ in range(WARM_UP):
         step()()
     times, host = [], []
     wait = step()
     last = time.perf_counter()
-    for _ in range(steps):
+    for _ in range(steps + 1):
         started = time.perf_counter()
         next_wait = step()
         host.append((time.perf_counter() - started) * 1000)
@@ -274,7 +296,7 @@ def _timed(step: Step, steps: int) -> tuple[list[float], list[float]]:
         times.append((now - last) * 1000)
         wait, last = next_wait, now
     wait()
-    return times[1:], host  # the first began before the clock did
+    return times[1:], host[1:]  # the first began before the clock did
 
 
 def _result(
@@ -319,9 +341,14 @@ def peak_tflops(device: Device) -> float:
 
 
 def _peak_bytes(device: Device) -> int:
-    """Of a GPU: what CuPy took for arrays; of the CPU: the most that this process ever had."""
+    """Of a GPU: what CuPy took for arrays; of the CPU: the most that this process ever had.
+
+    0 on a CPU where PyTorch has run in this process too.
+    """
     if isinstance(device, CupyDevice):
         return device.allocated_bytes
+    if "torch" in sys.modules:
+        return 0
     try:
         import resource
     except ImportError:  # Windows does not count this

@@ -48,7 +48,7 @@ def bench_kernels(
         counts = static.counts(config, "bf16")
         say(f"\nleast bytes, and flops of products, of a sequence of {config.n_positions} in bf16")
         show_table(static.counts_table(counts))
-        _save(json, "static", None, static.rows(builds), counts=counts)
+        _save(json, "static", model, None, static.rows(builds), counts=counts)
         return
     place = _timed_device(device)
     dtype = choose_dtype(dtype, place)
@@ -58,7 +58,10 @@ def bench_kernels(
     times = list(track(timing, "timing", console=console, transient=True))
     say(f"{model}, batch {batch_size} x {seq_len}, {dtype}, {place.name}: medians of {repeat}")
     show_table(kernels.table(times, limits))
-    _save(json, "kernels", place, [asdict(row) | asdict(limits) for row in times])
+    if place.name == "cpu":
+        say("a CPU's caches are not emptied between runs: what fits into them may pass the limit")
+    what = f"{model}, {batch_size} x {seq_len}, {dtype}"
+    _save(json, "kernels", what, place, [asdict(row) | asdict(limits) for row in times])
 
 
 @bench_app.command("step")
@@ -82,7 +85,7 @@ def bench_step(
     show_table(step.table([row]))
     for problem in step.problems([row]):
         say(f"! {problem}")
-    _save(json, "steps", place, [asdict(row)])
+    _save(json, "step", f"{size}, {dtype}", place, [asdict(row)])
 
 
 @bench_app.command("peers")
@@ -94,15 +97,15 @@ def bench_peers(
     ] = None,
     steps: Annotated[int, typer.Option(min=5, help="Steps to take the median of.")] = 10,
     llmc_log: Annotated[
-        list[str] | None,
-        typer.Option(help="SIZE=FILE: what llm.c's train_gpt2cu printed at that size."),
+        list[Path] | None,
+        typer.Option(help="A file with what llm.c's train_gpt2cu printed; several times too."),
     ] = None,
     json: Json = None,
 ) -> None:
     """Time our training step beside PyTorch's, eager and compiled, in one run."""
     place = _timed_device(device)
     dtype = choose_dtype(dtype, place)
-    logs = [_llmc_row(text) for text in llmc_log or ()]
+    logs = [step.read_llmc_log(path) for path in llmc_log or ()]
     if size:
         sizes = tuple(map(step.parse_size, size))
     else:
@@ -118,7 +121,9 @@ def bench_peers(
     show_table(step.table(rows))
     for problem in step.problems(rows):
         say(f"! {problem}")
-    _save(json, "steps", place, [asdict(row) for row in rows])
+    _save(json, "steps", dtype, place, [asdict(row) for row in rows])
+    if not any(row.step_ms for row in rows if row.name == step.OURS):
+        raise typer.Exit(1)
 
 
 @bench_app.command("tables")
@@ -137,16 +142,14 @@ def _timed_device(name: str) -> Place:
     return place
 
 
-def _llmc_row(text: str) -> step.StepTime:
-    size, equals, path = text.partition("=")
-    if not equals:
-        raise ConfigError(f"cannot read --llmc-log {text!r}; write SIZE=FILE, as d12:64x1024=log")
-    return step.read_llmc_log(Path(path), size)
-
-
 def _save(
-    path: Path | None, kind: str, place: Place | None, rows: Sequence[dict[str, Any]], **more: Any
+    path: Path | None,
+    kind: str,
+    what: str,
+    place: Place | None,
+    rows: Sequence[dict[str, Any]],
+    **more: Any,
 ) -> None:
     if path:
-        results.save(path, results.record(kind, place, rows) | more)
+        results.save(path, results.record(kind, what, place, rows) | more)
         say(f"wrote {path}")
