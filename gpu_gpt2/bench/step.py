@@ -63,16 +63,19 @@ class Size:
         return f"{self.model}:{self.batch_size}x{self.seq_len}"
 
 
-SIZES: Final = tuple(
-    Size(model=model, batch_size=B, seq_len=T)
-    for model, B, T in (
-        ("d12", 4, 64),
-        ("d12", 32, 1024),
-        ("d12", 64, 1024),
-        ("d24", 32, 1024),
-        ("d48", 8, 1024),
-    )
-)
+SIZES: Final = {
+    device: tuple(Size(model=model, batch_size=B, seq_len=T) for model, B, T in sizes)
+    for device, sizes in {
+        "cuda": (
+            ("d12", 4, 64),
+            ("d12", 32, 1024),
+            ("d12", 64, 1024),
+            ("d24", 32, 1024),
+            ("d48", 8, 1024),
+        ),
+        "cpu": (("d12", 4, 64), ("d6", 4, 256)),
+    }.items()
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,10 +106,7 @@ def bench_peers(
     place = _timed_device(device)
     dtype = choose_dtype(dtype, place)
     logs = [step.read_llmc_log(path) for path in llmc_log or ()]
-    if size:
-        sizes = tuple(map(step.parse_size, size))
-    else:
-        sizes = step.SIZES if place.name == "cuda" else step.SIZES[:1]
+    sizes = tuple(map(step.parse_size, size)) if size else step.SIZES[place.name]
     names = (step.OURS, *(step.PEERS if place.name == "cuda" else step.PEERS[:1]))
     rows: list[step.StepTime] = []
     timing = step.measure_all(place, dtype, sizes, names, steps)

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import ThreadpoolController
 
 from gpu_gpt2.device.host import HostDevice
 from gpu_gpt2.ops.interface import GROWTH_INTERVAL, MIN_LOSS_SCALE, AdamWSettings, Ops
@@ -38,6 +39,11 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="reference-ops")
 
 
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
 def _by_blocks(rows: int, row_size: int, work: Callable[[slice], Result]) -> list[Result]:
     """work(block) for consecutive blocks of rows, in parallel; results in order.
 
@@ -49,16 +55,21 @@ def _by_blocks(rows: int, row_size: int, work: Callable[[slice], Result]) -> lis
 
 
 def _in_parallel(items: list[Item], work: Callable[[Item], Result]) -> list[Result]:
-    """[work(item) for item in items], each thread taking one run of consecutive items."""
+    """[work(item) for item in items], each thread taking one run of consecutive items.
+
+    BLAS is told to stay in the thread that calls it: products of several threads, each cut into
+    pieces for all cores, wait for each other (attention took 20 times as long).
+    """
     threads = min(os.cpu_count() or 1, len(items))
     if threads <= 1:
         return [work(item) for item in items]
     cuts = [len(items) * i // threads for i in range(threads + 1)]
     runs = [items[start:stop] for start, stop in itertools.pairwise(cuts)]
-    others = [_pool().submit(_each, work, run) for run in runs[1:]]
-    results = _each(work, runs[0])
-    for other in others:
-        results += other.result()
+    with _blas().limit(limits=1):
+        others = [_pool().submit(_each, work, run) for run in runs[1:]]
+        results = _each(work, runs[0])
+        for other in others:
+            results += other.result()
     return results
 
 
