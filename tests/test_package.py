@@ -47,7 +47,7 @@ def test_an_installed_wheel_finds_its_own_kernels(wheel: Path, tmp_path: Path) -
         "print(len(s.kernel_files())); print(s.__file__)"
     )
     out = subprocess.run(
-        [python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
+        [python, "-E", "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
     ).stdout.splitlines()
     assert Path(out[0]) == site / "gpu_gpt2" / "kernels"
     assert int(out[1]) == len(list((ROOT / "kernels").glob("*.cu"))) >= 10

@@ -153,6 +153,8 @@ def test_batch_size_auto_fills_the_memory_with_a_divisor_of_the_step() -> None:
         ConfigError, match="--total-batch-tokens 100 is not a multiple of --seq-len"
     ):
         _fitting(values | {"total_batch_tokens": 100}, "fp32", 10**9)
+    with pytest.raises(ConfigError, match="--seq-len is 0"):
+        _fitting(values | {"seq_len": 0}, "fp32", 10**9)
 
 
 def auto_config(run_dir: Path) -> TrainConfig:

@@ -138,7 +138,9 @@ def _batch_size(text: str | None) -> int | str | None:
 def _fitting(values: dict[str, Any], dtype: str, free_memory: int) -> dict[str, int]:
     """The batch size and recompute level of plan.best_fit for this much memory."""
     T, total = values["seq_len"], values["total_batch_tokens"]
-    if T < 1 or total < T or total % T:
+    if T < 1:
+        raise ConfigError(f"--seq-len is {T}; it must be at least 1")
+    if total < T or total % T:
         raise ConfigError(
             f"--total-batch-tokens {total} is not a multiple of --seq-len {T}; choose one that is"
         )
