@@ -155,15 +155,16 @@ class GPT2:
         for l in range(c.n_layer):
             x, w = self._layers[l], self._layer_params[l]
             self._block(l)
-            self._linear(a.branch, x.gelu, w.fcprojw, w.fcprojb)
+            o.matmul(a.branch, x.gelu, w.fcprojw.T)
+            residual = x.res_att, a.branch, w.fcprojb
             if l + 1 < c.n_layer:
                 y, v = self._layers[l + 1], self._layer_params[l + 1]
                 o.residual_layernorm_fwd(
-                    x.res_mlp, y.ln1, y.ln1_mean, y.ln1_rstd, x.res_att, a.branch, v.ln1w, v.ln1b
+                    x.res_mlp, y.ln1, y.ln1_mean, y.ln1_rstd, *residual, v.ln1w, v.ln1b
                 )
             else:
                 o.residual_layernorm_fwd(
-                    x.res_mlp, a.lnf, a.lnf_mean, a.lnf_rstd, x.res_att, a.branch, p.lnfw, p.lnfb
+                    x.res_mlp, a.lnf, a.lnf_mean, a.lnf_rstd, *residual, p.lnfw, p.lnfb
                 )
         rows = slice(N - 1, N) if last_only else slice(0, N)
         o.matmul(a.logits[rows], a.lnf[rows], p.wte.T)  # (N, Vp)
@@ -177,14 +178,17 @@ class GPT2:
         """Layer l from its first layernorm's output to GELU's: all that its backward pass reads."""
         o, a, x, w = self.ops, self.acts, self._layers[l], self._layer_params[l]
         N, C = a.branch.shape
-        self._linear(x.qkv.reshape(N, 3 * C), x.ln1, w.qkvw, w.qkvb)
+        qkv = x.qkv.reshape(N, 3 * C)
+        o.matmul(qkv, x.ln1, w.qkvw.T)
+        o.bias_fwd(qkv, w.qkvb)
         o.attention_fwd(x.att, x.lse, x.qkv)
-        self._linear(a.branch, x.att.reshape(N, C), w.attprojw, w.attprojb)
+        o.matmul(a.branch, x.att.reshape(N, C), w.attprojw.T)
+        residual = x.residual, a.branch, w.attprojb
         o.residual_layernorm_fwd(
-            x.res_att, x.ln2, x.ln2_mean, x.ln2_rstd, x.residual, a.branch, w.ln2w, w.ln2b
+            x.res_att, x.ln2, x.ln2_mean, x.ln2_rstd, *residual, w.ln2w, w.ln2b
         )
-        self._linear(x.fc, x.ln2, w.fcw, w.fcb)
-        o.gelu_fwd(x.gelu, x.fc)
+        o.matmul(x.fc, x.ln2, w.fcw.T)
+        o.gelu_fwd(x.gelu, x.fc, w.fcb)
 
     def _recompute(self, l: int) -> None:
         """Makes again what layer l did not keep; the last layer's is still there."""
@@ -198,7 +202,7 @@ class GPT2:
             return
         if self.recompute == 2:
             o.layernorm_fwd(x.ln2, x.ln2_mean, x.ln2_rstd, x.res_att, w.ln2w, w.ln2b)
-        o.gelu_fwd(x.gelu, x.fc)
+        o.gelu_fwd(x.gelu, x.fc, w.fcb)
 
     def _backward(self, *, accumulate: bool) -> None:
         """Gradients of every parameter from the gradient of the logits."""
@@ -220,7 +224,7 @@ class GPT2:
             self._recompute(l)
             # MLP: dres is the gradient of fcproj's output, and passes by it to res_att.
             self._linear_bwd(a.dfc, dw.fcprojw, dw.fcprojb, dres, x.gelu, w.fcprojw, accumulate)
-            o.gelu_bwd(a.dfc, a.dfc, x.fc)
+            o.gelu_bwd(a.dfc, a.dfc, x.fc, w.fcb)
             self._linear_bwd(dbranch, dw.fcw, dw.fcb, a.dfc, x.ln2, w.fcw, accumulate)
             o.layernorm_bwd(
                 dres, dw.ln2w, dw.ln2b, dbranch, x.res_att, w.ln2w, x.ln2_mean, x.ln2_rstd
@@ -235,11 +239,6 @@ class GPT2:
                 dres, dw.ln1w, dw.ln1b, dbranch, x.residual, w.ln1w, x.ln1_mean, x.ln1_rstd
             )
         o.embedding_bwd(g.wte, g.wpe, dres.reshape(B, T, C), a.tokens, a.order)
-
-    def _linear(self, y: Array, x: Array, w: Array, b: Array) -> None:
-        """y (N, O) = x (N, I) @ w (O, I)^T + b (O,)."""
-        self.ops.matmul(y, x, w.T)
-        self.ops.bias_fwd(y, b)
 
     def _linear_bwd(
         self, dx: Array, dw: Array, db: Array, dy: Array, x: Array, w: Array, accumulate: bool

@@ -1,20 +1,20 @@
-// GELU, the activation of the MLP, in GPT-2's tanh form.
+// GELU, the activation of the MLP, in GPT-2's tanh form, of a sum with a bias.
 //
-//     y = 0.5 x (1 + tanh(u)),   u = s (x + c x^3),   s = sqrt(2 / pi),  c = 0.044715
+//     y = 0.5 z (1 + tanh(u)),   z = x + b,   u = s (z + c z^3),   s = sqrt(2 / pi),  c = 0.044715
 //
-// kernel      outputs        inputs
-// gelu_fwd    y X =          x X
-// gelu_bwd    dx X =         dy X, x X               dx may be dy
+// kernel      outputs         inputs
+// gelu_fwd    y (N, O) X =    x (N, O), b (O) X
+// gelu_bwd    dx (N, O) X =   dy, x (N, O), b (O) X          dx may be dy
 //
-// All tensors have n elements in one row, n a multiple of WIDTH (see common.cuh). Thread i of all
-// threads in the grid makes the WIDTH elements from i WIDTH on. Block: any number of threads; grid:
-// enough blocks for n elements. No shared memory, no sums.
+// The bias comes in here, and again in the backward pass, so that no pass over x is spent on adding
+// it. One block per row, whose threads stride over its pieces of WIDTH columns (see common.cuh), of
+// which O is a multiple. grid (N), any block. No shared memory, no sums.
 //
 // Because 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)) = sigmoid(2u), one exponential does for both
 // directions, and neither cancels where tanh comes close to -1:
 //
-//     y = x sigmoid(2u)
-//     dy/dx = sigmoid(2u) + x sigmoid(2u) (1 - sigmoid(2u)) 2 u',   u' = s (1 + 3 c x^2)
+//     y = z sigmoid(2u)
+//     dy/dx = sigmoid(2u) + z sigmoid(2u) (1 - sigmoid(2u)) 2 u',   u' = s (1 + 3 c z^2)
 //
 // Cost per element in bytes of X: forward 2 moves (x, y), backward 3 (dy, x, dx); about 20 flops.
 // A GPU does tens of flops in the time it moves one byte: memory binds.
@@ -41,32 +41,35 @@ __device__ inline float slope_of_gelu(float x) {
     return sigmoid + x * sigmoid * (e * sigmoid) * 2.0f * du;  // e sigmoid = 1 - sigmoid
 }
 
-extern "C" __global__ void gelu_fwd(floatX* y, const floatX* x, long long n) {
-    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
-    if (i >= n) {
-        return;
-    }
-    float values[WIDTH];
-    load(values, x + i);
+extern "C" __global__ void gelu_fwd(floatX* y, const floatX* x, const floatX* b, int O) {
+    long long row = (long long)blockIdx.x * O;
+    for (int c = threadIdx.x * WIDTH; c < O; c += blockDim.x * WIDTH) {
+        float values[WIDTH];
+        float bias[WIDTH];
+        load(values, x + row + c);
+        load(bias, b + c);
 #pragma unroll
-    for (int k = 0; k < WIDTH; k++) {
-        values[k] = gelu(values[k]);
+        for (int k = 0; k < WIDTH; k++) {
+            values[k] = gelu(values[k] + bias[k]);
+        }
+        store(y + row + c, values);
     }
-    store(y + i, values);
 }
 
-extern "C" __global__ void gelu_bwd(floatX* dx, const floatX* dy, const floatX* x, long long n) {
-    long long i = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
-    if (i >= n) {
-        return;
-    }
-    float values[WIDTH];
-    float gradients[WIDTH];
-    load(values, x + i);
-    load(gradients, dy + i);
+extern "C" __global__ void gelu_bwd(floatX* dx, const floatX* dy, const floatX* x, const floatX* b,
+                                    int O) {
+    long long row = (long long)blockIdx.x * O;
+    for (int c = threadIdx.x * WIDTH; c < O; c += blockDim.x * WIDTH) {
+        float values[WIDTH];
+        float bias[WIDTH];
+        float gradients[WIDTH];
+        load(values, x + row + c);
+        load(bias, b + c);
+        load(gradients, dy + row + c);
 #pragma unroll
-    for (int k = 0; k < WIDTH; k++) {
-        gradients[k] *= slope_of_gelu(values[k]);
+        for (int k = 0; k < WIDTH; k++) {
+            gradients[k] *= slope_of_gelu(values[k] + bias[k]);
+        }
+        store(dx + row + c, gradients);
     }
-    store(dx + i, gradients);
 }

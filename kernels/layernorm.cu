@@ -1,11 +1,12 @@
-// Layer normalization, alone and together with the residual sum that comes before it.
+// Layer normalization, alone and together with the residual sum and the bias that come before it.
 //
 //     mean = sum(x) / C,   variance = sum((x - mean)^2) / C,   rstd = 1 / sqrt(variance + 1e-5)
 //     y = (x - mean) rstd w + b                          along each row of C channels
 //
 // kernel                   outputs                              inputs
 // layernorm_fwd            y (N, C) X =, mean, rstd (N) =       x (N, C), w, b (C) X
-// residual_layernorm_fwd   r (N, C) X =, and as layernorm_fwd   x1, x2 (N, C), w, b (C) X
+// residual_layernorm_fwd   r (N, C) X = x1 + (x2 + bias),       x1, x2 (N, C), bias, w, b (C) X
+//                          and as layernorm_fwd of r
 // layernorm_bwd            dx (N, C) X +=                       dy, x (N, C), w (C) X, mean, rstd
 //                          partial (blocks, 2, C) =
 // layernorm_bwd_total      dw, db (C) +=                        partial (blocks, 2, C)
@@ -135,7 +136,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     residual_layernorm_fwd(floatX* r, floatX* y, float* mean, float* rstd, const floatX* x1,
-                           const floatX* x2, const floatX* w, const floatX* b, int N, int C) {
+                           const floatX* x2, const floatX* bias, const floatX* w,
+                           const floatX* b, int N, int C) {
     SHARED_ARRAY(float, scratch, MAX_WARPS);
     int n = row_of_team();
     if (n >= N) {
@@ -147,12 +149,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     load_row(other, x2, n, C);
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
-#pragma unroll
-        for (int k = 0; k < WIDTH; k++) {
-            row[i][k] = to_float(to_floatX(row[i][k] + other[i][k]));
-        }
         int c = CHANNEL(i);
         if (c < C) {
+            float added[WIDTH];
+            load(added, bias + c);
+#pragma unroll
+            for (int k = 0; k < WIDTH; k++) {
+                row[i][k] = to_float(to_floatX(row[i][k] + (other[i][k] + added[k])));
+            }
             store(r + (long long)n * C + c, row[i]);
         }
     }

@@ -245,8 +245,8 @@ def test_check_runs_the_kernels_where_there_is_no_gpu(
 def test_check_fails_when_an_op_is_off(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops_for(HostDevice(), "fp32").__class__.gelu_fwd
 
-    def wrong(self: object, y: np.ndarray, x: np.ndarray) -> None:
-        right(self, y, x)
+    def wrong(self: object, y: np.ndarray, x: np.ndarray, b: np.ndarray) -> None:
+        right(self, y, x, b)
         if y.dtype == np.float32:
             y.reshape(-1)[-1] += 1e-3
 

@@ -22,24 +22,26 @@ def test_far_from_zero(size: float, dtype: str, device: str) -> None:
     """y is x or 0 and the slope 1 or 0, although x^3, x^2 and exponentials overflow on the way."""
     ops = make_ops(device, dtype)
     size = min(size, float(ml_dtypes.finfo(X_DTYPES[dtype]).max))
-    x = upload(ops.device, np.array([size, -size]), X_DTYPES[dtype])
-    dy = upload(ops.device, np.ones(2), X_DTYPES[dtype])
-    y, dx = ops.device.empty((2,), x.dtype), ops.device.empty((2,), x.dtype)
-    ops.gelu_fwd(y, x)
-    ops.gelu_bwd(dx, dy, x)
+    x = upload(ops.device, np.array([[size, -size]]), X_DTYPES[dtype])
+    dy = upload(ops.device, np.ones((1, 2)), X_DTYPES[dtype])
+    b = upload(ops.device, np.zeros(2), X_DTYPES[dtype])
+    y, dx = ops.device.empty((1, 2), x.dtype), ops.device.empty((1, 2), x.dtype)
+    ops.gelu_fwd(y, x, b)
+    ops.gelu_bwd(dx, dy, x, b)
     stored = ops.device.download(x).astype(np.float64)
-    expected = [stored[0], 0.0]
+    expected = [[stored[0, 0], 0.0]]
     np.testing.assert_allclose(ops.device.download(y).astype(float), expected, atol=2e-6)
-    np.testing.assert_allclose(ops.device.download(dx).astype(float), [1.0, 0.0], atol=2e-5)
+    np.testing.assert_allclose(ops.device.download(dx).astype(float), [[1.0, 0.0]], atol=2e-5)
 
 
 @every_device
 def test_not_a_number_stays_one(dtype: str, device: str) -> None:
     ops = make_ops(device, dtype)
-    nan = upload(ops.device, np.full(1, np.nan), X_DTYPES[dtype])
-    dy = upload(ops.device, np.ones(1), X_DTYPES[dtype])
-    y, dx = ops.device.empty((1,), nan.dtype), ops.device.empty((1,), nan.dtype)
-    ops.gelu_fwd(y, nan)
-    ops.gelu_bwd(dx, dy, nan)
+    nan = upload(ops.device, np.full((1, 1), np.nan), X_DTYPES[dtype])
+    dy = upload(ops.device, np.ones((1, 1)), X_DTYPES[dtype])
+    b = upload(ops.device, np.zeros(1), X_DTYPES[dtype])
+    y, dx = ops.device.empty((1, 1), nan.dtype), ops.device.empty((1, 1), nan.dtype)
+    ops.gelu_fwd(y, nan, b)
+    ops.gelu_bwd(dx, dy, nan, b)
     assert np.isnan(ops.device.download(y).astype(float)).all()
     assert np.isnan(ops.device.download(dx).astype(float)).all()

@@ -21,7 +21,7 @@ from gpu_gpt2.ops import kernels
 from gpu_gpt2.ops.kernels import KernelOps, attention_defines
 
 EMBEDDING = kernel_source("embedding.cu", "fp32")
-GELU = kernel_source("gelu.cu", "fp32")
+SOFTMAX = kernel_source("softmax.cu", "fp32")
 ADAMW = kernel_source("adamw.cu", "fp32")
 
 
@@ -34,8 +34,8 @@ def _floats(*shape: int) -> Any:
     return np.zeros(shape, np.float32)
 
 
-def _gelu(*args: Any, grid: tuple[int, ...] = (1,), block: tuple[int, ...] = (32,)) -> Any:
-    return GELU, "gelu_fwd", grid, block, args
+def _softmax(*args: Any, grid: tuple[int, ...] = (1,), block: tuple[int, ...] = (32,)) -> Any:
+    return SOFTMAX, "softmax_fwd", grid, block, args
 
 
 def _wte(**changed: Any) -> Any:
@@ -45,23 +45,26 @@ def _wte(**changed: Any) -> Any:
     return EMBEDDING, "embedding_bwd_wte", (4, 1), (32,), tuple((args | changed).values())
 
 
-def _adamw(eps: Any) -> Any:
-    args = (*(_floats(8) for _ in range(5)), _floats(5), 8, 0, 0.1, 0.1, eps, 0.1)
+def _adamw(n: Any = 8, eps: Any = 0.1) -> Any:
+    args = (*(_floats(8) for _ in range(5)), _floats(5), n, 0, 0.1, 0.1, eps, 0.1)
     return ADAMW, "adamw", (1,), (32,), args
 
 
 REFUSALS: dict[str, tuple[Any, str]] = {
     "too few arguments": (
-        _gelu(_floats(8), _floats(8)),
-        "gelu_fwd: 2 arguments for 3 parameters (floatX* y, const floatX* x, long long n)",
+        _softmax(_floats(8), _floats(8)),
+        "softmax_fwd: 2 arguments for 3 parameters (floatX* y, const floatX* x, int V)",
     ),
-    "too many arguments": (_gelu(_floats(8), _floats(8), 8, 8), "gelu_fwd: 4 arguments for 3"),
+    "too many arguments": (
+        _softmax(_floats(8), _floats(8), 8, 8),
+        "softmax_fwd: 4 arguments for 3",
+    ),
     "dtype": (
-        _gelu(_floats(8), np.zeros(8, np.float64), 8),
-        "gelu_fwd: const floatX* x: expected dtype float32, got float64",
+        _softmax(_floats(8), np.zeros(8, np.float64), 8),
+        "softmax_fwd: const floatX* x: expected dtype float32, got float64",
     ),
     "activations of the other dtype": (
-        _gelu(np.zeros(8, BFLOAT16), _floats(8), 8),
+        _softmax(np.zeros(8, BFLOAT16), _floats(8), 8),
         "floatX* y: expected dtype float32, got bfloat16",
     ),
     "whole numbers of the wrong size": (
@@ -69,56 +72,56 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         "const int* tokens: expected dtype int32, got int64",
     ),
     "strided view": (
-        _gelu(_floats(8), _floats(8, 2)[:, 0], 8),
+        _softmax(_floats(8), _floats(8, 2)[:, 0], 8),
         "shape (8,) is a strided view; pass a C-contiguous array",
     ),
-    "number for an array": (_gelu(_floats(8), 1.5, 8), "expected an array, got float 1.5"),
+    "number for an array": (_softmax(_floats(8), 1.5, 8), "expected an array, got float 1.5"),
     "numpy number for an array": (
-        _gelu(_floats(8), np.float32(1.5), 8),
+        _softmax(_floats(8), np.float32(1.5), 8),
         "expected an array, got float32 np.float32(1.5)",
     ),
-    "nothing for an array": (_gelu(_floats(8), None, 8), "expected an array, got NoneType None"),
+    "nothing for an array": (_softmax(_floats(8), None, 8), "expected an array, got NoneType None"),
     "array for a number": (
-        _gelu(_floats(8), _floats(8), np.array([8])),
-        "long long n: expected a number, got an array of shape (1,)",
+        _softmax(_floats(8), _floats(8), np.array([8])),
+        "int V: expected a number, got an array of shape (1,)",
     ),
     "fraction for a whole number": (
         _wte(N=4.0),
         "int N: expected a whole number, got float 4.0",
     ),
     "bool for a whole number": (_wte(N=True), "int N: expected a whole number, got a bool"),
-    "bool for a number": (_adamw(True), "float eps: expected a number, got bool True"),
-    "text for a number": (_adamw("0.1"), "float eps: expected a number, got str '0.1'"),
+    "bool for a number": (_adamw(eps=True), "float eps: expected a number, got bool True"),
+    "text for a number": (_adamw(eps="0.1"), "float eps: expected a number, got str '0.1'"),
     "too large for int": (_wte(N=2**31), "int N: 2147483648 does not fit into int"),
     "too small for int": (_wte(C=-(2**31) - 1), "int C: -2147483649 does not fit into int"),
     "too large for long long": (
-        _gelu(_floats(8), _floats(8), 2**63),
+        _adamw(n=2**63),
         "long long n: 9223372036854775808 does not fit into long long",
     ),
-    "no grid": (_gelu(_floats(8), _floats(8), 8, grid=()), "grid () must have 1 to 3 sizes"),
+    "no grid": (_softmax(_floats(8), _floats(8), 8, grid=()), "grid () must have 1 to 3 sizes"),
     "four dimensions": (
-        _gelu(_floats(8), _floats(8), 8, grid=(1, 1, 1, 1)),
+        _softmax(_floats(8), _floats(8), 8, grid=(1, 1, 1, 1)),
         "grid (1, 1, 1, 1) must have 1 to 3 sizes",
     ),
     "empty grid": (
-        _gelu(_floats(8), _floats(8), 8, grid=(0,)),
+        _softmax(_floats(8), _floats(8), 8, grid=(0,)),
         "grid (0,): each size must be 1 to (2147483647,)",
     ),
     "grid too high": (
-        _gelu(_floats(8), _floats(8), 8, grid=(1, 65536)),
+        _softmax(_floats(8), _floats(8), 8, grid=(1, 65536)),
         "grid (1, 65536): each size must be 1 to (2147483647, 65535)",
     ),
     "block too deep": (
-        _gelu(_floats(8), _floats(8), 8, block=(1, 1, 65)),
+        _softmax(_floats(8), _floats(8), 8, block=(1, 1, 65)),
         "block (1, 1, 65): each size must be 1 to (1024, 1024, 64)",
     ),
     "too many threads": (
-        _gelu(_floats(8), _floats(8), 8, block=(64, 32)),
+        _softmax(_floats(8), _floats(8), 8, block=(64, 32)),
         "2048 threads a block; at most 1024",
     ),
     "unknown kernel": (
-        (GELU, "gelu_backward", (1,), (32,), ()),
-        "gelu.cu has no kernel 'gelu_backward'; it has gelu_fwd, gelu_bwd",
+        (SOFTMAX, "softmax_backward", (1,), (32,), ()),
+        "softmax.cu has no kernel 'softmax_backward'; it has softmax_fwd, softmax_bwd",
     ),
 }
 
@@ -131,26 +134,26 @@ def test_launch_refuses(what: str, device: EmulatorDevice) -> None:
 
 
 def test_launch_refuses_negative_shared_memory(device: EmulatorDevice) -> None:
-    with pytest.raises(LaunchError, match="gelu_fwd: negative shared memory -1"):
-        device.launch(*_gelu(_floats(8), _floats(8), 8), shared_bytes=-1)
+    with pytest.raises(LaunchError, match="softmax_fwd: negative shared memory -1"):
+        device.launch(*_softmax(_floats(8), _floats(8), 8), shared_bytes=-1)
 
 
 def test_launch_refuses_arrays_of_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EmulatorDevice, "owns", lambda _self, value: value is own)
     own = _floats(8)
     with pytest.raises(LaunchError, match=r"x: the array is in another device's memory \(numpy"):
-        EmulatorDevice().launch(*_gelu(own, _floats(8), 8))
+        EmulatorDevice().launch(*_softmax(own, _floats(8), 8))
 
 
 def test_the_cpu_launches_nothing() -> None:
     with pytest.raises(LaunchError, match="the CPU runs NumPy"):
-        HostDevice().launch(*_gelu(_floats(8), _floats(8), 8))
+        HostDevice().launch(*_softmax(_floats(8), _floats(8), 8))
 
 
 def test_a_fitting_launch_runs(device: EmulatorDevice) -> None:
     y, x = _floats(8), np.full(8, 100.0, np.float32)
-    device.launch(*_gelu(y, x, np.int64(8)))
-    assert y.tolist() == [100.0] * 8
+    device.launch(*_softmax(y, x, np.int64(8)))
+    assert y.tolist() == [0.125] * 8
 
 
 # --- signatures ---
@@ -237,8 +240,9 @@ def test_qkv_without_its_three_parts() -> None:
 
 
 def test_elements_of_different_shapes() -> None:
-    with pytest.raises(ValueError, match=r"gelu_fwd: expected one shape, got y \(8,\), x \(9,\)"):
-        _ops().gelu_fwd(_floats(8), _floats(9))
+    bfloat16 = np.zeros(9, BFLOAT16)
+    with pytest.raises(ValueError, match=r"_float: expected one shape, got y \(8,\), x \(9,\)"):
+        _ops().cast(_floats(8), bfloat16)
 
 
 def test_no_rows() -> None:
@@ -247,8 +251,8 @@ def test_no_rows() -> None:
 
 
 def test_no_elements() -> None:
-    with pytest.raises(ConfigError, match="gelu_fwd: elements = 0 must be 1 to"):
-        _ops().gelu_fwd(_floats(0), _floats(0))
+    with pytest.raises(ConfigError, match="bf16_to_float: elements = 0 must be 1 to"):
+        _ops().cast(_floats(0), np.zeros(0, BFLOAT16))
 
 
 def test_more_positions_than_embeddings() -> None:
@@ -296,4 +300,4 @@ def test_dtype_that_kernels_do_not_know() -> None:
 def test_activations_of_the_other_dtype() -> None:
     ops = KernelOps(EmulatorDevice(), "bf16")
     with pytest.raises(LaunchError, match="expected dtype bfloat16, got float32"):
-        ops.gelu_fwd(np.zeros(8, FLOAT32), np.zeros(8, FLOAT32))
+        ops.bias_fwd(np.zeros((1, 8), FLOAT32), np.zeros(8, FLOAT32))

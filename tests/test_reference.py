@@ -59,7 +59,8 @@ def test_embedding(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_layernorm(shape: tuple[int, int, int], fused: bool) -> None:
     N, C = shape[0] * shape[1], shape[2]
-    x, x2, dy, w, b = (rng(i).normal(size=s) for i, s in enumerate([(N, C)] * 3 + [(C,)] * 2))
+    sizes = [(N, C)] * 3 + [(C,)] * 3
+    x, x2, dy, bias, w, b = (rng(i).normal(size=s) for i, s in enumerate(sizes))
     mean, rstd, r = np.empty(N), np.empty(N), x
 
     def forward() -> np.ndarray:
@@ -67,7 +68,7 @@ def test_layernorm(shape: tuple[int, int, int], fused: bool) -> None:
         y = np.empty((N, C))
         if fused:
             r = np.empty((N, C))
-            OPS.residual_layernorm_fwd(r, y, mean, rstd, x, x2, w, b)
+            OPS.residual_layernorm_fwd(r, y, mean, rstd, x, x2, bias, w, b)
         else:
             OPS.layernorm_fwd(y, mean, rstd, x, w, b)
         return y
@@ -81,6 +82,7 @@ def test_layernorm(shape: tuple[int, int, int], fused: bool) -> None:
     assert_near("db", db, 1 + numeric_gradient(forward, b, dy))
     if fused:
         assert_near("dx2", dx, 1 + numeric_gradient(forward, x2, dy))
+        assert_near("dbias", (dx - 1).sum(axis=0), numeric_gradient(forward, bias, dy))
 
 
 @pytest.mark.parametrize("B_T_H_D", [(1, 1, 1, 1), (2, 5, 2, 3), (1, 9, 3, 4)])
@@ -131,19 +133,21 @@ def test_softmax(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gelu(shape: tuple[int, int, int]) -> None:
-    x, dy = 2 * rng(0).normal(size=shape), rng(1).normal(size=shape)
+    N, O = shape[0] * shape[1], shape[2]
+    x, dy, b = 2 * rng(0).normal(size=(N, O)), rng(1).normal(size=(N, O)), rng(2).normal(size=O)
 
     def forward() -> np.ndarray:
         y = np.empty_like(x)
-        OPS.gelu_fwd(y, x)
+        OPS.gelu_fwd(y, x, b)
         return y
 
     expected = [0.5 * u * (1 + math.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-                for u in x.flat]  # fmt: skip
+                for u in (x + b).flat]  # fmt: skip
     np.testing.assert_allclose(forward().reshape(-1), expected, rtol=1e-12, atol=1e-15)
     dx = np.empty_like(x)
-    OPS.gelu_bwd(dx, dy, x)
+    OPS.gelu_bwd(dx, dy, x, b)
     assert_near("dx", dx, numeric_gradient(forward, x, dy))
+    assert_near("db", dx.sum(axis=0), numeric_gradient(forward, b, dy))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

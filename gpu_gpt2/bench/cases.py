@@ -107,12 +107,12 @@ def _layernorm(ops: Ops, dtype: str, c: ModelConfig, N: int) -> Iterator[BenchCa
     new = Tensors(ops, dtype)
     C, X = c.n_embd, new.X.itemsize
     x, y, x2, r = new(N, C), new(N, C), new(N, C), new(N, C)
-    w, b = new(C), new(C)
+    w, b, bias = new(C), new(C), new(C)
     mean, rstd = new.float32(N), new.positive(N)
     dw, db = new.float32(C), new.float32(C)
     yield BenchCase(
         name="residual_layernorm_fwd",
-        run=lambda: ops.residual_layernorm_fwd(r, y, mean, rstd, x, x2, w, b),
+        run=lambda: ops.residual_layernorm_fwd(r, y, mean, rstd, x, x2, bias, w, b),
         moved=4 * N * C * X + 8 * N,
     )
     yield BenchCase(
@@ -152,11 +152,14 @@ def _attention(ops: Ops, dtype: str, c: ModelConfig, B: int, T: int) -> Iterator
 
 def _elementwise(ops: Ops, dtype: str, c: ModelConfig, N: int) -> Iterator[BenchCase]:
     new = Tensors(ops, dtype)
-    O, X = 4 * c.n_embd, new.X.itemsize
+    C, O, X = c.n_embd, 4 * c.n_embd, new.X.itemsize
+    qkv, qkv_bias = new(N, 3 * C), new(3 * C)
+    yield BenchCase(
+        name="bias_fwd", run=lambda: ops.bias_fwd(qkv, qkv_bias), moved=2 * N * 3 * C * X
+    )
     x, y, b, db = new(N, O), new(N, O), new(O), new.float32(O)
-    yield BenchCase(name="bias_fwd", run=lambda: ops.bias_fwd(y, b), moved=2 * N * O * X)
-    yield BenchCase(name="gelu_fwd", run=lambda: ops.gelu_fwd(y, x), moved=2 * N * O * X)
-    yield BenchCase(name="gelu_bwd", run=lambda: ops.gelu_bwd(y, y, x), moved=3 * N * O * X)
+    yield BenchCase(name="gelu_fwd", run=lambda: ops.gelu_fwd(y, x, b), moved=2 * N * O * X)
+    yield BenchCase(name="gelu_bwd", run=lambda: ops.gelu_bwd(y, y, x, b), moved=3 * N * O * X)
     yield BenchCase(name="bias_bwd", run=lambda: ops.bias_bwd(db, x), moved=N * O * X)
 
 

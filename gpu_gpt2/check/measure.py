@@ -90,10 +90,11 @@ class RoundingReference(ReferenceOps):
         rstd: NDArray,
         x1: NDArray,
         x2: NDArray,
+        bias: NDArray,
         w: NDArray,
         b: NDArray,
     ) -> None:
-        r[...] = (x1 + x2).astype(FLOAT32).astype(self.x_dtype)
+        r[...] = (x1 + (x2 + bias)).astype(FLOAT32).astype(self.x_dtype)
         self.layernorm_fwd(y, mean, rstd, r, w, b)
 
 

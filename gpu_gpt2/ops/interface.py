@@ -82,12 +82,13 @@ class Ops(ABC):
         rstd: Array,
         x1: Array,
         x2: Array,
+        bias: Array,
         w: Array,
         b: Array,
     ) -> None:
-        """r (N, C) X = x1 + x2, rounded to X, then y, mean, rstd = layernorm of that r.
+        """r (N, C) X = x1 + x2 + bias, rounded to X, then y, mean, rstd = layernorm of that r.
 
-        x1, x2 (N, C) X; the rest as in `layernorm_fwd`.
+        x1, x2 (N, C) X, bias (C,) X; the rest as in `layernorm_fwd`.
         """
 
     @abstractmethod
@@ -136,12 +137,15 @@ class Ops(ABC):
     # --- GELU: kernels/gelu.cu ---
 
     @abstractmethod
-    def gelu_fwd(self, y: Array, x: Array) -> None:
-        """y X = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); any one shape."""
+    def gelu_fwd(self, y: Array, x: Array, b: Array) -> None:
+        """y (N, O) X = 0.5 z (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))), z = x + b.
+
+        x (N, O) X; b (O,) X is added to every row.
+        """
 
     @abstractmethod
-    def gelu_bwd(self, dx: Array, dy: Array, x: Array) -> None:
-        """dx X = dy * the derivative of GELU at x; any one shape; dx may be dy."""
+    def gelu_bwd(self, dx: Array, dy: Array, x: Array, b: Array) -> None:
+        """dx (N, O) X = dy * the derivative of GELU at x + b; dx may be dy; shapes as forward."""
 
     # --- bias: kernels/bias.cu ---
 

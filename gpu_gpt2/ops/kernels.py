@@ -20,6 +20,7 @@ from gpu_gpt2.ops.interface import GROWTH_INTERVAL, AdamWSettings, Ops
 
 WARP: Final = 32
 THREADS: Final = 256  # of a block, where nothing asks for another number
+ROW_THREADS: Final = 512  # at most, of a block with a row: the 4 C columns of GPT-2 124M in one go
 MAX_SIZE: Final = 2**30  # of each dimension and of rows, so that int counters cannot overflow
 
 VECTOR_BYTES: Final = 16  # that a thread moves at a time, where sizes allow it
@@ -90,10 +91,6 @@ def layernorm_defines(C: int, width: int) -> dict[str, int]:
         "PIECES": _blocks(C, team * width),
         "THREADS": max(team, THREADS if team == WARP else team),
     }
-
-
-def _bias_defines(width: int) -> dict[str, int]:
-    return {"WIDTH": width, "COLUMN_WARPS": COLUMN_WARPS}
 
 
 class KernelOps(Ops):
@@ -176,6 +173,7 @@ class KernelOps(Ops):
         rstd: Array,
         x1: Array,
         x2: Array,
+        bias: Array,
         w: Array,
         b: Array,
     ) -> None:
@@ -188,10 +186,12 @@ class KernelOps(Ops):
             rstd=(rstd, "N"),
             x1=(x1, "NC"),
             x2=(x2, "NC"),
+            bias=(bias, "C"),
             w=(w, "C"),
             b=(b, "C"),
         )
-        self._launch_by_teams("residual_layernorm_fwd", N, C, (r, y, mean, rstd, x1, x2, w, b))
+        tensors = (r, y, mean, rstd, x1, x2, bias, w, b)
+        self._launch_by_teams("residual_layernorm_fwd", N, C, tensors)
 
     def layernorm_bwd(
         self,
@@ -277,20 +277,20 @@ class KernelOps(Ops):
 
     # --- GELU ---
 
-    def gelu_fwd(self, y: Array, x: Array) -> None:
-        self._launch_by_elements("gelu_fwd", self._width(x.size), y=y, x=x)
+    def gelu_fwd(self, y: Array, x: Array, b: Array) -> None:
+        N, O = _sizes("gelu_fwd", "NO", y=(y, "NO"), x=(x, "NO"), b=(b, "O"))
+        self._launch_with_bias("gelu_fwd", N, O, (y, x), b)
 
-    def gelu_bwd(self, dx: Array, dy: Array, x: Array) -> None:
-        self._launch_by_elements("gelu_bwd", self._width(x.size), dx=dx, dy=dy, x=x)
+    def gelu_bwd(self, dx: Array, dy: Array, x: Array, b: Array) -> None:
+        tensors = {"dx": (dx, "NO"), "dy": (dy, "NO"), "x": (x, "NO")}
+        N, O = _sizes("gelu_bwd", "NO", **tensors, b=(b, "O"))
+        self._launch_with_bias("gelu_bwd", N, O, (dx, dy, x), b)
 
     # --- bias ---
 
     def bias_fwd(self, y: Array, b: Array) -> None:
         N, O = _sizes("bias_fwd", "NO", y=(y, "NO"), b=(b, "O"))
-        # Of all tensors only a bias may begin anywhere: one of 4 C numbers, if C is odd.
-        width = 1 if self.device.address(b) % VECTOR_BYTES else self._width(O)
-        threads = _row_threads(O // width, THREADS)
-        self._launch("bias_fwd", (N,), (threads,), (y, b, O), **_bias_defines(width))
+        self._launch_with_bias("bias_fwd", N, O, (y,), b, COLUMN_WARPS=COLUMN_WARPS)
 
     def bias_bwd(self, db: Array, dy: Array) -> None:
         N, O = _sizes("bias_bwd", "NO", db=(db, "O"), dy=(dy, "NO"))
@@ -298,7 +298,7 @@ class KernelOps(Ops):
         columns = _blocks(O // width, WARP)
         rows, chunks = _chunks("bias_bwd", N, O, max(1, CHUNK_BLOCKS // columns))
         partial = self._scratch[: chunks * O]
-        defines = _bias_defines(width)
+        defines = {"WIDTH": width, "COLUMN_WARPS": COLUMN_WARPS}
         args = (partial, dy, N, O, rows)
         self._launch("bias_bwd_partial", (columns, chunks), (WARP, COLUMN_WARPS), args, **defines)
         total_args = (db, partial, chunks, O)
@@ -400,7 +400,8 @@ class KernelOps(Ops):
             y[...] = x
         else:
             name = f"{_c_name(x)}_to_{_c_name(y)}"
-            self._launch_by_elements(name, 1, y=y, x=x)
+            n = _one_shape(name, y=y, x=x)
+            self._launch(name, (_blocks(n, THREADS),), (THREADS,), (y, x, n))
 
     # --- launches ---
 
@@ -415,11 +416,17 @@ class KernelOps(Ops):
         width = VECTOR_BYTES // X_DTYPES[self.dtype].itemsize
         return width if all(size % width == 0 for size in sizes) else 1
 
-    def _launch_by_elements(self, name: str, width: int, **tensors: Array) -> None:
-        """One thread per `width` elements; tensors of one shape in the kernel's order."""
-        n = _one_shape(name, **tensors)
-        grid = (_blocks(n, width * THREADS),)
-        self._launch(name, grid, (THREADS,), (*tensors.values(), n), WIDTH=width)
+    def _launch_with_bias(
+        self, name: str, N: int, O: int, tensors: tuple[Array, ...], b: Array, **defines: int
+    ) -> None:
+        """One block per row of tensors (N, O), with a bias (O,).
+
+        Of all tensors only a bias may begin anywhere: one of 4 C numbers, if C is odd. Its address
+        may decide, for there are no sums, whose order would follow it.
+        """
+        width = 1 if self.device.address(b) % VECTOR_BYTES else self._width(O)
+        threads = _row_threads(O // width, ROW_THREADS)
+        self._launch(name, (N,), (threads,), (*tensors, b, O), WIDTH=width, **defines)
 
     def _launch_by_teams(self, name: str, N: int, C: int, tensors: tuple[Array, ...]) -> None:
         """One team of threads per row: see kernels/layernorm.cu."""

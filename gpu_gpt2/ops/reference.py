@@ -148,10 +148,15 @@ class ReferenceOps(Ops):
         rstd: NDArray,
         x1: NDArray,
         x2: NDArray,
+        bias: NDArray,
         w: NDArray,
         b: NDArray,
     ) -> None:
-        np.add(x1, x2, out=r)
+        def work(i: slice) -> None:
+            np.add(x2[i], bias, out=r[i])
+            r[i] += x1[i]
+
+        _by_rows(r, work)
         self.layernorm_fwd(y, mean, rstd, r, w, b)
 
     def layernorm_bwd(
@@ -243,34 +248,32 @@ class ReferenceOps(Ops):
 
     # --- GELU ---
 
-    def gelu_fwd(self, y: NDArray, x: NDArray) -> None:
-        y, x = _flat(y, x)
-
+    def gelu_fwd(self, y: NDArray, x: NDArray, b: NDArray) -> None:
         def work(i: slice) -> None:
-            t = _gelu_tanh(x[i])
+            z = x[i] + b
+            t = _gelu_tanh(z)
             t += 1.0
-            t *= x[i]
+            t *= z
             np.multiply(t, 0.5, out=y[i])
 
-        _by_blocks(x.size, 1, work)
+        _by_rows(x, work)
 
-    def gelu_bwd(self, dx: NDArray, dy: NDArray, x: NDArray) -> None:
-        dx, dy, x = _flat(dx, dy, x)
-
+    def gelu_bwd(self, dx: NDArray, dy: NDArray, x: NDArray, b: NDArray) -> None:
         def work(i: slice) -> None:
-            # d/dx 0.5 x (1 + t) = 0.5 (1 + t) + 0.5 x (1 - t^2) u', and u' = s (1 + 3 c x^2)
-            t = _gelu_tanh(x[i])
-            slope = x[i] * x[i]
+            # d/dz 0.5 z (1 + t) = 0.5 (1 + t) + 0.5 z (1 - t^2) u', and u' = s (1 + 3 c z^2)
+            z = x[i] + b
+            t = _gelu_tanh(z)
+            slope = z * z
             slope *= 3.0 * GELU_CUBIC * GELU_SCALE
             slope += GELU_SCALE
-            slope *= x[i]
+            slope *= z
             slope *= 1.0 - t * t
             slope += t
             slope += 1.0
             slope *= 0.5
             np.multiply(dy[i], slope, out=dx[i])
 
-        _by_blocks(x.size, 1, work)
+        _by_rows(x, work)
 
     # --- bias ---
 
