@@ -130,14 +130,24 @@ def best_fit(
     return memory_plan(config, dtype, best[0], seq_len, best[1])
 
 
-def check_fits(plan: MemoryPlan, free_memory: int) -> None:
-    """ConfigError if the plan is of more than is free: some systems would only say "Killed"."""
-    if plan.total > free_memory:
-        raise ConfigError(
-            f"training needs {format_bytes(plan.total)}, and {format_bytes(free_memory)} are free; "
-            f"use --batch-size auto, a smaller --batch-size, a higher --recompute, or a smaller "
-            f"--model"
-        )
+def check_fits(plan: MemoryPlan, free_memory: int, *, resumed: bool = False) -> None:
+    """ConfigError if the plan is of more than is free: some systems would only say "Killed".
+
+    A run that is `resumed` has the batches that it began with.
+    """
+    if plan.total <= free_memory:
+        return
+    ways = ["free some memory"]
+    if plan.recompute < MAX_RECOMPUTE:
+        ways.append("use a higher --recompute")
+    if not resumed:
+        if plan.batch_size > 1:
+            ways.append("use a smaller --batch-size (auto finds the largest)")
+        ways.append("use a smaller --seq-len or --model")
+    raise ConfigError(
+        f"training needs {format_bytes(plan.total)}, and {format_bytes(free_memory)} are free: "
+        f"{', or '.join(ways)}"
+    )
 
 
 def parse_bytes(text: str) -> int:

@@ -77,7 +77,7 @@ def train(
         sizes, config.dtype, config.batch_size, config.seq_len, config.recompute
     )
     _announce(console, config, data, sizes, memory)
-    plan.check_fits(memory, device.free_memory)
+    plan.check_fits(memory, device.free_memory, resumed=resumed is not None)
     model, optimizer = _build(config, sizes, device, resumed)
     _make_run_dir(run_dir)
 
@@ -220,16 +220,16 @@ def _build(
 def _state(
     config: TrainConfig, model: GPT2, optimizer: AdamW, step: int, place: dict[str, Any]
 ) -> checkpoint.TrainingState:
-    download = model.ops.device.download
+    view = model.ops.device.host_view  # it is written before training goes on
     return checkpoint.TrainingState(
         model=model.config,
         train=config,
         step=step,
         tokens=step * config.total_batch_tokens,
         loader=place,
-        weights=download(optimizer.master),
-        m=download(optimizer.m),
-        v=download(optimizer.v),
+        weights=view(optimizer.master),
+        m=view(optimizer.m),
+        v=view(optimizer.v),
         counts=optimizer.counts(),
     )
 

@@ -73,6 +73,13 @@ def test_every_op_is_timed_on_the_cpu() -> None:
     assert all(time.ms > 0 and time.share > 0 for time in times)
 
 
+def test_the_memory_of_a_process_with_pytorch_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    assert step._peak_bytes(HostDevice()) == 0
+    monkeypatch.delitem(sys.modules, "torch")
+    assert step._peak_bytes(HostDevice()) > 10**6
+
+
 def test_flops_are_llm_c_s() -> None:
     assert step.flops_per_token(model_config("d12"), 1024) == 803_478_528
 
@@ -107,17 +114,18 @@ def test_pytorch_is_timed_beside_us() -> None:
     assert step.cells(peer, ours)[-1] == f"{peer.step_ms / ours.step_ms:.2f} x"
 
 
-def llmc_log(steps: int = 10, *, T: int = 64, total: int = 256, L: int = 12) -> str:
-    """As train_gpt2cu prints it, the first five steps slow; B is 4."""
+def llmc_log(steps: int = 10, **changed: object) -> str:
+    """As train_gpt2cu prints it, the first five steps slow."""
     settings = {
-        "micro batch size B": 4, "sequence length T": T, "total batch size": total,
-        "max_sequence_length T": 1024, "num_layers L": L, "channels C": 768,
-    }  # fmt: skip
+        "micro batch size B": 4, "sequence length T": 32, "total batch size": 128,
+        "precision": "BF16", "max_sequence_length T": 1024, "num_layers L": 12,
+        "channels C": 768, "num_processes": 1,
+    } | changed  # fmt: skip
     lines = ["+-----------------------+----------------------------------------------------+"]
-    lines += [f"| {name:21} | {value:<50d} |" for name, value in settings.items()]
+    lines += [f"| {name:21} | {value!s:50} |" for name, value in settings.items()]
     lines += ["val loss 11.0"]
     for i in range(1, steps + 1):
-        ms = 900.0 if i <= 5 else 100.0 + i
+        ms = 900.0 if i <= 5 else 100.0 + i**2
         lines.append(
             f"step {i:4d}/100 | loss 10.900000 (+nanz)| norm 5.1000 (+nanz)| lr 1.00e-06 | "
             f"{ms:.2f} ms | -100.0% bf16 MFU | 524288 tok/s"
@@ -129,18 +137,26 @@ def test_reads_a_log_of_llm_c(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(llmc_log())
     row = step.read_llmc_log(log)
-    assert (row.name, row.size, row.step_ms, row.fastest_ms) == ("llm.c", "d12:4x64", 108.0, 106.0)
-    assert row.tokens_per_s == 256_000 / 108.0
+    assert (row.name, row.size, row.step_ms, row.fastest_ms) == ("llm.c", "d12:4x32", 164.0, 136.0)
+    assert row.tokens_per_s == 128_000 / 164.0
+    log.write_text(llmc_log(precision="FP32"))
+    assert step.read_llmc_log(log).name == "llm.c FP32"
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (llmc_log(5), "has 5 lines of steps .* more than 5 are needed"),
-        (llmc_log(total=512), "is of 512 tokens a step; run train_gpt2cu with -d 256"),
-        (llmc_log(L=13), "is of a model with 13 layers and 768 channels, which has no name"),
-        (llmc_log(L=24), "is of a model with 24 layers and 768 channels, which has no name"),
-        ("step 1/2 | 3.0 ms |", "has no line of 'micro batch size B': is it what train_gpt2cu"),
+        (llmc_log(5), "more than 5 lines of steps that took time"),
+        (llmc_log().replace("136.00 ms", "0.00 ms"), "lines of steps that took time"),
+        (llmc_log() + llmc_log(), "has 2 lines of .*, not one: is it what one run of"),
+        ("step 1/2 | 3.0 ms |", "has 0 lines of 'micro batch size B'"),
+        (
+            llmc_log(**{"total batch size": 512}),
+            "of 512 tokens a step; run train_gpt2cu with -d 128",
+        ),
+        (llmc_log(num_processes=8, **{"total batch size": 1024}), "of 8 GPUs; run .* on one"),
+        (llmc_log(**{"num_layers L": 13}), "13 layers and 768 channels, which has no name"),
+        (llmc_log(**{"num_layers L": 24}), "24 layers and 768 channels, which has no name"),
     ],
 )
 def test_refuses_other_logs(tmp_path: Path, text: str, problem: str) -> None:
@@ -204,6 +220,33 @@ def test_tables_and_plots_come_from_the_newest_result_of_each_size(project: Path
         assert f"![share of the limit](../docs/benchmarks/{name})" in text
         assert folder / name in changed
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_gpu_has_its_own_table(project: Path) -> None:
+    folder = project / "docs/benchmarks"
+    for name, share in (("This GPU", 0.87), ("That GPU", 0.11)):
+        result = kernels_result("2026-01-02", share) | {"machine": {"GPU": name}}
+        results.save(folder / f"{name}.json", result)
+    results.save(folder / "old.json", kernels_result("2026-01-02", 0.33) | {"schema": 0})
+    results.write_tables(project)
+    text = (project / "kernels/README.md").read_text()
+    assert [share in text for share in ("| 87% |", "| 11% |", "| 33% |")] == [True, True, False]
+
+
+def test_what_kernels_need_becomes_two_tables(project: Path) -> None:
+    row = {"kernel": "gelu_fwd", "head_size": "", "threads": 384, "sm_80": 30, "sm_90": 31}
+    row |= {"shared_bytes": 2048, "spill_bytes": 16}
+    result = kernels_result("2026-01-02", 1.0) | {
+        "kind": "static",
+        "rows": [row | {"dtype": dtype} for dtype in ("bf16", "fp16")],
+        "counts": [{"name": "gelu_fwd", "bytes": 12_500_000, "flops": 0}],
+    }
+    results.save(project / "docs/benchmarks/static.json", result)
+    results.write_tables(project)
+    text = (project / "kernels/README.md").read_text()
+    assert "| `gelu_fwd` |  | bf16 | 384 | 30 | 31 | 2,048 | 16 |" in text
+    assert "| fp16 |" not in text  # as bf16
+    assert "| gelu_fwd | 12.50 |  |  |" in text
 
 
 def test_steps_become_a_table_with_ratios(project: Path) -> None:

@@ -229,6 +229,16 @@ def test_shapes_that_disagree() -> None:
         )
 
 
+def test_biases_of_another_length() -> None:
+    y, x, rows = _floats(3, 5), _floats(3, 5), _floats(3)
+    with pytest.raises(ValueError, match=r"gelu_fwd: b is \(1,\), expected \(O\)"):
+        _ops().gelu_fwd(y, x, _floats(1))
+    with pytest.raises(ValueError, match=r"gelu_bwd: b is \(6,\), expected \(O\)"):
+        _ops().gelu_bwd(y, y, x, _floats(6))
+    with pytest.raises(ValueError, match=r"layernorm_fwd: bias is \(4,\), expected \(C\)"):
+        _ops().residual_layernorm_fwd(y, y, rows, rows, x, x, _floats(4), _floats(5), _floats(5))
+
+
 def test_wrong_number_of_dimensions() -> None:
     with pytest.raises(ValueError, match=r"bias_fwd: y is \(3, 5, 1\), expected \(N, O\)"):
         _ops().bias_fwd(_floats(3, 5, 1), _floats(5))

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 
@@ -176,13 +178,45 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     Path("text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
-    config = replace(auto_config(Path("run")), data="text.txt", model="d48", seq_len=16)
+    config = replace(auto_config(Path("run")), data="text.txt", steps=1)
     console = Console(file=io.StringIO(), width=200)
-    monkeypatch.setattr(HostDevice, "free_memory", 10**10)
-    with pytest.raises(ConfigError, match=r"26\.\d\d GB, and 10\.00 GB are free; .* --batch-size"):
+    monkeypatch.setattr(HostDevice, "free_memory", 10**6)
+    with pytest.raises(
+        ConfigError, match=r"MB, and 1\.0 MB are free: .* a higher --recompute, or "
+    ):
         train(config, console)
     assert "moments of AdamW" in console.file.getvalue()  # the table is there all the same
     assert not Path("run").exists()
+
+
+def test_advice_that_can_be_followed() -> None:
+    def advice(batch_size: int, recompute: int, *, resumed: bool) -> str:
+        fit = plan.memory_plan(SMALL, "fp32", batch_size, 16, recompute)
+        plan.check_fits(fit, fit.total, resumed=resumed)  # it just fits
+        with pytest.raises(ConfigError) as refused:
+            plan.check_fits(fit, fit.total - 1, resumed=resumed)
+        return str(refused.value).partition(": ")[2]
+
+    assert advice(2, 0, resumed=False) == (
+        "free some memory, or use a higher --recompute, or use a smaller --batch-size (auto finds "
+        "the largest), or use a smaller --seq-len or --model"
+    )
+    assert advice(1, 3, resumed=False) == "free some memory, or use a smaller --seq-len or --model"
+    assert advice(2, 1, resumed=True) == "free some memory, or use a higher --recompute"
+    assert advice(2, 3, resumed=True) == "free some memory"
+
+
+def test_the_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(available=5, total=9, free=3)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+    assert HostDevice().free_memory == 5
+
+
+def test_a_checkpoint_needs_no_second_copy_of_the_weights() -> None:
+    array = np.zeros(3, np.float32)
+    for device in (HostDevice(), EmulatorDevice()):
+        assert np.shares_memory(device.host_view(array), array)
+        assert not np.shares_memory(device.download(array), array)
 
 
 def test_what_auto_chose_is_said_and_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,11 +1,16 @@
 """The NumPy ops against finite differences in float64: the root of all other evidence."""
 
 import math
+import os
+import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
+from gpu_gpt2.ops import reference
 from gpu_gpt2.ops.interface import AdamWSettings
 from gpu_gpt2.ops.reference import ReferenceOps
 
@@ -230,3 +235,36 @@ def test_results_do_not_depend_on_blocks_or_threads() -> None:
         OPS.bias_bwd(db, x)
         sums.append(db.tobytes())
     assert len(set(sums)) == 1
+
+
+def test_blas_gets_its_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens while the ops have their own: errors, and callers that overlap."""
+
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info()]
+
+    def fail(item: int) -> None:
+        time.sleep(0.05 * item)
+        done.append(item)
+        if item == 0:
+            raise ValueError("a row that cannot be")
+
+    def sleep(item: int) -> None:
+        time.sleep(0.01 * item)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    before = threads()
+    done: list[int] = []
+    with pytest.raises(ValueError, match="a row that cannot be"):
+        reference._in_parallel([0, 1], fail)
+    assert sorted(done) == [0, 1]  # the other thread was waited for
+    assert threads() == before
+    callers = [
+        threading.Thread(target=reference._in_parallel, args=([3 - n, 4 - n], sleep))
+        for n in range(3)
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert threads() == before

@@ -84,7 +84,7 @@ def newest(kind: str, folder: Path = FOLDER) -> list[tuple[Path, dict[str, Any]]
 
 
 def write_tables(root: Path) -> list[Path]:
-    """Writes the tables of README.md and kernels/README.md and the plots; the files changed."""
+    """Writes the tables of README.md and kernels/README.md and the plots; the files written."""
     folder = root / FOLDER
 
     def tables(kind: str, render: Callable[[dict[str, Any]], str], missing: str) -> str:

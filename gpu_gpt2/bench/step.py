@@ -27,7 +27,7 @@ from gpu_gpt2.layout import parameter_count
 from gpu_gpt2.model import GPT2, check_seq_len
 from gpu_gpt2.ops.select import ops_for
 from gpu_gpt2.optimizer import AdamW
-from gpu_gpt2.plan import planned_bytes
+from gpu_gpt2.plan import check_fits, memory_plan
 from gpu_gpt2.step import TrainingStep
 
 Tokens = npt.NDArray[np.int32]
@@ -116,6 +116,8 @@ def measure_ours(
     """Our training step on random tokens; `products`: bench.kernels.product_tflops."""
     _release(device)  # for the peak is of this program alone
     config, tokens, targets = _inputs(size)
+    memory = memory_plan(config, dtype, size.batch_size, size.seq_len, recompute)
+    check_fits(memory, device.free_memory)
     ops = ops_for(device, dtype)
     model = GPT2(
         config,
@@ -140,7 +142,7 @@ def measure_ours(
         device,
         products,
         peak_bytes=_peak_bytes(device),
-        planned=planned_bytes(config, dtype, size.batch_size, size.seq_len, recompute),
+        planned=memory.total,
         problem="; ".join(problems),
     )
 
@@ -187,37 +189,49 @@ def measure_all(
 def read_llmc_log(path: Path) -> StepTime:
     """The median of the steps that llm.c's train_gpt2cu printed, and the size that it says.
 
-    DataError if there are no steps, for a model that is not one of config.GPT2_SIZES, and for
-    steps of several micro-steps or GPUs, which no size here stands for.
+    DataError for anything but the steps of one run on one GPU, with one micro-step each, of a model
+    of config.GPT2_SIZES.
     """
     try:
         text = path.read_text(errors="replace")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 
-    def setting(name: str) -> int:
-        found = re.search(rf"^\| {name} +\| (\d+) +\|", text, re.MULTILINE)
-        if found is None:
-            raise DataError(f"{path} has no line of {name!r}: is it what train_gpt2cu printed?")
-        return int(found[1])
+    def setting(name: str) -> str:
+        found = re.findall(rf"^\| {name} +\| (\S+) +\|", text, re.MULTILINE)
+        if len(found) != 1:
+            raise DataError(
+                f"{path} has {len(found)} lines of {name!r}, not one: is it what one run of "
+                f"train_gpt2cu printed?"
+            )
+        return str(found[0])
 
-    B, T = setting("micro batch size B"), setting("sequence length T")
-    total, L, C = setting("total batch size"), setting("num_layers L"), setting("channels C")
-    if total != B * T:
-        raise DataError(f"{path} is of {total} tokens a step; run train_gpt2cu with -d {B * T}")
+    def number(name: str) -> int:
+        return int(setting(name)) if setting(name).isdecimal() else 0
+
+    B, T = number("micro batch size B"), number("sequence length T")
+    L, C = number("num_layers L"), number("channels C")
+    if number("num_processes") != 1:
+        raise DataError(f"{path} is of {setting('num_processes')} GPUs; run train_gpt2cu on one")
+    if number("total batch size") != B * T:
+        raise DataError(
+            f"{path} is of {setting('total batch size')} tokens a step; run train_gpt2cu with "
+            f"-d {B * T}"
+        )
     if L not in GPT2_SIZES or GPT2_SIZES[L][0] != C:
         raise DataError(f"{path} is of a model with {L} layers and {C} channels, which has no name")
     times = [float(ms) for ms in re.findall(r"step +\d+/\d+ \|.*?\| ([\d.]+) ms \|", text)]
-    if len(times) <= SKIPPED_LLMC_STEPS:
-        raise DataError(
-            f"{path} has {len(times)} lines of steps (step n/m | loss ... | ... ms | ...); more "
-            f"than {SKIPPED_LLMC_STEPS} are needed"
-        )
     times = times[SKIPPED_LLMC_STEPS:]
+    if not times or min(times) <= 0:
+        raise DataError(
+            f"{path}: more than {SKIPPED_LLMC_STEPS} lines of steps that took time are needed "
+            f"(step n/m | loss ... | ... ms | ...)"
+        )
     median = statistics.median(times)
+    precision = setting("precision")
     return StepTime(
-        name="llm.c",
-        size=str(Size(model=f"d{L}", batch_size=B, seq_len=T)),
+        name="llm.c" if precision == "BF16" else f"llm.c {precision}",
+        size=str(parse_size(f"d{L}:{B}x{T}")),
         step_ms=median,
         fastest_ms=min(times),
         tokens_per_s=1000 * B * T / median,

@@ -380,6 +380,7 @@ ATTENTION_SIZES: Final = (
     (1, 130, 1, 96),
     (1, 70, 2, 128),
 )
+LONG_ROW: Final = (2, 8200)  # several pieces of 16 bytes for each thread of a block
 LENGTHS: Final = ((1,), (31,), (257,), (1000,))
 CASES: Final[tuple[Case, ...]] = (
     *_cases(embedding_fwd, "B T C V", *EMBEDDING_SIZES),
@@ -391,9 +392,9 @@ CASES: Final[tuple[Case, ...]] = (
     *_cases(attention_bwd, "B T H D", *ATTENTION_SIZES),
     *_cases(softmax_fwd, "N V offset inplace", *SOFTMAX_FWD_SIZES),
     *_cases(softmax_bwd, "N V inplace", *SOFTMAX_SIZES),
-    *_cases(gelu_fwd, "N O", *ROWS),
-    *_cases(gelu_bwd, "N O inplace", *((*size, i % 2) for i, size in enumerate(ROWS))),
-    *_cases(bias_fwd, "N O", *ROWS),
+    *_cases(gelu_fwd, "N O", *ROWS, LONG_ROW),
+    *_cases(gelu_bwd, "N O inplace", *((*size, i % 2) for i, size in enumerate((*ROWS, LONG_ROW)))),
+    *_cases(bias_fwd, "N O", *ROWS, LONG_ROW),
     *_cases(bias_bwd, "N O", *ROWS, (5000, 3)),
     *_cases(classifier_fwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
     *_cases(classifier_fwd_bwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),

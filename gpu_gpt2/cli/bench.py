@@ -118,7 +118,8 @@ def bench_peers(
     show_table(step.table(rows))
     for problem in step.problems(rows):
         say(f"! {problem}")
-    _save(json, "steps", dtype, place, [asdict(row) for row in rows])
+    what = f"{', '.join(dict.fromkeys(row.size for row in rows))}, {dtype}"
+    _save(json, "steps", what, place, [asdict(row) for row in rows])
     if not any(row.step_ms for row in rows if row.name == step.OURS):
         raise typer.Exit(1)
 

@@ -60,6 +60,10 @@ class Device(ABC):
     def download(self, src: Array) -> npt.NDArray[Any]:
         """A host copy of `src`, complete when this returns."""
 
+    def host_view(self, src: Array) -> npt.NDArray[Any]:
+        """`download` for those who only read, and before the array changes: no copy if it can."""
+        return self.download(src)
+
     def feeder(self, *buffers: Array) -> Callable[..., None]:
         """A function of as many host arrays that copies them into `buffers`.
 

@@ -21,6 +21,7 @@ class HostDevice(Device):
 
     @property
     def free_memory(self) -> int:
+        """Of the machine: what a container may use of it is not known here."""
         return int(psutil.virtual_memory().available)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
@@ -36,6 +37,9 @@ class HostDevice(Device):
 
     def download(self, src: Array) -> npt.NDArray[Any]:
         return np.array(src, order="C")
+
+    def host_view(self, src: Array) -> npt.NDArray[Any]:
+        return np.asarray(src)
 
     def address(self, array: Array) -> int:
         return int(array.ctypes.data)

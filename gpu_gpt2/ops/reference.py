@@ -12,8 +12,9 @@ import functools
 import itertools
 import math
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -32,6 +33,8 @@ GELU_SCALE: Final = math.sqrt(2.0 / math.pi)
 GELU_CUBIC: Final = 0.044715
 BLOCK_ELEMENTS: Final = 1 << 17  # of one array: hides the interpreter lock, still fits into L2
 SCORE_ELEMENTS: Final = 1 << 19  # of attention scores held at once
+
+_TURN: Final = threading.RLock()  # one op at a time has all cores
 
 
 @functools.cache
@@ -65,11 +68,14 @@ def _in_parallel(items: list[Item], work: Callable[[Item], Result]) -> list[Resu
         return [work(item) for item in items]
     cuts = [len(items) * i // threads for i in range(threads + 1)]
     runs = [items[start:stop] for start, stop in itertools.pairwise(cuts)]
-    with _blas().limit(limits=1):
+    with _TURN, _blas().limit(limits=1):
         others = [_pool().submit(_each, work, run) for run in runs[1:]]
-        results = _each(work, runs[0])
-        for other in others:
-            results += other.result()
+        try:
+            results = _each(work, runs[0])
+        finally:
+            wait(others)  # nobody works on after an error
+    for other in others:
+        results += other.result()
     return results
 
 
