@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,30 @@ def test_a_failure_of_ours_is_no_success(monkeypatch: pytest.MonkeyPatch) -> Non
     assert shown.exit_code == 1
     assert "! gpu-gpt2 at nano:2x8: out of GPU memory" in shown.output
     assert re.search(r"! PyTorch eager at nano:2x8: PyTorch cannot be used .*pip in", shown.output)
+
+
+def test_a_step_that_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostDevice, "free_memory", 1000)
+    with pytest.raises(ConfigError, match=r"training needs .* MB, and 0\.0 MB are free"):
+        step.measure_ours(HostDevice(), "fp32", SMALL, 5, 1.0)
+
+
+def test_a_commit_with_changes_bears_a_plus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*args: str) -> None:
+        names = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", str(tmp_path), *names, *args], check=True, capture_output=True)
+
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
+    assert results._commit() == "unknown"
+    git("init")
+    (tmp_path / "file").write_text("old")
+    git("add", "file")
+    git("commit", "-m", "first")
+    assert re.fullmatch("[0-9a-f]{10}", results._commit())
+    (tmp_path / "file").write_text("new")
+    assert re.fullmatch(r"[0-9a-f]{10}\+", results._commit())
 
 
 def test_refusals_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

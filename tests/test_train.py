@@ -104,6 +104,19 @@ def test_the_checkpoint_is_a_hugging_face_model_with_the_same_logits() -> None:
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+def test_a_checkpoint_is_written_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    download = HostDevice.download
+
+    def counting(self: HostDevice, src: np.ndarray) -> np.ndarray:
+        copied.append(src.size)
+        return download(self, src)
+
+    monkeypatch.setattr(HostDevice, "download", counting)
+    config = checkpoint.load(train(settings(), quiet()).checkpoint).model
+    assert max(copied) < layout.parameter_count(config)
+
+
 @pytest.mark.parametrize("recompute", [0, 3])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(recompute: int) -> None:
     whole = train(settings(run_dir="whole"), quiet()).checkpoint
