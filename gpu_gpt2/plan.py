@@ -112,41 +112,37 @@ def best_fit(
     the largest batch. `recompute` fixes the level. ConfigError if nothing fits.
     """
     levels = RECOMPUTE_LEVELS if recompute is None else (recompute,)
-    best = (0, levels[0])
+    best = (0, levels[-1])
     for level in levels:
         batch_size = largest_batch(config, dtype, seq_len, level, memory - reserved, sequences)
         if batch_size > best[0]:
             best = batch_size, level
         if batch_size * seq_len >= ENOUGH_TOKENS:
             break
-    if best[0] == 0:
-        least = planned_bytes(config, dtype, 1, seq_len, levels[-1]) + reserved
-        higher = "a higher --recompute, " if levels[-1] < MAX_RECOMPUTE else ""
-        raise ConfigError(
-            f"{format_bytes(memory)} are not enough: one sequence of {seq_len} tokens needs "
-            f"{format_bytes(least)} at recompute level {levels[-1]}; use {higher}a smaller --model "
-            f"or --seq-len"
-        )
-    return memory_plan(config, dtype, best[0], seq_len, best[1])
+    fit = memory_plan(config, dtype, max(1, best[0]), seq_len, best[1])
+    check_fits(fit, memory, reserved=reserved)
+    return fit
 
 
-def check_fits(plan: MemoryPlan, free_memory: int, *, resumed: bool = False) -> None:
-    """ConfigError if the plan is of more than is free: some systems would only say "Killed".
+def check_fits(plan: MemoryPlan, memory: int, *, reserved: int = 0, resumed: bool = False) -> None:
+    """ConfigError if the plan needs more than `memory` less `reserved`, with what can be done.
 
     A run that is `resumed` has the batches that it began with.
     """
-    if plan.total <= free_memory:
+    needed = plan.total + reserved
+    if needed <= memory:
         return
-    ways = ["free some memory"]
+    ways = []
     if plan.recompute < MAX_RECOMPUTE:
-        ways.append("use a higher --recompute")
+        ways.append("a higher --recompute")
     if not resumed:
         if plan.batch_size > 1:
-            ways.append("use a smaller --batch-size (auto finds the largest)")
-        ways.append("use a smaller --seq-len or --model")
+            ways.append("a smaller --batch-size")
+        ways.append("a smaller --seq-len or --model")
     raise ConfigError(
-        f"training needs {format_bytes(plan.total)}, and {format_bytes(free_memory)} are free: "
-        f"{', or '.join(ways)}"
+        f"training with --batch-size {plan.batch_size} --recompute {plan.recompute} needs "
+        f"{format_bytes(needed)}, and there are {format_bytes(memory)}: "
+        f"{'use ' + ', or '.join(ways) if ways else 'free some memory'}"
     )
 
 

@@ -40,7 +40,7 @@ extern "C" __global__ void bias_fwd(floatX* y, const floatX* b, int O) {
 
 // out[c] for the columns c of this block: the sum over its COLUMN_WARPS warps of what their lane has
 // for that column, warp 0's first. Lane l of block b has the WIDTH columns from (32 b + l) WIDTH on.
-// `sums` is shared memory of COLUMN_WARPS x 32 WIDTH floats.
+// `sums` is shared memory of COLUMN_WARPS x 32 WIDTH floats, still being read when the call returns.
 __device__ inline void store_sums_of_warps(float* out, const float* sum, float* sums, int columns) {
     int width = WARP * WIDTH;
 #pragma unroll
@@ -58,7 +58,6 @@ __device__ inline void store_sums_of_warps(float* out, const float* sum, float* 
             out[c] = total;
         }
     }
-    __syncthreads();
 }
 
 extern "C" __global__ void bias_bwd_partial(float* partial, const floatX* dy, int N, int O,

@@ -252,7 +252,7 @@ __device__ inline float block_max(float value, float* scratch) {
 
 // out[c] += the sum over chunks of partial[chunk * stride + c] for the 32 columns of this block, by
 // 32 x 32 threads: warp w adds chunks w, w + 32 ..., then warp 0 adds the warps' sums, its own first.
-// `tile` is shared memory of 32 x 32 floats.
+// `tile` is shared memory of 32 x 32 floats, still being read when the call returns.
 __device__ inline void add_chunks(float* out, const float* partial, int chunks, int columns,
                                   int stride, float* tile) {
     int c = blockIdx.x * WARP + threadIdx.x;
@@ -272,7 +272,6 @@ __device__ inline void add_chunks(float* out, const float* partial, int chunks, 
         }
         out[c] += total;
     }
-    __syncthreads();
 }
 
 // --- a row of softmax, by a block ---

@@ -317,7 +317,7 @@ def test_a_failure_of_ours_is_no_success(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_step_that_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostDevice, "free_memory", 1000)
-    with pytest.raises(ConfigError, match=r"training needs .* MB, and 0\.0 MB are free"):
+    with pytest.raises(ConfigError, match=r"training with .* needs .* MB, and there are 0\.0 MB"):
         step.measure_ours(HostDevice(), "fp32", SMALL, 5, 1.0)
 
 

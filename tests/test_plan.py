@@ -109,16 +109,20 @@ def test_the_level_is_no_higher_than_it_must_be() -> None:
 
 
 def test_what_does_not_fit_says_what_is_needed() -> None:
-    with pytest.raises(ConfigError, match=r"needs \d\.\d\d GB at recompute level 3; use a smaller"):
+    with pytest.raises(
+        ConfigError, match=r"--recompute 3 needs \d\.\d\d GB, .*: use a smaller --seq"
+    ):
         plan.best_fit(model_config("gpt2"), "bf16", 1024, 10**9)
-    with pytest.raises(ConfigError, match="at recompute level 1; use a higher --recompute, a"):
+    with pytest.raises(
+        ConfigError, match=r"--recompute 1 needs .*: use a higher --recompute, or a"
+    ):
         plan.best_fit(model_config("gpt2"), "bf16", 1024, 10**9, recompute=1)
 
 
 def test_what_is_needed_counts_what_is_reserved() -> None:
     """The size named is one that fits: the GPU's memory, not what is left of it."""
     least = plan.planned_bytes(SMALL, "bf16", 1, 16, 3)
-    message = f"^1000.0 MB are not enough: .* needs {(least + 10**9) / 1e9:.2f} GB at"
+    message = f"needs {(least + 10**9) / 1e9:.2f} GB, and there are 1000.0 MB: use"
     with pytest.raises(ConfigError, match=message):
         plan.best_fit(SMALL, "bf16", 16, 10**9 - 1, reserved=10**9)
     assert plan.best_fit(SMALL, "bf16", 16, least + 10**9, reserved=10**9).batch_size == 1
@@ -182,7 +186,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     console = Console(file=io.StringIO(), width=200)
     monkeypatch.setattr(HostDevice, "free_memory", 10**6)
     with pytest.raises(
-        ConfigError, match=r"MB, and 1\.0 MB are free: .* a higher --recompute, or "
+        ConfigError, match=r"needs .* MB, and there are 1\.0 MB: use a higher --recompute, or "
     ):
         train(config, console)
     assert "moments of AdamW" in console.file.getvalue()  # the table is there all the same
@@ -198,11 +202,10 @@ def test_advice_that_can_be_followed() -> None:
         return str(refused.value).partition(": ")[2]
 
     assert advice(2, 0, resumed=False) == (
-        "free some memory, or use a higher --recompute, or use a smaller --batch-size (auto finds "
-        "the largest), or use a smaller --seq-len or --model"
+        "use a higher --recompute, or a smaller --batch-size, or a smaller --seq-len or --model"
     )
-    assert advice(1, 3, resumed=False) == "free some memory, or use a smaller --seq-len or --model"
-    assert advice(2, 1, resumed=True) == "free some memory, or use a higher --recompute"
+    assert advice(1, 3, resumed=False) == "use a smaller --seq-len or --model"
+    assert advice(2, 1, resumed=True) == "use a higher --recompute"
     assert advice(2, 3, resumed=True) == "free some memory"
 
 
@@ -243,7 +246,9 @@ def test_the_command() -> None:
     assert "moments of AdamW, float32" in shown.stdout
     refused = run("plan", "--model", "gpt2", "--memory", "8GB", "--batch-size", "40")
     assert refused.returncode == 1
-    assert refused.stderr.startswith("gpu-gpt2: that does not fit into 8.00 GB; it needs ")
+    assert refused.stderr.startswith(
+        "gpu-gpt2: training with --batch-size 40 --recompute 3 needs 9."
+    )
     assert "higher" not in refused.stderr  # level 3 was tried
 
 
@@ -255,4 +260,4 @@ def test_the_command_takes_the_lowest_level_that_holds_a_given_batch() -> None:
         "plan", "--model", "gpt2", "--memory", "8GB", "--batch-size", "12", "--recompute", "0"
     )
     assert fixed.returncode == 1
-    assert "or a higher --recompute" in fixed.stderr
+    assert "use a higher --recompute, or a smaller --batch-size" in fixed.stderr

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Final
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
 
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from gpu_gpt2.device.base import FLOAT32
 from gpu_gpt2.ops.interface import Ops
 
 COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}  # far more than caches hold
+HEAD: Final = ("op", "ms", "GB/s", "TFLOP/s", "of the limit")
 PRODUCT_SIZE: Final = {"cuda": 8192, "cpu": 1024}  # of each side of the square matrices
 
 
@@ -80,10 +80,11 @@ def measure(
 def _torch_attention_ms(
     dtype: str, config: ModelConfig, B: int, T: int, repeat: int, *, backward: bool
 ) -> float:
-    """Median of PyTorch's flash attention on (B, H, T, D), or 0 where PyTorch has no GPU."""
-    if not importlib.util.find_spec("torch"):
+    """Median of PyTorch's flash attention on (B, H, T, D), or 0 without PyTorch or a GPU for it."""
+    try:
+        from gpu_gpt2.peers import torch_attention_ms
+    except ImportError:  # no PyTorch
         return 0.0
-    from gpu_gpt2.peers import torch_attention_ms
 
     times = torch_attention_ms(dtype, B, config.n_head, T, config.head_size, repeat, backward)
     return statistics.median(times) if times else 0.0
@@ -108,10 +109,19 @@ def table(times: list[KernelTime], limits: Limits) -> Table:
         f"products {limits.matmul_tflops:,.1f} TFLOP/s",
         caption_justify="left",
     )
-    columns.add_column("op")
-    for title in ("ms", "GB/s", "TFLOP/s", "of the limit"):
-        columns.add_column(title, justify="right")
+    for title in HEAD:
+        columns.add_column(title, justify="left" if title == "op" else "right", no_wrap=True)
     for row in times:
-        tflops = f"{row.tflops:,.1f}" if row.tflops else ""
-        columns.add_row(row.name, f"{row.ms:.3f}", f"{row.gb_s:,.0f}", tflops, f"{row.share:.0%}")
+        columns.add_row(*cells(asdict(row)))
     return columns
+
+
+def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A KernelTime by names as text, under HEAD."""
+    return (
+        row["name"],
+        f"{row['ms']:.3f}",
+        f"{row['gb_s']:,.0f}",
+        f"{row['tflops']:,.1f}" if row["tflops"] else "",
+        f"{row['share']:.0%}",
+    )

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from gpu_gpt2.bench import kernels
 from gpu_gpt2.bench.static import count_cells
 from gpu_gpt2.bench.step import StepTime, problems, text_table
 from gpu_gpt2.device.base import Device
@@ -96,19 +97,19 @@ def write_tables(root: Path) -> list[Path]:
                 raise _no_result(path, error) from None
         return "\n\n".join(parts) or missing
 
-    def kernels(result: dict[str, Any]) -> str:
+    def with_plot(result: dict[str, Any]) -> str:
         path = plot(result, folder)
-        changed.append(path)
+        written.append(path)
         return f"{_kernels(result)}\n\n![share of the limit](../{FOLDER.as_posix()}/{path.name})"
 
-    changed: list[Path] = []
+    written: list[Path] = []
     texts = {
         root / "README.md": {
             "steps": tables("steps", _steps, UNMEASURED.format(docs="docs")),
             "cpu steps": tables("cpu steps", _steps, NOT_TIMED),
         },
         root / "kernels/README.md": {
-            "kernels": tables("kernels", kernels, UNMEASURED.format(docs="../docs")),
+            "kernels": tables("kernels", with_plot, UNMEASURED.format(docs="../docs")),
             "static": tables("static", _static, NOT_COMPILED),
             "counts": tables("static", _counts, NOT_COMPILED),
         },
@@ -119,8 +120,8 @@ def write_tables(root: Path) -> list[Path]:
             new = replace_block(new, name, text)
         if new != old:
             path.write_text(new)
-            changed.append(path)
-    return changed
+            written.append(path)
+    return written
 
 
 def replace_block(text: str, name: str, block: str) -> str:
@@ -161,15 +162,7 @@ def _steps(result: Mapping[str, Any]) -> str:
 
 
 def _kernels(result: Mapping[str, Any]) -> str:
-    lines = [
-        (
-            row["name"], f"{row['ms']:.3f}", f"{row['gb_s']:,.0f}",
-            f"{row['tflops']:,.1f}" if row["tflops"] else "", f"{row['share']:.0%}",
-        )
-        for row in result["rows"]
-    ]  # fmt: skip
-    head = ("op", "ms", "GB/s", "TFLOP/s", "of the limit")
-    return _with_source(result, _markdown(head, lines))
+    return _with_source(result, _markdown(kernels.HEAD, list(map(kernels.cells, result["rows"]))))
 
 
 def _static(result: Mapping[str, Any]) -> str:

@@ -153,9 +153,10 @@ def measure_peer(
     """PyTorch's training step on the same tokens; `name` is one of PEERS."""
     try:
         import torch
+
+        from gpu_gpt2.peers import torch_step
     except ImportError as error:
         raise DeviceError(f"PyTorch cannot be used ({error}): pip install torch") from None
-    from gpu_gpt2.peers import torch_step
 
     config, tokens, targets = _inputs(size)
     on_gpu = device.name == "cuda"

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from gpu_gpt2.bench import kernels, results, static, step
 from gpu_gpt2.cli.common import Device, Dtype, console, say, show_table
-from gpu_gpt2.config import MODEL_NAMES, model_config
+from gpu_gpt2.config import MAX_RECOMPUTE, MODEL_NAMES, model_config
 from gpu_gpt2.device.base import Device as Place
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
@@ -21,6 +21,8 @@ from gpu_gpt2.ops.select import ops_for
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 
 Model = Annotated[str, typer.Option(help=MODEL_NAMES)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences.")]
+SeqLen = Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
@@ -29,8 +31,8 @@ def bench_kernels(
     device: Device = "auto",
     dtype: Dtype = "auto",
     model: Model = "d12",
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences.")] = 32,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 1024,
+    batch_size: BatchSize = 32,
+    seq_len: SeqLen = 1024,
     repeat: Annotated[int, typer.Option(min=3, help="Runs to take the median of.")] = 20,
     static_only: Annotated[
         bool, typer.Option("--static", help="Compile only, which needs no GPU.")
@@ -69,10 +71,10 @@ def bench_step(
     device: Device = "auto",
     dtype: Dtype = "auto",
     model: Model = "d12",
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences.")] = 4,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 64,
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = 64,
     steps: Annotated[int, typer.Option(min=5, help="Steps to take the median of.")] = 5,
-    recompute: Annotated[int, typer.Option(min=0, max=3, help="Level, as in train.")] = 0,
+    recompute: Annotated[int, typer.Option(min=0, max=MAX_RECOMPUTE, help="As in train.")] = 0,
     json: Json = None,
 ) -> None:
     """Time our training step."""
@@ -126,7 +128,7 @@ def bench_peers(
 
 @bench_app.command("tables")
 def bench_tables() -> None:
-    """Write the tables and the plot anew from docs/benchmarks, in the root of the source tree."""
+    """Write the tables and the plots anew from docs/benchmarks, in the root of the source tree."""
     if not results.FOLDER.is_dir():
         raise ConfigError(f"no folder {results.FOLDER} here; run this in the root of the project")
     for path in results.write_tables(Path()):

@@ -21,7 +21,7 @@ def show_plan(
     dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES))] = "bf16",
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences; else the most.")] = None,
-    recompute: Annotated[int | None, typer.Option(min=0, max=3, help="Level 0 to 3.")] = None,
+    recompute: Annotated[int | None, typer.Option(min=0, max=MAX_RECOMPUTE, help="Level.")] = None,
 ) -> None:
     """Say what training needs, and the largest batch that fits into a GPU's memory."""
     config = model_config(model)
@@ -55,10 +55,4 @@ def show_plan(
     say(f"\nwith --batch-size {chosen.batch_size} --recompute {chosen.recompute}")
     console.print(plan.table(chosen))
     say(f"and about {plan.format_bytes(plan.LIBRARIES)} for CUDA and its libraries (an estimate)")
-    if chosen.total > usable:
-        higher = " or a higher --recompute" if chosen.recompute < MAX_RECOMPUTE else ""
-        needed = plan.format_bytes(chosen.total + plan.LIBRARIES)
-        raise ConfigError(
-            f"that does not fit into {plan.format_bytes(available)}; it needs {needed}; use a "
-            f"smaller --batch-size{higher}"
-        )
+    plan.check_fits(chosen, available, reserved=plan.LIBRARIES)

@@ -12,7 +12,14 @@ import typer
 
 from gpu_gpt2 import checkpoint, plan
 from gpu_gpt2.cli.common import INTERRUPTED, Device, Dtype, console, say
-from gpu_gpt2.config import MODEL_NAMES, MODELS, TRAIN_DEFAULTS, TrainConfig, model_config
+from gpu_gpt2.config import (
+    MAX_RECOMPUTE,
+    MODEL_NAMES,
+    MODELS,
+    TRAIN_DEFAULTS,
+    TrainConfig,
+    model_config,
+)
 from gpu_gpt2.data.corpus import BUILT_IN
 from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
@@ -49,7 +56,9 @@ def train(
     ] = None,
     recompute: Annotated[
         int | None,
-        typer.Option(min=0, max=3, help="Less memory for more work: 1 and 2 a little, 3 a third."),
+        typer.Option(
+            min=0, max=MAX_RECOMPUTE, help="Less memory for more work: 1 and 2 a little, 3 a third."
+        ),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps to reach it.")] = None,

@@ -235,8 +235,8 @@ class CupyDevice(Device):
     def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
         # CuPy lets cuBLAS take float16 for float32 (CUBLAS_GEMM_DEFAULT_TENSOR_OP), and makes a
         # product of one number itself, without float32 sums.
-        not_cupy_s = a.dtype == FLOAT32 or out.size == 1 or out.dtype != a.dtype
-        if accumulate or not_cupy_s or self._direct:
+        left_to_cupy = a.dtype == out.dtype != FLOAT32 and out.size > 1
+        if accumulate or self._direct or not left_to_cupy:
             self._cublas.matmul(out, a, b, accumulate=accumulate)
         else:
             _ = self._cublas_binding  # CuPy's handle must have our mode

@@ -99,10 +99,6 @@ def _column_sums(x: NDArray) -> NDArray:
     return sums
 
 
-def _flat(*arrays: NDArray) -> list[NDArray]:
-    return [array.reshape(-1) for array in arrays]
-
-
 @functools.lru_cache(maxsize=8)
 def _future(T: int, dtype: np.dtype[Any]) -> NDArray:
     """(T, T): -inf where the key is later than the query, else 0."""
