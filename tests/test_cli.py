@@ -78,7 +78,7 @@ def write_bad_inputs() -> None:
         (["--batch-size", "3", "--total-batch-tokens", "100"], "total_batch_tokens 100"),
         (["--data", "text.txt", *SMALL, "--run-dir", "/proc/no"], "cannot make the run"),
         (["--batch-size", "1000000000", "--steps", "1"], "batch_size x seq_len = 64,000,000,000"),
-        (["--data", "text.txt", *SMALL[2:], "--model", "gpt3:c12288"], "GB: use a higher --recompute"),
+        (["--data", "text.txt", *SMALL[2:], "--model", "gpt3:c12288"], "GB: use a higher --recomp"),
         (["--resume"], "there is no run in runs/"),
         (["--resume", "--run-dir", "nothing"], "nothing: no checkpoint here"),
     ],
