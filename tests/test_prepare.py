@@ -353,6 +353,15 @@ def test_a_shard_that_changed_is_refused(plan: Plan) -> None:
         prepare(plan, quiet)
 
 
+@pytest.mark.parametrize("name", ["tokens", "piece", "skip"])
+def test_a_number_that_changed_is_refused(plan: Plan, name: str) -> None:
+    content = json.loads(plan.manifest.read_bytes())
+    content["shards"][1][name] += 1
+    plan.manifest.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"is damaged \(ValueError: its SHA-256 .* to begin again"):
+        prepare(plan, quiet)
+
+
 def test_other_settings_or_text_are_refused(plan: Plan, tmp_path: Path) -> None:
     source = tmp_path / "own.jsonl"
     other = own([source], tmp_path / "out", shard_tokens=101, val_tokens=20)

@@ -7,6 +7,7 @@ text the next one begins.
 from __future__ import annotations
 
 import glob
+import hashlib
 import itertools
 import json
 import time
@@ -244,6 +245,8 @@ def _read_manifest(plan: Plan) -> Prepared:
     again = f"to begin again, delete {path} or choose another --out"
     try:
         content = json.loads(path.read_bytes())
+        if content.pop("sha256") != _digest(content):
+            raise ValueError("its SHA-256 is not that of its contents")
         found = content["format"], content["settings"], content["sources"]
         shards = [Shard(**shard) for shard in content["shards"]]
         done = Prepared(shards=shards, complete=bool(content["complete"]))
@@ -255,7 +258,7 @@ def _read_manifest(plan: Plan) -> Prepared:
             raise ValueError("a file lies elsewhere")
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror}; {again}") from e
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"{path} is damaged ({type(e).__name__}: {e}); {again}") from e
     expected = FORMAT, dict(plan.settings), _sources(plan)
     for what, then, now in zip(("format", "settings", "text"), found, expected, strict=True):
@@ -273,6 +276,11 @@ def _read_manifest(plan: Plan) -> Prepared:
         if damaged:
             raise DataError(f"{file} is not as it was written, its SHA-256 has changed; {again}")
     return done
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Of a manifest's contents, for most of them nothing else could tell that they changed."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _difference(then: Any, now: Any) -> str:
@@ -295,7 +303,8 @@ def _write_manifest(plan: Plan, done: Prepared) -> None:
     }
     try:
         with whole(plan.manifest) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
+            temporary.write_text(text + "\n")
     except OSError as e:
         raise DataError(
             f"cannot write {plan.manifest}: {e.strerror}; make room or choose another folder"
