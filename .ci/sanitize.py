@@ -10,13 +10,14 @@ import sys
 
 import cupy
 
-from gpu_gpt2.check import CASES, run_checks
-from gpu_gpt2.device.cupy_device import CupyDevice
+from gpu_gpt2.device.cuda import CudaDevice
 from gpu_gpt2.device.source import DTYPES
+from gpu_gpt2.ops.cases import CASES
 from gpu_gpt2.ops.kernels import KernelOps
+from gpu_gpt2.tools.check import run_checks
 
 cupy.cuda.set_allocator(None)
-device = CupyDevice()
+device = CudaDevice()
 cases = [case for case in CASES if case.op != "matmul"]
 results = list(run_checks(lambda dtype: KernelOps(device, dtype), DTYPES, cases))
 failed = [result for result in results if not result.passed]

@@ -12,7 +12,7 @@ from gpu_gpt2.errors import ConfigError
 GPT2_VOCAB_SIZE: Final = 50257
 VOCAB_PADDING: Final = 128  # rows of wte are padded to a multiple of this: aligned rows, full tiles
 MAX_BATCH_TOKENS: Final = 1 << 30  # in one micro-batch: kernels count rows in 32 bits
-MAX_RECOMPUTE: Final = 3  # levels of layout.activations
+MAX_RECOMPUTE: Final = 3  # levels of activations
 MAX_SEED: Final = (1 << 32) - 1  # what the Mersenne Twister starts from is one word
 MAX_HEAD_SIZE: Final = 256  # what kernels/attention.cu can hold in registers
 
@@ -144,7 +144,7 @@ class TrainConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     max_grad_norm: float = 1.0
-    recompute: int = 0  # 0 to 3: see layout.activations
+    recompute: int = 0  # 0 to 3: see activations
     tf32: bool = False  # products of float32 numbers on tensor cores, which drop 13 bits of each
 
     def __post_init__(self) -> None:

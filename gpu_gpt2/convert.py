@@ -16,10 +16,10 @@ import numpy as np
 from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats import hf, llmc
-from gpu_gpt2.formats.disk import whole
-from gpu_gpt2.formats.pieces import Piece, Weights, WeightSource, pieces
-from gpu_gpt2.layout import parameter_count
-from gpu_gpt2.models import TOKENIZER_BIN, folder_of, tokenizer_of
+from gpu_gpt2.formats.files import whole
+from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.weights import Piece, Weights, WeightSource, pieces
+from gpu_gpt2.open_model import TOKENIZER_BIN, folder_of, tokenizer_of
 from gpu_gpt2.tokenizer import Tokenizer
 
 TARGETS: Final = ("hf", "llmc-fp32", "llmc-bf16")

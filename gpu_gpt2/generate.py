@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.errors import CheckpointError, ConfigError
-from gpu_gpt2.model import GPT2
+from gpu_gpt2.models.gpt2 import GPT2
 
 
 def generate(

@@ -16,24 +16,25 @@ from typing import Any, Final
 import numpy as np
 from rich.console import Console
 
-from gpu_gpt2 import checkpoint, layout, plan
 from gpu_gpt2.config import ModelConfig, TrainConfig, model_config
 from gpu_gpt2.data.dataset import Dataset, prepare
 from gpu_gpt2.data.loader import BatchLoader
 from gpu_gpt2.data.prefetch import Prefetcher
+from gpu_gpt2.device import open_device
 from gpu_gpt2.device.base import Device
-from gpu_gpt2.device.select import open_device
 from gpu_gpt2.errors import CheckpointError, TrainingError
 from gpu_gpt2.evaluate import validation_loss
 from gpu_gpt2.generate import generate
-from gpu_gpt2.init import initial_weights
-from gpu_gpt2.model import GPT2, check_seq_len
-from gpu_gpt2.ops.select import ops_for
-from gpu_gpt2.optimizer import FIRST_LOSS_SCALE, AdamW, StepReport
-from gpu_gpt2.runlog import RunLog
-from gpu_gpt2.schedule import warmup_cosine
-from gpu_gpt2.step import TrainingStep
+from gpu_gpt2.models.gpt2 import GPT2, check_seq_len, parameter_count
+from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.ops import ops_for
 from gpu_gpt2.tokenizer import vocab_size_of
+from gpu_gpt2.training import checkpoint
+from gpu_gpt2.training.memory import MemoryPlan, check_fits, memory_plan, plan_table
+from gpu_gpt2.training.metrics import RunLog
+from gpu_gpt2.training.optimizer import FIRST_LOSS_SCALE, AdamW, StepReport
+from gpu_gpt2.training.schedule import warmup_cosine
+from gpu_gpt2.training.step import TrainingStep
 
 SAMPLE_TOKENS: Final = 160
 
@@ -73,11 +74,9 @@ def train(
     if resumed:
         loader.restore(resumed.loader)
     device = open_device(config.device, tf32=config.tf32)
-    memory = plan.memory_plan(
-        sizes, config.dtype, config.batch_size, config.seq_len, config.recompute
-    )
+    memory = memory_plan(sizes, config.dtype, config.batch_size, config.seq_len, config.recompute)
     _announce(console, config, data, sizes, memory)
-    plan.check_fits(memory, device.free_memory, resumed=resumed is not None)
+    check_fits(memory, device.free_memory, resumed=resumed is not None)
     model, optimizer = _build(config, sizes, device, resumed)
     _make_run_dir(run_dir)
 
@@ -270,10 +269,10 @@ def _announce(
     config: TrainConfig,
     data: Dataset,
     sizes: ModelConfig,
-    memory: plan.MemoryPlan,
+    memory: MemoryPlan,
 ) -> None:
     console.print(
-        f"GPT-2 {config.model}: {layout.parameter_count(sizes):,} parameters, {config.dtype} on "
+        f"GPT-2 {config.model}: {parameter_count(sizes):,} parameters, {config.dtype} on "
         f"{config.device}\n"
         f"{data.name}: {sum(map(len, data.train)):,} tokens to train on, "
         f"{len(data.val):,} held out, "
@@ -285,7 +284,7 @@ def _announce(
         highlight=False,
         markup=False,
     )
-    console.print(plan.table(memory))
+    console.print(plan_table(memory))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from gpu_gpt2.device.cupy_device import gpu_count
+from gpu_gpt2.device.cuda import gpu_count
 from gpu_gpt2.errors import DeviceError
 
 DEVICES = ("cpu", "emulator", "cuda")

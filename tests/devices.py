@@ -9,14 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gpu_gpt2.check import CASES, LARGE_CASES, Case, run_case
 from gpu_gpt2.device.base import Array, Device
-from gpu_gpt2.device.cupy_device import CupyDevice
+from gpu_gpt2.device.cuda import CudaDevice
 from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.device.source import DTYPES
+from gpu_gpt2.ops.cases import CASES, LARGE_CASES, Case
 from gpu_gpt2.ops.interface import Ops
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.tools.check import run_case
 
 ORDERS = ("ascending", "descending", "random")
 
@@ -60,7 +61,7 @@ def make_ops(device: str, dtype: str, order: str = "ascending") -> Ops:
 
 @functools.cache
 def _kernel_device(device: str, order: str) -> Device:
-    return EmulatorDevice(order=order) if device == "emulator" else CupyDevice()
+    return EmulatorDevice(order=order) if device == "emulator" else CudaDevice()
 
 
 def upload(device: Device, values: npt.ArrayLike, dtype: npt.DTypeLike) -> Array:

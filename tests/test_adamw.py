@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from devices import assert_case, every_device, make_ops, op_cases, upload
 
-from gpu_gpt2.check import Case
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array
+from gpu_gpt2.ops.cases import Case
 from gpu_gpt2.ops.interface import GROWTH_INTERVAL, AdamWSettings, Ops
 
 SETTINGS = AdamWSettings(

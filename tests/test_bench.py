@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from gpu_gpt2.bench import kernels, results, static, step
-from gpu_gpt2.bench.cases import BenchCase, cases
-from gpu_gpt2.bench.kernels import Limits
 from gpu_gpt2.cli.app import app
 from gpu_gpt2.config import ModelConfig, model_config
-from gpu_gpt2.device.host import HostDevice
+from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.errors import ConfigError, DataError, DeviceError
-from gpu_gpt2.layout import parameter_count
+from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.tools.bench import kernels, results, static, step
+from gpu_gpt2.tools.bench.cases import BenchCase, cases
+from gpu_gpt2.tools.bench.kernels import Limits
 
 CONFIG = ModelConfig(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=2)
 SMALL = step.Size(model="nano", batch_size=2, seq_len=8)
@@ -76,9 +76,9 @@ def test_every_op_is_timed_on_the_cpu() -> None:
 
 def test_the_memory_of_a_process_with_pytorch_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", sys)
-    assert step._peak_bytes(HostDevice()) == 0
+    assert step._peak_bytes(CpuDevice()) == 0
     monkeypatch.delitem(sys.modules, "torch")
-    assert step._peak_bytes(HostDevice()) > 10**6
+    assert step._peak_bytes(CpuDevice()) > 10**6
 
 
 def test_flops_are_llm_c_s() -> None:
@@ -98,7 +98,7 @@ def test_our_step_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(step, "measure_peer", fail)
     names = (step.OURS, "torch.compile")
-    ours, peer = step.measure_all(HostDevice(), "fp32", [SMALL], names, steps=5)
+    ours, peer = step.measure_all(CpuDevice(), "fp32", [SMALL], names, steps=5)
     assert ours.name == step.OURS
     assert 0 < ours.fastest_ms <= ours.step_ms
     assert ours.tokens_per_s == pytest.approx(16_000 / ours.step_ms)
@@ -110,7 +110,7 @@ def test_our_step_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_small_products")
 def test_pytorch_is_timed_beside_us() -> None:
-    ours, peer = step.measure_all(HostDevice(), "fp32", [SMALL], (step.OURS, step.PEERS[0]), 5)
+    ours, peer = step.measure_all(CpuDevice(), "fp32", [SMALL], (step.OURS, step.PEERS[0]), 5)
     assert peer.problem == ""
     assert step.cells(peer, ours)[-1] == f"{peer.step_ms / ours.step_ms:.2f} x"
 
@@ -316,9 +316,9 @@ def test_a_failure_of_ours_is_no_success(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_step_that_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HostDevice, "free_memory", 1000)
+    monkeypatch.setattr(CpuDevice, "free_memory", 1000)
     with pytest.raises(ConfigError, match=r"training with .* needs .* MB, and there are 0\.0 MB"):
-        step.measure_ours(HostDevice(), "fp32", SMALL, 5, 1.0)
+        step.measure_ours(CpuDevice(), "fp32", SMALL, 5, 1.0)
 
 
 def test_a_commit_with_changes_bears_a_plus(

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_gpt2.check import CASES, Case, CheckResult, run_case, run_checks, table
+from gpu_gpt2.ops.cases import CASES, Case
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.tools.check import CheckResult, run_case, run_checks, table
 
 NDArray = Any
 

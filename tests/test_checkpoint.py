@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gpu_gpt2 import checkpoint
-from gpu_gpt2.checkpoint import OPTIMIZER_FILE, TRAINING_FILE, TrainingState
 from gpu_gpt2.config import ModelConfig, TrainConfig
 from gpu_gpt2.errors import CheckpointError, DataError, UserError
 from gpu_gpt2.formats import hf
-from gpu_gpt2.formats.pieces import Arena, load_arena, named
-from gpu_gpt2.layout import parameter_count
-from gpu_gpt2.optimizer import UpdateCounts
+from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.weights import Arena, load_arena, named
+from gpu_gpt2.training import checkpoint
+from gpu_gpt2.training.checkpoint import OPTIMIZER_FILE, TRAINING_FILE, TrainingState
+from gpu_gpt2.training.optimizer import UpdateCounts
 
 MODEL = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 TRAIN = TrainConfig(
@@ -302,7 +302,7 @@ SAVE_AND_DIE = """
 import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from gpu_gpt2 import checkpoint
+from gpu_gpt2.training import checkpoint
 
 class Tokenizer:
     eot = 256

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from devices import assert_case, every_device, kernel_devices, make_ops, op_cases, upload
 
-from gpu_gpt2.check import Case
 from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES
+from gpu_gpt2.ops.cases import Case
 
 
 @op_cases("classifier_fwd", "classifier_fwd_bwd")

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from gpu_gpt2 import check
 from gpu_gpt2.cli import app as app_module
 from gpu_gpt2.cli import inspect
 from gpu_gpt2.cli.app import app, main
 from gpu_gpt2.cli.common import console
-from gpu_gpt2.device.host import HostDevice
+from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.formats.tokens import write_tokens
-from gpu_gpt2.ops.select import ops_for
+from gpu_gpt2.ops import ops_for
+from gpu_gpt2.ops.cases import CASES
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--model", "nano", "--tokenizer", "bytes", "--batch-size", "2", "--seq-len", "8")
@@ -236,22 +236,22 @@ def test_check_runs_the_kernels_where_there_is_no_gpu(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inspect, "has_gpu", lambda: False)
-    monkeypatch.setattr(check, "CASES", [c for c in check.CASES if "gelu_fwd" in str(c)][:1])
+    monkeypatch.setattr(inspect, "CASES", [c for c in CASES if "gelu_fwd" in str(c)][:1])
     code, out, _ = run("check")
     assert code == 0
     assert "3 of 3 checks passed on emulator" in out  # in three dtypes
 
 
 def test_check_fails_when_an_op_is_off(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ops_for(HostDevice(), "fp32").__class__.gelu_fwd
+    right = ops_for(CpuDevice(), "fp32").__class__.gelu_fwd
 
     def wrong(self: object, y: np.ndarray, x: np.ndarray, b: np.ndarray) -> None:
         right(self, y, x, b)
         if y.dtype == np.float32:
             y.reshape(-1)[-1] += 1e-3
 
-    monkeypatch.setattr(ops_for(HostDevice(), "fp32").__class__, "gelu_fwd", wrong)
-    monkeypatch.setattr(check, "CASES", [c for c in check.CASES if "gelu_fwd" in str(c)][:1])
+    monkeypatch.setattr(ops_for(CpuDevice(), "fp32").__class__, "gelu_fwd", wrong)
+    monkeypatch.setattr(inspect, "CASES", [c for c in CASES if "gelu_fwd" in str(c)][:1])
     code, out, _ = run("check", "--device", "cpu")
     assert code == 1
     assert "0 of 1 checks passed" in out

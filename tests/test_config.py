@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from gpu_gpt2 import layout
 from gpu_gpt2.config import (
     GPT2_VOCAB_SIZE,
     HF_SIZES,
@@ -15,6 +14,7 @@ from gpu_gpt2.config import (
     model_config,
 )
 from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.models.gpt2 import decayed_count, parameter_count, parameters
 
 # Parameters with the padded vocabulary, as llm.c counts them, and channels in a head.
 PUBLISHED = {
@@ -50,7 +50,7 @@ def test_published_sizes(name: str) -> None:
     config = model_config(name)
     assert config.vocab_size == GPT2_VOCAB_SIZE
     assert config.n_positions == (2048 if name.startswith("gpt3") else 1024)
-    assert (layout.parameter_count(config), config.head_size) == PUBLISHED[name]
+    assert (parameter_count(config), config.head_size) == PUBLISHED[name]
 
 
 def test_llmc_s_short_names() -> None:
@@ -63,10 +63,10 @@ def test_llmc_s_short_names() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_decayed_parameters_are_the_matrices_and_come_first(name: str) -> None:
-    specs = layout.parameters(MODELS[name])
+    specs = parameters(MODELS[name])
     matrices = [spec.init in ("normal", "residual") for spec in specs]
     assert matrices == sorted(matrices, reverse=True)
-    assert layout.decayed_count(MODELS[name]) == sum(s.size for s in specs[: sum(matrices)])
+    assert decayed_count(MODELS[name]) == sum(s.size for s in specs[: sum(matrices)])
 
 
 @pytest.mark.parametrize("place", TRAIN_DEFAULTS)

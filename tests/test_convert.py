@@ -21,18 +21,19 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from gpu_gpt2 import checkpoint, convert
+from gpu_gpt2 import convert
 from gpu_gpt2.cli.app import main
 from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, TrainConfig
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats import disk, hf, llmc
-from gpu_gpt2.formats.header import header_bytes
-from gpu_gpt2.formats.pieces import Arena, FloatArray, load_arena, named
-from gpu_gpt2.init import InitialWeights
-from gpu_gpt2.layout import parameter_count
-from gpu_gpt2.models import open_model, tokenizer_of
-from gpu_gpt2.optimizer import UpdateCounts
+from gpu_gpt2.formats import files, hf, llmc
+from gpu_gpt2.formats.llmc_header import header_bytes
+from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.init import InitialWeights
+from gpu_gpt2.models.weights import Arena, FloatArray, load_arena, named
+from gpu_gpt2.open_model import open_model, tokenizer_of
 from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.training import checkpoint
+from gpu_gpt2.training.optimizer import UpdateCounts
 
 CONFIG = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 Run = Callable[..., tuple[int, str, str]]
@@ -236,7 +237,7 @@ def test_a_disk_too_small_is_noticed_before(run: Run, monkeypatch: pytest.Monkey
     model_file("a.bin")
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(4_300_000))
-    monkeypatch.setattr(disk, "write_array", None)
+    monkeypatch.setattr(files, "write_array", None)
     code, _, err = run("convert", "a.bin", "b", "--to", "hf")
     assert code == 1
     assert "b needs up to 4.5 MB, but its disk has 4.3 MB free; free some space or" in err
@@ -250,9 +251,9 @@ def fail_late(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         left[0] -= 1
         if not left[0]:
             raise error
-        disk.write_array(*args)
+        files.write_array(*args)
 
-    for module in (llmc, sys.modules["gpu_gpt2.formats.tensorfile"]):
+    for module in (llmc, sys.modules["gpu_gpt2.formats.safetensors"]):
         monkeypatch.setattr(module, "write_array", write_array)
 
 
@@ -301,12 +302,12 @@ def test_a_failure_at_the_end_leaves_nothing(
 
 WAIT_TO_BE_STOPPED = """
 import signal, sys, time
-from gpu_gpt2.formats import llmc, tensorfile
+from gpu_gpt2.formats import llmc, safetensors
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 def wait(*_):
     print("writing", flush=True)
     time.sleep(60)
-llmc.write_array = tensorfile.write_array = wait
+llmc.write_array = safetensors.write_array = wait
 from gpu_gpt2.cli.app import main
 sys.argv = ["gpu-gpt2", "convert", "a.bin", "b", "--to", sys.argv[1]]
 main()

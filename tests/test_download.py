@@ -16,9 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from gpu_gpt2.cli.app import app
-from gpu_gpt2.data import download as downloads
-from gpu_gpt2.data import published, recipes
-from gpu_gpt2.data.download import Remote, download, download_all
+from gpu_gpt2.data.prepare import download as downloads
+from gpu_gpt2.data.prepare import published, recipes
+from gpu_gpt2.data.prepare.download import Remote, download, download_all
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.tokens import read_tokens, write_tokens
 

@@ -20,12 +20,12 @@ from gpu_gpt2.cli.app import main
 from gpu_gpt2.cli.common import console
 from gpu_gpt2.data.corpus import python_docs
 from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
-from gpu_gpt2.formats.choices import COMPLETIONS, Example, write_choices
-from gpu_gpt2.formats.pieces import load_arena
+from gpu_gpt2.evaluate import answers, check_examples, completion_losses, row_length
+from gpu_gpt2.formats.multiple_choice import COMPLETIONS, Example, write_choices
 from gpu_gpt2.formats.tokens import write_tokens
-from gpu_gpt2.model import GPT2
-from gpu_gpt2.models import open_model
-from gpu_gpt2.multiple_choice import answers, check_examples, completion_losses, row_length
+from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.weights import load_arena
+from gpu_gpt2.open_model import open_model
 from gpu_gpt2.tokenizer import Tokenizer
 
 V, T = 257, 24  # the vocabulary of --tokenizer bytes, and the context

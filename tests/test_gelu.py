@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from devices import assert_case, every_device, kernel_devices, make_ops, op_cases, upload
 
-from gpu_gpt2.check import Case
 from gpu_gpt2.device.base import X_DTYPES
+from gpu_gpt2.ops.cases import Case
 
 
 @op_cases("gelu_fwd", "gelu_bwd")

@@ -6,8 +6,8 @@ import pytest
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import CheckpointError, ConfigError
 from gpu_gpt2.generate import generate
-from gpu_gpt2.init import initial_weights
-from gpu_gpt2.model import GPT2
+from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.init import initial_weights
 from gpu_gpt2.ops.reference import ReferenceOps
 
 CONFIG = ModelConfig(vocab_size=131, n_positions=8, n_embd=32, n_layer=2, n_head=2)

@@ -12,16 +12,15 @@ from cupy_backends.cuda.libs import cublas as cupy_cublas
 from devices import CPU, KERNELS, every_device
 
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.data.loader import Batch
-from gpu_gpt2.device import cublas
+from gpu_gpt2.device import cublas, open_device
 from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
 from gpu_gpt2.device.cublas import Cublas
-from gpu_gpt2.device.select import open_device
-from gpu_gpt2.init import initial_weights
-from gpu_gpt2.model import GPT2
-from gpu_gpt2.ops.select import ops_for
-from gpu_gpt2.optimizer import AdamW
-from gpu_gpt2.step import TrainingStep
+from gpu_gpt2.models.batch import Batch
+from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.ops import ops_for
+from gpu_gpt2.training.optimizer import AdamW
+from gpu_gpt2.training.step import TrainingStep
 
 CONFIG = ModelConfig(vocab_size=67, n_positions=11, n_embd=32, n_layer=2, n_head=2)
 B, T = 2, 11

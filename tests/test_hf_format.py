@@ -23,9 +23,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import hf
-from gpu_gpt2.formats.pieces import Arena, FloatArray, Piece, Weights, load_arena, named
-from gpu_gpt2.formats.tensorfile import TensorWriter
-from gpu_gpt2.layout import parameter_count
+from gpu_gpt2.formats.safetensors import TensorWriter
+from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.weights import Arena, FloatArray, Piece, Weights, load_arena, named
 
 CONFIG = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 EOT = 256

@@ -6,12 +6,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from gpu_gpt2 import layout
 from gpu_gpt2.config import ModelConfig, model_config
-from gpu_gpt2.formats.header import header_bytes
-from gpu_gpt2.formats.pieces import BFLOAT16, FloatArray, named, part_of, pieces
-from gpu_gpt2.init import InitialWeights, initial_weights
-from gpu_gpt2.rng import MersenneTwister
+from gpu_gpt2.formats.llmc_header import header_bytes
+from gpu_gpt2.models.gpt2 import parameter_count, parameters
+from gpu_gpt2.models.init import InitialWeights, initial_weights
+from gpu_gpt2.models.weights import BFLOAT16, FloatArray, named, part_of, pieces
+from gpu_gpt2.rng.mersenne import MersenneTwister
 
 ODD = ModelConfig(vocab_size=257, n_positions=11, n_embd=12, n_layer=3, n_head=2)
 SIZES = {
@@ -49,7 +49,7 @@ def test_d6_is_llmc_s_file() -> None:
 
 def test_d12_is_llmc_s_file(monkeypatch: pytest.MonkeyPatch) -> None:
     twister = MersenneTwister(42)
-    monkeypatch.setattr("gpu_gpt2.init.MersenneTwister", lambda seed: twister)
+    monkeypatch.setattr("gpu_gpt2.models.init.MersenneTwister", lambda seed: twister)
     config = model_config("d12")
     arena = initial_weights(config, 42)
     assert twister.state()[1] == 192  # of its 624 words
@@ -81,7 +81,7 @@ def test_the_table_is_followed(name: str) -> None:
     assert not np.array_equal(arena, initial_weights(config, 8))
     tensors = named(config, arena)
     assert not tensors["wte"][config.vocab_size :].any()
-    for spec in layout.parameters(config):
+    for spec in parameters(config):
         values = tensors[spec.name]
         if spec.init == "ones":
             assert (values == 1).all(), spec.name
@@ -151,4 +151,4 @@ def test_memory_is_one_piece() -> None:
     finally:
         tracemalloc.stop()
     assert peak < largest + (2 << 20)
-    assert 4 * layout.parameter_count(config) > 3 * largest
+    assert 4 * parameter_count(config) > 3 * largest

@@ -13,8 +13,8 @@ from devices import make_ops
 
 from gpu_gpt2.device import source as source_module
 from gpu_gpt2.device.base import BFLOAT16, FLOAT32, INT32
+from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.emulator import EmulatorDevice
-from gpu_gpt2.device.host import HostDevice
 from gpu_gpt2.device.source import kernel_files, kernel_source
 from gpu_gpt2.errors import ConfigError, LaunchError
 from gpu_gpt2.ops import kernels
@@ -147,7 +147,7 @@ def test_launch_refuses_arrays_of_another_device(monkeypatch: pytest.MonkeyPatch
 
 def test_the_cpu_launches_nothing() -> None:
     with pytest.raises(LaunchError, match="the CPU runs NumPy"):
-        HostDevice().launch(*_softmax(_floats(8), _floats(8), 8))
+        CpuDevice().launch(*_softmax(_floats(8), _floats(8), 8))
 
 
 def test_a_fitting_launch_runs(device: EmulatorDevice) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from devices import assert_case, op_cases
 
-from gpu_gpt2.check import Case
+from gpu_gpt2.ops.cases import Case
 
 
 @op_cases("layernorm_fwd", "residual_layernorm_fwd", "layernorm_bwd")

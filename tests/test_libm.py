@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from gpu_gpt2.libm import logf, sinf_cosf
+from gpu_gpt2.rng.libm import logf, sinf_cosf
 
 # One argument in 64 of those that a uniform draw of 24 bits leads to, and the largest.
 UNIFORM = np.append(np.arange(0, 1 << 24, 64), (1 << 24) - 1).astype(np.float32) / (1 << 24)

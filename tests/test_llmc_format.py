@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats import disk, llmc
-from gpu_gpt2.formats.header import HEADER_BYTES, header_bytes
-from gpu_gpt2.formats.pieces import Arena, FloatArray, load_arena, named
-from gpu_gpt2.layout import parameter_count
+from gpu_gpt2.formats import files, llmc
+from gpu_gpt2.formats.llmc_header import HEADER_BYTES, header_bytes
+from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.weights import Arena, FloatArray, load_arena, named
 
 CONFIG = ModelConfig(vocab_size=301, n_positions=7, n_embd=24, n_layer=3, n_head=3)
 WORDS = (20240326, 3, 7, 301, 3, 3, 24, 384)
@@ -136,7 +136,7 @@ def test_version_1_has_no_padding_rows(path: Path) -> None:
 
 def test_blocks_do_not_show(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written in parts of three rows, and the padding rows looked at in such parts."""
-    for module in (llmc, disk):
+    for module in (llmc, files):
         monkeypatch.setattr(module, "BLOCK_BYTES", 3 * 4 * 24)
     again = path.with_name("again.bin")
     llmc.write_model(again, llmc.open_model(path), "fp32")
@@ -153,7 +153,7 @@ def test_an_array_is_written_in_little_memory(dtype: np.dtype[Any], tmp_path: Pa
     with (tmp_path / "a").open("wb") as file:
         tracemalloc.start()
         try:
-            disk.write_array(file, 7, values, dtype)
+            files.write_array(file, 7, values, dtype)
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

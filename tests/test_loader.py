@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_gpt2.data import loader as loader_module
-from gpu_gpt2.data.loader import Batch, BatchLoader, sequential_batches
+from gpu_gpt2.data.loader import BatchLoader, sequential_batches
 from gpu_gpt2.data.prefetch import DEPTH, Prefetcher
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.tokens import read_tokens, write_tokens
+from gpu_gpt2.models.batch import Batch
 
 
 def _rows(batch: Batch) -> np.ndarray:

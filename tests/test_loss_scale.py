@@ -12,15 +12,21 @@ import pytest
 from devices import KERNELS
 from rich.console import Console
 
-from gpu_gpt2 import checkpoint
 from gpu_gpt2.config import ModelConfig, TrainConfig
-from gpu_gpt2.device.select import open_device
+from gpu_gpt2.device import open_device
 from gpu_gpt2.errors import TrainingError
-from gpu_gpt2.init import initial_weights
-from gpu_gpt2.model import GPT2
-from gpu_gpt2.ops.select import ops_for
-from gpu_gpt2.optimizer import FIRST_LOSS_SCALE, MAX_LOSS_SCALE, AdamW, StepReport, UpdateCounts
+from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.ops import ops_for
 from gpu_gpt2.train import train
+from gpu_gpt2.training import checkpoint
+from gpu_gpt2.training.optimizer import (
+    FIRST_LOSS_SCALE,
+    MAX_LOSS_SCALE,
+    AdamW,
+    StepReport,
+    UpdateCounts,
+)
 
 CONFIG = ModelConfig(vocab_size=67, n_positions=11, n_embd=32, n_layer=2, n_head=2)
 B, T = 2, 11
@@ -141,7 +147,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("text")
 def test_a_run_says_what_it_left_out_and_saves_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_gpt2.optimizer.FIRST_LOSS_SCALE", 2.0**20)
+    monkeypatch.setattr("gpu_gpt2.training.optimizer.FIRST_LOSS_SCALE", 2.0**20)
     out = io.StringIO()
     folder = train(settings(), Console(file=out, width=200)).checkpoint
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
@@ -178,8 +184,8 @@ def test_a_run_in_another_dtype_begins_its_scale_anew() -> None:
 def test_a_gradient_out_of_range_at_the_lowest_scale_ends_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gpu_gpt2.optimizer.FIRST_LOSS_SCALE", 2.0)
+    monkeypatch.setattr("gpu_gpt2.training.optimizer.FIRST_LOSS_SCALE", 2.0)
     report = StepReport(loss=3.0, grad_norm=math.inf, loss_scale=1.0)
-    monkeypatch.setattr("gpu_gpt2.optimizer.AdamW.report", lambda _: lambda: report)
+    monkeypatch.setattr("gpu_gpt2.training.optimizer.AdamW.report", lambda _: lambda: report)
     with pytest.raises(TrainingError, match=r"step 1: loss 3\.0, gradient norm inf: training div"):
         train(settings(), Console(file=io.StringIO()))

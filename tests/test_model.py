@@ -7,13 +7,13 @@ import pytest
 import torch
 import transformers
 
-from gpu_gpt2 import layout
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.init import initial_weights
-from gpu_gpt2.model import GPT2
+from gpu_gpt2.models.arena import flat_views
+from gpu_gpt2.models.gpt2 import GPT2, decayed_count, parameters
+from gpu_gpt2.models.init import initial_weights
 from gpu_gpt2.ops.reference import ReferenceOps
-from gpu_gpt2.optimizer import AdamW
+from gpu_gpt2.training.optimizer import AdamW
 
 CONFIG = ModelConfig(vocab_size=1027, n_positions=40, n_embd=96, n_layer=3, n_head=4)
 B, T = 3, 33
@@ -33,8 +33,8 @@ def weights(seed: int = 0) -> np.ndarray:
     """Initial weights with biases and layernorms moved off 0 and 1, so that every term counts."""
     arena = initial_weights(CONFIG, seed)
     rng = np.random.default_rng(seed + 1)
-    arena[layout.decayed_count(CONFIG) :] += 0.1 * rng.standard_normal(
-        arena.size - layout.decayed_count(CONFIG), dtype=np.float32
+    arena[decayed_count(CONFIG) :] += 0.1 * rng.standard_normal(
+        arena.size - decayed_count(CONFIG), dtype=np.float32
     )
     return arena
 
@@ -58,7 +58,7 @@ def torch_model(arena: np.ndarray, dtype: torch.dtype) -> transformers.GPT2LMHea
         n_layer=CONFIG.n_layer, n_head=CONFIG.n_head, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config).to(dtype)
-    ours = layout.flat_views(layout.parameters(CONFIG), arena)
+    ours = flat_views(parameters(CONFIG), arena)
     with torch.no_grad():
         for _, theirs, array in paired(model, ours):
             theirs.copy_(torch.from_numpy(np.ascontiguousarray(array)))

@@ -10,14 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from gpu_gpt2.bench.static import ARCHITECTURES, HEAD_SIZES, KernelBuild, builds, launches, rows
 from gpu_gpt2.config import ModelConfig, model_config
 from gpu_gpt2.device import source as source_module
-from gpu_gpt2.device.cupy_device import DEFAULT_SHARED_BYTES
+from gpu_gpt2.device.cuda import DEFAULT_SHARED_BYTES
 from gpu_gpt2.device.nvrtc import compile_for
 from gpu_gpt2.device.source import DTYPES, kernel_files, kernel_source
 from gpu_gpt2.errors import KernelError
 from gpu_gpt2.ops.kernels import FLASH_HEAD_SIZES
+from gpu_gpt2.tools.bench.static import (
+    ARCHITECTURES,
+    HEAD_SIZES,
+    KernelBuild,
+    builds,
+    launches,
+    rows,
+)
 
 REGISTERS = 65536  # of a multiprocessor: a block that needs more does not start
 

@@ -14,17 +14,28 @@ import psutil
 import pytest
 from rich.console import Console
 
-from gpu_gpt2 import checkpoint, layout, plan
 from gpu_gpt2.cli.train import _fitting, _new_config
 from gpu_gpt2.config import MODELS, ModelConfig, TrainConfig, model_config
 from gpu_gpt2.device.base import X_DTYPES
+from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.emulator import EmulatorDevice
-from gpu_gpt2.device.host import HostDevice
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.model import GPT2
-from gpu_gpt2.ops.select import ops_for
-from gpu_gpt2.optimizer import AdamW
+from gpu_gpt2.models.gpt2 import GPT2, activations
+from gpu_gpt2.ops import ops_for
 from gpu_gpt2.train import train
+from gpu_gpt2.training import checkpoint
+from gpu_gpt2.training.memory import (
+    ENOUGH_TOKENS,
+    LIBRARIES,
+    RECOMPUTE_LEVELS,
+    best_fit,
+    check_fits,
+    largest_batch,
+    memory_plan,
+    parse_bytes,
+    planned_bytes,
+)
+from gpu_gpt2.training.optimizer import AdamW
 
 SMALL = ModelConfig(vocab_size=67, n_positions=16, n_embd=32, n_layer=3, n_head=2)
 
@@ -33,16 +44,16 @@ def test_bytes_counted_by_hand() -> None:
     """One layer, one channel: 18 bytes a parameter in bf16, 16 in fp32, and N Vp logits."""
     config = ModelConfig(vocab_size=128, n_positions=2, n_embd=1, n_layer=1, n_head=1)
     n = 128 + 2 + 12 + 13 + 2  # wte, wpe, matrices, vectors of the layer, last layernorm
-    rows = dict(plan.memory_plan(config, "bf16", 3, 2, 0).rows)
+    rows = dict(memory_plan(config, "bf16", 3, 2, 0).rows)
     assert rows["weights"] == 2 * n
     assert rows["master weights, float32"] == rows["gradients, float32"] == 4 * n
     assert rows["moments of AdamW, float32"] == 8 * n
     assert rows["logits"] == 6 * 128 * 2
-    assert "master weights, float32" not in dict(plan.memory_plan(config, "fp32", 3, 2, 0).rows)
+    assert "master weights, float32" not in dict(memory_plan(config, "fp32", 3, 2, 0).rows)
 
 
 @pytest.mark.parametrize("dtype", X_DTYPES)
-@pytest.mark.parametrize("recompute", plan.RECOMPUTE_LEVELS)
+@pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
 def test_the_plan_is_what_is_allocated(
     monkeypatch: pytest.MonkeyPatch, recompute: int, dtype: str
 ) -> None:
@@ -59,44 +70,44 @@ def test_the_plan_is_what_is_allocated(
 
     ops = ops_for(Counting(), dtype)
     AdamW(GPT2(SMALL, ops, dtype=dtype, max_batch=3, max_seq_len=16, recompute=recompute))
-    planned = plan.planned_bytes(SMALL, dtype, 3, 16, recompute)
+    planned = planned_bytes(SMALL, dtype, 3, 16, recompute)
     assert planned <= sum(allocated) <= planned + 1024  # a few numbers of the optimizer besides
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("recompute", plan.RECOMPUTE_LEVELS)
+@pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
 def test_no_float32_tensor_as_large_as_the_logits(name: str, recompute: int) -> None:
     config = model_config(name)
     T = config.n_positions
-    specs = layout.activations(config, 7, T, recompute=recompute)
+    specs = activations(config, 7, T, recompute=recompute)
     logits = 7 * T * config.vocab_size
     assert [spec.name for spec in specs if spec.dtype == "float32" and spec.size >= logits] == []
 
 
 @pytest.mark.parametrize(("model", "memory"), [("gpt2", "8GB"), ("gpt2-xl", "80GB")])
 def test_trains_at_its_full_context_in(model: str, memory: str) -> None:
-    usable = plan.parse_bytes(memory) - plan.LIBRARIES
-    fit = plan.best_fit(model_config(model), "bf16", 1024, usable)
+    usable = parse_bytes(memory) - LIBRARIES
+    fit = best_fit(model_config(model), "bf16", 1024, usable)
     assert fit.batch_size >= 4
     assert fit.recompute == 0
     assert fit.total <= usable
 
 
 def test_the_largest_batch_is_the_largest() -> None:
-    memory = plan.planned_bytes(SMALL, "bf16", 37, 16, 1)
-    assert plan.largest_batch(SMALL, "bf16", 16, 1, memory) == 37
-    assert plan.largest_batch(SMALL, "bf16", 16, 1, memory - 1) == 36
-    assert plan.largest_batch(SMALL, "bf16", 16, 1, memory, sequences=64) == 32
-    assert plan.largest_batch(SMALL, "bf16", 16, 1, memory, sequences=37) == 37
-    assert plan.largest_batch(SMALL, "bf16", 16, 1, 1000) == 0
+    memory = planned_bytes(SMALL, "bf16", 37, 16, 1)
+    assert largest_batch(SMALL, "bf16", 16, 1, memory) == 37
+    assert largest_batch(SMALL, "bf16", 16, 1, memory - 1) == 36
+    assert largest_batch(SMALL, "bf16", 16, 1, memory, sequences=64) == 32
+    assert largest_batch(SMALL, "bf16", 16, 1, memory, sequences=37) == 37
+    assert largest_batch(SMALL, "bf16", 16, 1, 1000) == 0
 
 
 def test_the_level_is_no_higher_than_it_must_be() -> None:
     def memory(batch_size: int, level: int) -> int:
-        return plan.planned_bytes(SMALL, "bf16", batch_size, 16, level)
+        return planned_bytes(SMALL, "bf16", batch_size, 16, level)
 
     def fit(size: int, sequences: int) -> tuple[int, int]:
-        found = plan.best_fit(SMALL, "bf16", 16, size, sequences=sequences)
+        found = best_fit(SMALL, "bf16", 16, size, sequences=sequences)
         return found.batch_size, found.recompute
 
     assert fit(memory(8, 0), 8) == (8, 0)
@@ -104,7 +115,7 @@ def test_the_level_is_no_higher_than_it_must_be() -> None:
     assert fit(memory(8, 2), 8) == (8, 2)
     assert fit(memory(8, 3), 8) == (8, 3)
     assert fit(memory(2, 3), 8) == (2, 3)
-    enough = plan.ENOUGH_TOKENS // 16
+    enough = ENOUGH_TOKENS // 16
     assert fit(memory(enough, 0), 4 * enough) == (enough, 0)  # although level 3 would hold more
 
 
@@ -112,20 +123,20 @@ def test_what_does_not_fit_says_what_is_needed() -> None:
     with pytest.raises(
         ConfigError, match=r"--recompute 3 needs \d\.\d\d GB, .*: use a smaller --seq"
     ):
-        plan.best_fit(model_config("gpt2"), "bf16", 1024, 10**9)
+        best_fit(model_config("gpt2"), "bf16", 1024, 10**9)
     with pytest.raises(
         ConfigError, match=r"--recompute 1 needs .*: use a higher --recompute, or a"
     ):
-        plan.best_fit(model_config("gpt2"), "bf16", 1024, 10**9, recompute=1)
+        best_fit(model_config("gpt2"), "bf16", 1024, 10**9, recompute=1)
 
 
 def test_what_is_needed_counts_what_is_reserved() -> None:
     """The size named is one that fits: the GPU's memory, not what is left of it."""
-    least = plan.planned_bytes(SMALL, "bf16", 1, 16, 3)
+    least = planned_bytes(SMALL, "bf16", 1, 16, 3)
     message = f"needs {(least + 10**9) / 1e9:.2f} GB, and there are 1000.0 MB: use"
     with pytest.raises(ConfigError, match=message):
-        plan.best_fit(SMALL, "bf16", 16, 10**9 - 1, reserved=10**9)
-    assert plan.best_fit(SMALL, "bf16", 16, least + 10**9, reserved=10**9).batch_size == 1
+        best_fit(SMALL, "bf16", 16, 10**9 - 1, reserved=10**9)
+    assert best_fit(SMALL, "bf16", 16, least + 10**9, reserved=10**9).batch_size == 1
 
 
 @pytest.mark.parametrize(
@@ -136,7 +147,7 @@ def test_what_is_needed_counts_what_is_reserved() -> None:
     ],
 )  # fmt: skip
 def test_reads_sizes(text: str, size: int) -> None:
-    assert plan.parse_bytes(text) == size
+    assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize(
@@ -144,13 +155,13 @@ def test_reads_sizes(text: str, size: int) -> None:
 )
 def test_refuses_other_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="as memory; write 8GB"):
-        plan.parse_bytes(text)
+        parse_bytes(text)
 
 
 def test_batch_size_auto_fills_the_memory_with_a_divisor_of_the_step() -> None:
     values = {"model": "nano", "tokenizer": "bytes", "seq_len": 16, "total_batch_tokens": 16 * 30}
     config = model_config("nano", 257)
-    memory = plan.planned_bytes(config, "fp32", 12, 16, 3)
+    memory = planned_bytes(config, "fp32", 12, 16, 3)
     fit = _fitting(values, "fp32", int(memory / 0.95) + 100)
     assert fit == {"batch_size": 10, "recompute": 3}
     assert _fitting(values, "fp32", 10**9) == {"batch_size": 30, "recompute": 0}
@@ -170,8 +181,8 @@ def auto_config(run_dir: Path) -> TrainConfig:
 
 
 def test_batch_size_auto_asks_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    memory = plan.planned_bytes(model_config("nano", 257), "fp32", 12, 16, 3)
-    monkeypatch.setattr(HostDevice, "free_memory", int(memory / 0.95) + 100)
+    memory = planned_bytes(model_config("nano", 257), "fp32", 12, 16, 3)
+    monkeypatch.setattr(CpuDevice, "free_memory", int(memory / 0.95) + 100)
     config = auto_config(tmp_path / "run")
     assert (config.batch_size, config.recompute) == (10, 3)
 
@@ -184,7 +195,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     Path("text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 100)
     config = replace(auto_config(Path("run")), data="text.txt", steps=1)
     console = Console(file=io.StringIO(), width=200)
-    monkeypatch.setattr(HostDevice, "free_memory", 10**6)
+    monkeypatch.setattr(CpuDevice, "free_memory", 10**6)
     with pytest.raises(
         ConfigError, match=r"needs .* MB, and there are 1\.0 MB: use a higher --recompute, or "
     ):
@@ -195,10 +206,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
 
 def test_advice_that_can_be_followed() -> None:
     def advice(batch_size: int, recompute: int, *, resumed: bool) -> str:
-        fit = plan.memory_plan(SMALL, "fp32", batch_size, 16, recompute)
-        plan.check_fits(fit, fit.total, resumed=resumed)  # it just fits
+        fit = memory_plan(SMALL, "fp32", batch_size, 16, recompute)
+        check_fits(fit, fit.total, resumed=resumed)  # it just fits
         with pytest.raises(ConfigError) as refused:
-            plan.check_fits(fit, fit.total - 1, resumed=resumed)
+            check_fits(fit, fit.total - 1, resumed=resumed)
         return str(refused.value).partition(": ")[2]
 
     assert advice(2, 0, resumed=False) == (
@@ -212,12 +223,12 @@ def test_advice_that_can_be_followed() -> None:
 def test_the_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(available=5, total=9, free=3)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
-    assert HostDevice().free_memory == 5
+    assert CpuDevice().free_memory == 5
 
 
 def test_a_checkpoint_needs_no_second_copy_of_the_weights() -> None:
     array = np.zeros(3, np.float32)
-    for device in (HostDevice(), EmulatorDevice()):
+    for device in (CpuDevice(), EmulatorDevice()):
         assert np.shares_memory(device.host_view(array), array)
         assert not np.shares_memory(device.download(array), array)
 

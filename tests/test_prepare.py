@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from gpu_gpt2.cli.app import app
-from gpu_gpt2.data import documents, encode, recipes
-from gpu_gpt2.data.documents import Source, read_pieces
-from gpu_gpt2.data.download import Remote
-from gpu_gpt2.data.prepare import Plan, Prepared, finished, prepare
+from gpu_gpt2.data.prepare import documents, encode, recipes
+from gpu_gpt2.data.prepare.documents import Source, read_pieces
+from gpu_gpt2.data.prepare.download import Remote
+from gpu_gpt2.data.prepare.shards import Plan, Prepared, finished, prepare
 from gpu_gpt2.errors import ConfigError, DataError, UserError
-from gpu_gpt2.formats.choices import read_choices
+from gpu_gpt2.formats.multiple_choice import read_choices
 from gpu_gpt2.formats.tokens import read_tokens
 from gpu_gpt2.tokenizer import _PIECES, Tokenizer
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from devices import CPU, KERNELS
 
-from gpu_gpt2 import layout
 from gpu_gpt2.config import MAX_RECOMPUTE, ModelConfig
+from gpu_gpt2.device import open_device
 from gpu_gpt2.device.base import FLOAT32
-from gpu_gpt2.device.select import open_device
-from gpu_gpt2.init import initial_weights
-from gpu_gpt2.model import GPT2
-from gpu_gpt2.ops.select import ops_for
+from gpu_gpt2.models.arena import bytes_of
+from gpu_gpt2.models.gpt2 import GPT2, activations
+from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.ops import ops_for
 
 CONFIG = ModelConfig(vocab_size=67, n_positions=11, n_embd=32, n_layer=3, n_head=2)
 B, T = 2, 11
@@ -43,7 +43,7 @@ def test_every_level_gives_the_bits_of_level_0(dtype: str, device: str) -> None:
 
 def test_every_level_needs_less_memory() -> None:
     sizes = [
-        layout.bytes_of(layout.activations(CONFIG, B, T, recompute=level), FLOAT32)
+        bytes_of(activations(CONFIG, B, T, recompute=level), FLOAT32)
         for level in range(MAX_RECOMPUTE + 1)
     ]
     assert sorted(sizes, reverse=True) == sizes
@@ -52,7 +52,7 @@ def test_every_level_needs_less_memory() -> None:
 
 def test_what_each_level_keeps_of_every_layer() -> None:
     def kept(level: int) -> set[str]:
-        specs = layout.activations(CONFIG, B, T, recompute=level)
+        specs = activations(CONFIG, B, T, recompute=level)
         return {spec.name for spec in specs if spec.stacked and spec.shape[0] == CONFIG.n_layer}
 
     norms = {f"{name}{part}" for name in ("ln1", "ln2") for part in ("", "_mean", "_rstd")}
@@ -63,7 +63,7 @@ def test_what_each_level_keeps_of_every_layer() -> None:
 
 
 def test_without_training_nothing_is_kept_per_layer() -> None:
-    specs = layout.activations(CONFIG, B, T, training=False)
+    specs = activations(CONFIG, B, T, training=False)
     assert {spec.shape[0] for spec in specs if spec.stacked} == {1}
     assert not {"dres", "dfc", "dqkv", "delta", "order"} & {spec.name for spec in specs}
 

@@ -8,7 +8,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from gpu_gpt2.rng import CHUNK, MersenneTwister
+from gpu_gpt2.rng.mersenne import CHUNK, MersenneTwister
 
 EIGHT_OF_137 = [
     0.794766486, 1.43693173, -0.229219183, 0.475563288,

@@ -15,7 +15,8 @@ from gpu_gpt2.device.emulator import sanitizer_environment
 
 CHECK = """
 import sys
-from gpu_gpt2.check import CASES, run_checks
+from gpu_gpt2.ops.cases import CASES
+from gpu_gpt2.tools.check import run_checks
 from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.ops.kernels import KernelOps
 

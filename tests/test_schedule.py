@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpu_gpt2.schedule import warmup_cosine
+from gpu_gpt2.training.schedule import warmup_cosine
 
 # steps, warm-up and peak of the published vectors: p=6e-4, w=10, S=100, f=0.1
 GOLDEN = [

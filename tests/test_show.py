@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from gpu_gpt2.cli.app import app
-from gpu_gpt2.data.show import describe
 from gpu_gpt2.errors import DataError, UserError
-from gpu_gpt2.formats.choices import Example, write_choices
-from gpu_gpt2.formats.header import header_bytes
+from gpu_gpt2.formats.llmc_header import header_bytes
+from gpu_gpt2.formats.multiple_choice import Example, write_choices
 from gpu_gpt2.formats.tokens import LLAMA3, write_tokens
 from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.tools.show import describe
 
 BYTES = Tokenizer.of_bytes()
 

@@ -3,15 +3,15 @@
 import numpy as np
 from devices import kernel_devices
 
-from gpu_gpt2 import layout
 from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.device import open_device
 from gpu_gpt2.device.base import Device
-from gpu_gpt2.device.select import open_device
-from gpu_gpt2.init import initial_weights
-from gpu_gpt2.model import GPT2
+from gpu_gpt2.models.arena import flat_views
+from gpu_gpt2.models.gpt2 import GPT2, decayed_count, parameters
+from gpu_gpt2.models.init import initial_weights
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
-from gpu_gpt2.optimizer import AdamW
+from gpu_gpt2.training.optimizer import AdamW
 
 CONFIG = ModelConfig(vocab_size=131, n_positions=19, n_embd=48, n_layer=2, n_head=3)
 B, T = 2, 17
@@ -43,7 +43,7 @@ def two_micro_steps(model: GPT2, optimizer: AdamW, updates: int) -> list[float]:
 def weights() -> np.ndarray:
     """Initial weights with larger spread and with biases and layernorms off 0 and 1."""
     arena = initial_weights(CONFIG, 0)
-    decayed = layout.decayed_count(CONFIG)
+    decayed = decayed_count(CONFIG)
     noise = np.random.default_rng(5).standard_normal(arena.size - decayed, dtype=np.float32)
     arena[decayed:] += 0.1 * noise
     # Both precisions start from the same numbers.
@@ -67,8 +67,8 @@ def test_a_training_step_equals_the_numpy_step(dtype: str, device: str) -> None:
     np.testing.assert_allclose(actual, expected, rtol=LOSS_LIMITS[dtype])
     download = ours.ops.device.download
     gradient = download(ours.grad_arena) / download(ours.loss_scale)
-    grads = layout.flat_views(layout.parameters(CONFIG), gradient)
-    for spec in layout.parameters(CONFIG):
+    grads = flat_views(parameters(CONFIG), gradient)
+    for spec in parameters(CONFIG):
         grad, right = getattr(grads, spec.name), getattr(reference.grads, spec.name)
         worst = np.abs(grad - right).max() / np.abs(right).max()
         assert worst < GRAD_LIMITS[dtype], f"gradient of {spec.name}: {worst:.2e} of its largest"

@@ -19,18 +19,18 @@ import torch
 import transformers
 from rich.console import Console
 
-from gpu_gpt2 import checkpoint, layout
 from gpu_gpt2.config import TrainConfig
-from gpu_gpt2.device.host import HostDevice
+from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.errors import ConfigError, TrainingError
-from gpu_gpt2.formats.pieces import load_arena
 from gpu_gpt2.formats.tokens import write_tokens
-from gpu_gpt2.model import GPT2
-from gpu_gpt2.models import open_model
+from gpu_gpt2.models.gpt2 import GPT2, parameter_count
+from gpu_gpt2.models.weights import load_arena
+from gpu_gpt2.open_model import open_model
 from gpu_gpt2.ops.reference import ReferenceOps
-from gpu_gpt2.optimizer import AdamW, StepReport, UpdateCounts
-from gpu_gpt2.step import TrainingStep
 from gpu_gpt2.train import train
+from gpu_gpt2.training import checkpoint
+from gpu_gpt2.training.optimizer import AdamW, StepReport, UpdateCounts
+from gpu_gpt2.training.step import TrainingStep
 
 TEXT = "".join(f"{i} squared is {i * i}, and the cube of {i} is {i**3}.\n" for i in range(300))
 
@@ -106,15 +106,15 @@ def test_the_checkpoint_is_a_hugging_face_model_with_the_same_logits() -> None:
 
 def test_a_checkpoint_is_written_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[int] = []
-    download = HostDevice.download
+    download = CpuDevice.download
 
-    def counting(self: HostDevice, src: np.ndarray) -> np.ndarray:
+    def counting(self: CpuDevice, src: np.ndarray) -> np.ndarray:
         copied.append(src.size)
         return download(self, src)
 
-    monkeypatch.setattr(HostDevice, "download", counting)
+    monkeypatch.setattr(CpuDevice, "download", counting)
     config = checkpoint.load(train(settings(), quiet()).checkpoint).model
-    assert max(copied) < layout.parameter_count(config)
+    assert max(copied) < parameter_count(config)
 
 
 @pytest.mark.parametrize("recompute", [0, 3])
@@ -164,7 +164,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         events.append("save")
         return save(*args)
 
-    monkeypatch.setattr(HostDevice, "runs_ahead", True)
+    monkeypatch.setattr(CpuDevice, "runs_ahead", True)
     monkeypatch.setattr(TrainingStep, "__call__", enqueued)
     monkeypatch.setattr(checkpoint, "save", saving)
     return events
@@ -178,7 +178,7 @@ def test_a_step_is_read_when_the_next_is_enqueued(
         "enqueue 1", "enqueue 2", "read 1", "enqueue 3", "read 2", "read 3", "save",
         "enqueue 4", "enqueue 5", "read 4", "read 5", "save",
     ]  # fmt: skip
-    monkeypatch.setattr(HostDevice, "runs_ahead", False)
+    monkeypatch.setattr(CpuDevice, "runs_ahead", False)
     usual = train(settings(steps=5, eval_every=3, run_dir="usual"), quiet()).checkpoint
     keys = ("step", "loss", "lr", "grad_norm", "val_loss")
     records = [
@@ -329,5 +329,5 @@ def test_state_covers_every_parameter() -> None:
     folder = train(settings(steps=1), quiet()).checkpoint
     state = checkpoint.load(folder)
     assert state.tokens == 256
-    assert state.weights.size == layout.parameter_count(state.model)
+    assert state.weights.size == parameter_count(state.model)
     assert state.v.any()

@@ -12,17 +12,16 @@ from devices import kernel_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_gpt2 import checkpoint
 from gpu_gpt2.cli.app import main
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.device.select import open_device
+from gpu_gpt2.device import open_device
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.debug_state import DebugState, read_debug_state, write_debug_state
-from gpu_gpt2.formats.header import HEADER_BYTES
-from gpu_gpt2.formats.pieces import Arena
-from gpu_gpt2.init import initial_weights
-from gpu_gpt2.models import open_model
-from gpu_gpt2.verify.judge import (
+from gpu_gpt2.formats.llmc_header import HEADER_BYTES
+from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.models.weights import Arena
+from gpu_gpt2.open_model import open_model
+from gpu_gpt2.tools.verify.judge import (
     LIMITS,
     STARTER_PACK_LOSSES,
     STEPS,
@@ -32,7 +31,8 @@ from gpu_gpt2.verify.judge import (
     losses_path,
     verify,
 )
-from gpu_gpt2.verify.pair import make_pair, stirred
+from gpu_gpt2.tools.verify.pair import make_pair, stirred
+from gpu_gpt2.training import checkpoint
 
 CONFIG = ModelConfig(vocab_size=301, n_positions=24, n_embd=48, n_layer=2, n_head=3)
 B, T = 2, 17
@@ -84,7 +84,7 @@ def test_float32_passes_with_a_tenth_of_the_limits(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limits leave room for sizes and devices, but not more than this small model shows."""
-    from gpu_gpt2.verify import judge
+    from gpu_gpt2.tools.verify import judge
 
     tenth = judge.Limits(
         **{
@@ -150,7 +150,7 @@ def test_a_wrong_step_is_named(pair: Path) -> None:
 
 
 def test_without_known_losses_they_must_fall(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpu_gpt2.verify import judge
+    from gpu_gpt2.tools.verify import judge
 
     found = findings(pair, losses=())
     assert not failed(found)

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import typer
 from rich.progress import track
 
-from gpu_gpt2.bench import kernels, results, static, step
 from gpu_gpt2.cli.common import Device, Dtype, console, say, show_table
 from gpu_gpt2.config import MAX_RECOMPUTE, MODEL_NAMES, model_config
+from gpu_gpt2.device import choose_dtype, open_device
 from gpu_gpt2.device.base import Device as Place
-from gpu_gpt2.device.select import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.ops.select import ops_for
+from gpu_gpt2.ops import ops_for
+from gpu_gpt2.tools.bench import kernels, results, static, step
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 

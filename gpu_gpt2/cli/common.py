@@ -8,10 +8,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gpu_gpt2.device.select import DEVICES, choose_dtype, open_device
-from gpu_gpt2.formats.pieces import WeightSource, load_arena
-from gpu_gpt2.model import GPT2
-from gpu_gpt2.ops.select import ops_for
+from gpu_gpt2.device import DEVICES, choose_dtype, open_device
+from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.weights import WeightSource, load_arena
+from gpu_gpt2.ops import ops_for
 
 WIDE: Final = 110  # columns: the widest table
 INTERRUPTED: Final = 130  # exit status after Ctrl-C, by convention

@@ -13,7 +13,7 @@ from gpu_gpt2.cli.common import console, say
 from gpu_gpt2.config import GPT2_VOCAB_SIZE
 from gpu_gpt2.convert import TARGETS, TOKENIZER_FILES, bytes_of
 from gpu_gpt2.convert import convert as convert_model
-from gpu_gpt2.models import TOKENIZER_BIN, open_model
+from gpu_gpt2.open_model import TOKENIZER_BIN, open_model
 
 
 def convert(

@@ -22,13 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gpu_gpt2.cli.common import INTERRUPTED, console, say
-from gpu_gpt2.data import recipes
-from gpu_gpt2.data.download import Remote, download_all
-from gpu_gpt2.data.prepare import Plan, Prepared, finished, prepare
-from gpu_gpt2.data.published import NAMES, expected_bytes, published
-from gpu_gpt2.data.show import describe
+from gpu_gpt2.data.prepare import recipes
+from gpu_gpt2.data.prepare.download import Remote, download_all
+from gpu_gpt2.data.prepare.published import NAMES, expected_bytes, published
+from gpu_gpt2.data.prepare.shards import Plan, Prepared, finished, prepare
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.tokenizer import make_tokenizer
+from gpu_gpt2.tools.show import describe
 
 data_app = typer.Typer(no_args_is_help=True, help="Make, get and look into files of tokens.")
 

@@ -14,22 +14,22 @@ import numpy as np
 import typer
 from rich.progress import Progress
 
-from gpu_gpt2.checkpoint import TRAINING_FILE, trained_seq_len
 from gpu_gpt2.cli.common import Device, Dtype, console, model_on_device, say
 from gpu_gpt2.config import MAX_BATCH_TOKENS, TrainConfig
 from gpu_gpt2.data.corpus import BUILT_IN, text_file
 from gpu_gpt2.data.dataset import prepare
-from gpu_gpt2.data.loader import Batch, sequential_batches
+from gpu_gpt2.data.loader import sequential_batches
 from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
-from gpu_gpt2.evaluate import mean_loss
-from gpu_gpt2.formats.choices import Example, read_choices
+from gpu_gpt2.evaluate import answers, check_examples, mean_loss, row_length
 from gpu_gpt2.formats.hf import read_json
-from gpu_gpt2.formats.pieces import WeightSource
+from gpu_gpt2.formats.multiple_choice import Example, read_choices
 from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_tokens
-from gpu_gpt2.model import GPT2, check_seq_len
-from gpu_gpt2.models import folder_of, open_model, tokenizer_of
-from gpu_gpt2.multiple_choice import answers, check_examples, row_length
+from gpu_gpt2.models.batch import Batch
+from gpu_gpt2.models.gpt2 import GPT2, check_seq_len
+from gpu_gpt2.models.weights import WeightSource
+from gpu_gpt2.open_model import folder_of, open_model, tokenizer_of
 from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.training.checkpoint import TRAINING_FILE, trained_seq_len
 
 
 def evaluate(

@@ -7,10 +7,10 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from gpu_gpt2.checkpoint import trained_seq_len
 from gpu_gpt2.cli.common import Device, Dtype, model_on_device
 from gpu_gpt2.generate import generate as generate_tokens
-from gpu_gpt2.models import folder_of, open_model, tokenizer_of
+from gpu_gpt2.open_model import folder_of, open_model, tokenizer_of
+from gpu_gpt2.training.checkpoint import trained_seq_len
 
 
 def generate(

@@ -6,11 +6,12 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from gpu_gpt2 import check, info
 from gpu_gpt2.cli.common import Device, Dtype, console, say, show_table
-from gpu_gpt2.device.select import choose_dtype, has_gpu, open_device
+from gpu_gpt2.device import choose_dtype, has_gpu, open_device
 from gpu_gpt2.device.source import DTYPES
-from gpu_gpt2.ops.select import ops_for
+from gpu_gpt2.ops import ops_for
+from gpu_gpt2.ops.cases import CASES, LARGE_CASES
+from gpu_gpt2.tools import check, info
 
 
 def show_info() -> None:
@@ -32,7 +33,7 @@ def check_ops(device: Device = "auto", dtype: Dtype = "auto") -> None:
     dtypes = ["fp32"] if place.name == "cpu" else list(DTYPES)
     if dtype != "auto":
         dtypes = [choose_dtype(dtype, place)]
-    cases = (*check.CASES, *check.LARGE_CASES) if place.name == "cuda" else check.CASES
+    cases = (*CASES, *LARGE_CASES) if place.name == "cuda" else CASES
     results = []
     for result in track(
         check.run_checks(lambda x: ops_for(place, x), dtypes, cases),

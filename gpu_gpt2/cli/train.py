@@ -10,7 +10,6 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from gpu_gpt2 import checkpoint, plan
 from gpu_gpt2.cli.common import INTERRUPTED, Device, Dtype, console, say
 from gpu_gpt2.config import (
     MAX_RECOMPUTE,
@@ -21,10 +20,12 @@ from gpu_gpt2.config import (
     model_config,
 )
 from gpu_gpt2.data.corpus import BUILT_IN
-from gpu_gpt2.device.select import choose_dtype, open_device
+from gpu_gpt2.device import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.tokenizer import is_path, vocab_size_of
 from gpu_gpt2.train import train as run_training
+from gpu_gpt2.training import checkpoint
+from gpu_gpt2.training.memory import best_fit
 
 RUNS: Final = Path("runs")
 AUTO: Final = "auto"
@@ -145,7 +146,7 @@ def _batch_size(text: str | None) -> int | str | None:
 
 
 def _fitting(values: dict[str, Any], dtype: str, free_memory: int) -> dict[str, int]:
-    """The batch size and recompute level of plan.best_fit for this much memory."""
+    """The batch size and recompute level of best_fit for this much memory."""
     T, total = values["seq_len"], values["total_batch_tokens"]
     if T < 1:
         raise ConfigError(f"--seq-len is {T}; it must be at least 1")
@@ -153,7 +154,7 @@ def _fitting(values: dict[str, Any], dtype: str, free_memory: int) -> dict[str, 
         raise ConfigError(
             f"--total-batch-tokens {total} is not a multiple of --seq-len {T}; choose one that is"
         )
-    fit = plan.best_fit(
+    fit = best_fit(
         model_config(values["model"], vocab_size_of(values["tokenizer"])),
         dtype,
         T,

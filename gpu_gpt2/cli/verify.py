@@ -13,13 +13,13 @@ from rich.text import Text
 
 from gpu_gpt2.cli.common import Device, Dtype, console, say
 from gpu_gpt2.data.corpus import python_docs
-from gpu_gpt2.device.select import choose_dtype, open_device
+from gpu_gpt2.device import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.debug_state import read_debug_state
-from gpu_gpt2.formats.pieces import load_arena
-from gpu_gpt2.models import TOKENIZER_BIN, open_model
+from gpu_gpt2.models.weights import load_arena
+from gpu_gpt2.open_model import TOKENIZER_BIN, open_model
 from gpu_gpt2.tokenizer import Tokenizer
-from gpu_gpt2.verify.judge import expected_losses, verify
+from gpu_gpt2.tools.verify.judge import expected_losses, verify
 
 BATCH: Final = (4, 64)  # of the pairs that --make makes: llm.c's
 
@@ -68,7 +68,7 @@ def verify_model(
 def _make(model: str, folder: Path) -> None:
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("verify --make needs PyTorch: pip install torch")
-    from gpu_gpt2.verify.pair import make_pair, stirred
+    from gpu_gpt2.tools.verify.pair import make_pair, stirred
 
     source = open_model(model)
     B, T = BATCH[0], min(BATCH[1], source.config.n_positions)

@@ -20,7 +20,7 @@ import numpy as np
 from gpu_gpt2.cache import cache_dir
 from gpu_gpt2.data.corpus import BUILT_IN, VAL_FRACTION, Corpus, text_file
 from gpu_gpt2.errors import ConfigError, DataError, UserError
-from gpu_gpt2.formats.disk import sha256_of
+from gpu_gpt2.formats.files import sha256_of
 from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_tokens, write_tokens
 from gpu_gpt2.tokenizer import Tokenizer, cache_key, make_tokenizer, vocab_size_of
 

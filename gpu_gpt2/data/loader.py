@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -13,19 +12,11 @@ import numpy.typing as npt
 
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.tokens import Tokens, check_tokens
-from gpu_gpt2.rng import WORDS, MersenneTwister
+from gpu_gpt2.models.batch import Batch
+from gpu_gpt2.rng.mersenne import WORDS, MersenneTwister
 
 Int32 = npt.NDArray[np.int32]
 CHECKED_TOKENS: Final = 1 << 20  # whose checksum tells one text from another
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """What one micro-step reads."""
-
-    tokens: Int32  # (B, T)
-    targets: Int32  # (B, T): the token after each
-    order: Int32  # (B * T,): stable argsort of the flattened tokens, for the embedding's gradient
 
 
 class BatchLoader:
@@ -83,7 +74,7 @@ class BatchLoader:
         parts = [self._next_part() for _ in range(self._blocks_per_batch)]
         inputs = np.concatenate([part[:-1] for part in parts]).reshape(-1, self._T)
         targets = np.concatenate([part[1:] for part in parts]).reshape(-1, self._T)
-        return _batch(inputs, targets)
+        return Batch.of(inputs, targets)
 
     def _next_part(self) -> Tokens:
         """This rank's part of the next block and the token after it: one row ends where the next
@@ -189,17 +180,6 @@ def sequential_batches(tokens: Tokens, B: int, T: int) -> Iterator[Batch]:
     for first in range(0, rows, B):
         starts = np.arange(first, min(first + B, rows)) * T
         picked = tokens[starts[:, None] + np.arange(T + 1)]
-        yield _batch(picked[:, :-1], picked[:, 1:])
+        yield Batch.of(picked[:, :-1], picked[:, 1:])
     if rows * T < len(tokens) - 1:
-        yield _batch(tokens[None, rows * T : -1], tokens[None, rows * T + 1 :])
-
-
-def _batch(inputs: Tokens, targets: Tokens) -> Batch:
-    """inputs, targets (b, t), integers."""
-    # NumPy's stable sort of 16-bit integers is a radix sort: it costs next to nothing.
-    order = np.argsort(inputs, axis=None, kind="stable")
-    return Batch(
-        np.ascontiguousarray(inputs, np.int32),
-        np.ascontiguousarray(targets, np.int32),
-        order.astype(np.int32),
-    )
+        yield Batch.of(tokens[None, rows * T : -1], tokens[None, rows * T + 1 :])

@@ -7,7 +7,7 @@ import threading
 from types import TracebackType
 from typing import Any, Final, Protocol
 
-from gpu_gpt2.data.loader import Batch
+from gpu_gpt2.models.batch import Batch
 
 DEPTH: Final = 2  # batches ready: one being taken, one to spare
 PATIENCE_S: Final = 0.1  # between looks at whether to stop

@@ -18,11 +18,11 @@ import numpy.typing as npt
 
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.disk import whole
-from gpu_gpt2.formats.header import HEADER_BYTES, header_bytes, read_header
+from gpu_gpt2.formats.files import whole
 from gpu_gpt2.formats.llmc import TENSORS
-from gpu_gpt2.formats.pieces import FloatArray
-from gpu_gpt2.layout import parameters
+from gpu_gpt2.formats.llmc_header import HEADER_BYTES, header_bytes, read_header
+from gpu_gpt2.models.gpt2 import parameters
+from gpu_gpt2.models.weights import FloatArray
 
 MAGIC: Final = 20240327
 VERSION: Final = 2  # 1 had gradients of wte without padding rows
@@ -36,7 +36,7 @@ class DebugState:
     targets: npt.NDArray[np.int32]  # (B, T)
     logits: FloatArray  # (B * T, V)
     loss: float  # nats per token
-    grads: Mapping[str, FloatArray]  # by layout.parameters' names, and in its shapes
+    grads: Mapping[str, FloatArray]  # by parameters' names, and in its shapes
 
 
 def read_debug_state(path: Path, config: ModelConfig) -> DebugState:

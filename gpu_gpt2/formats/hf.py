@@ -18,9 +18,9 @@ import numpy as np
 
 from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
-from gpu_gpt2.formats.disk import BLOCK_BYTES
-from gpu_gpt2.formats.pieces import Piece, Weights, WeightSource, pieces
-from gpu_gpt2.formats.tensorfile import TensorFile, TensorWriter
+from gpu_gpt2.formats.files import BLOCK_BYTES
+from gpu_gpt2.formats.safetensors import TensorFile, TensorWriter
+from gpu_gpt2.models.weights import Piece, Weights, WeightSource, pieces
 
 MODEL_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"  # of a model in several files

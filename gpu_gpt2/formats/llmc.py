@@ -1,4 +1,4 @@
-"""llm.c's model files: a header with the sizes, then the sixteen tensors of layout.parameters.
+"""llm.c's model files: a header with the sizes, then the sixteen tensors of parameters.
 
 They stand in llm.c's order, stacked over layers, matrices (out, in) as ours; wte has its padding
 rows, all zero. Version 3 is float32 and 5 is bfloat16; version 1, float32 without padding rows, is
@@ -17,10 +17,10 @@ import numpy as np
 
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
-from gpu_gpt2.formats.disk import BLOCK_BYTES, read_array, whole, write_array
-from gpu_gpt2.formats.header import HEADER_BYTES, header_bytes, read_header
-from gpu_gpt2.formats.pieces import BFLOAT16, Piece, Weights, WeightSource, pieces
-from gpu_gpt2.layout import parameters
+from gpu_gpt2.formats.files import BLOCK_BYTES, read_array, whole, write_array
+from gpu_gpt2.formats.llmc_header import HEADER_BYTES, header_bytes, read_header
+from gpu_gpt2.models.gpt2 import parameters
+from gpu_gpt2.models.weights import BFLOAT16, Piece, Weights, WeightSource, pieces
 
 MAGIC: Final = 20240326
 TENSORS: Final = (

@@ -13,8 +13,8 @@ from typing import Final
 
 from gpu_gpt2.config import GPT2_VOCAB_SIZE
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.disk import whole
-from gpu_gpt2.formats.header import HEADER_BYTES, header_bytes, read_header
+from gpu_gpt2.formats.files import whole
+from gpu_gpt2.formats.llmc_header import HEADER_BYTES, header_bytes, read_header
 
 MAGIC: Final = 20240328
 VERSIONS: Final = (1, 2)

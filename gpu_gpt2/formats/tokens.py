@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.disk import whole
-from gpu_gpt2.formats.header import HEADER_BYTES, Header, header_bytes, read_header
+from gpu_gpt2.formats.files import whole
+from gpu_gpt2.formats.llmc_header import HEADER_BYTES, Header, header_bytes, read_header
 
 Tokens: TypeAlias = npt.NDArray[np.integer[Any]]  # uint16, uint32 or int32
 

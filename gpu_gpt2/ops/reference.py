@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
-from gpu_gpt2.device.host import HostDevice
+from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.ops.interface import GROWTH_INTERVAL, MIN_LOSS_SCALE, AdamWSettings, Ops
 
 NDArray = npt.NDArray[Any]
@@ -108,8 +108,8 @@ def _future(T: int, dtype: np.dtype[Any]) -> NDArray:
 class ReferenceOps(Ops):
     """The ops on NumPy arrays."""
 
-    def __init__(self, device: HostDevice | None = None) -> None:
-        self.device = device or HostDevice()
+    def __init__(self, device: CpuDevice | None = None) -> None:
+        self.device = device or CpuDevice()
 
     # --- embedding ---
 

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.device.base import Array
+from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.emulator.build import CALL_PREFIX, SHIM, Compiler
 from gpu_gpt2.device.emulator.elf import read_image
-from gpu_gpt2.device.host import HostDevice
 from gpu_gpt2.device.launch import Dim3, scalar_value
 from gpu_gpt2.device.source import KernelSource
 from gpu_gpt2.errors import DeviceError, KernelError
@@ -98,7 +98,7 @@ class _Library:
         return ctypes.cast(self.handle[CALL_PREFIX + kernel], ctypes.c_void_p).value
 
 
-class EmulatorDevice(HostDevice):
+class EmulatorDevice(CpuDevice):
     """Runs kernels on the CPU, thread by thread, and judges every memory access they make.
 
     `order` is the order of threads between barriers and of blocks; a correct kernel gives the same

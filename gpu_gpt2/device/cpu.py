@@ -1,0 +1,80 @@
+"""The CPU as a device: NumPy arrays and NumPy's matrix products. It launches no kernels."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from gpu_gpt2.device.base import FLOAT32, Array, Device
+from gpu_gpt2.device.launch import Dim3
+from gpu_gpt2.device.source import KernelSource
+from gpu_gpt2.errors import LaunchError
+
+ACCUMULATE_CHUNK: Final = 1 << 20  # elements of a temporary product: it stays in cache
+
+
+class CpuDevice(Device):
+    name = "cpu"
+
+    @property
+    def free_memory(self) -> int:
+        """Of the machine: what a container may use of it is not known here."""
+        return int(psutil.virtual_memory().available)
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        return np.zeros(shape, dtype)
+
+    def upload(self, dst: Array, src: npt.NDArray[Any]) -> None:
+        if dst.shape != src.shape or dst.dtype != src.dtype:
+            raise ValueError(f"cannot copy {src.dtype} {src.shape} into {dst.dtype} {dst.shape}")
+        np.copyto(dst, src)
+
+    def download(self, src: Array) -> npt.NDArray[Any]:
+        return np.array(src, order="C")
+
+    def host_view(self, src: Array) -> npt.NDArray[Any]:
+        return np.asarray(src)
+
+    def address(self, array: Array) -> int:
+        return int(array.ctypes.data)
+
+    def fill_zero(self, dst: Array) -> None:
+        dst.fill(0)
+
+    def copy(self, dst: Array, src: Array) -> None:
+        np.copyto(dst, src)
+
+    def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
+        if a.dtype != FLOAT32:
+            product = np.matmul(a.astype(np.float32), b.astype(np.float32))
+            out[...] = product + out if accumulate else product
+        elif accumulate:
+            # BLAS could add into its output, but NumPy does not offer that: add slice by slice.
+            rows = max(1, ACCUMULATE_CHUNK // out.shape[1])
+            for i in range(0, out.shape[0], rows):
+                out[i : i + rows] += np.matmul(a[i : i + rows], b)
+        else:
+            np.matmul(a, b, out=out)
+
+    def synchronize(self) -> None:
+        pass
+
+    def owns(self, value: object) -> bool:
+        return isinstance(value, np.ndarray)
+
+    def _launch(
+        self,
+        source: KernelSource,
+        name: str,
+        grid: Dim3,
+        block: Dim3,
+        args: tuple[Any, ...],
+        shared_bytes: int,
+    ) -> None:
+        raise LaunchError(f"{name}: the CPU runs NumPy; kernels run on 'cuda' or the 'emulator'")

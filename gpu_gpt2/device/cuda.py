@@ -1,0 +1,394 @@
+"""An NVIDIA GPU through CuPy: the only file that imports it.
+
+Kernels go through `cupy.RawModule` with NVRTC, matrix products through `cupy.matmul`, which is
+cuBLAS, or cublas.py. CuPy keeps compiled kernels on disk under a key made of the text and the
+options. All work goes to one stream in the order of the calls; host arrays may come by a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu_gpt2.device.base import FLOAT32, Array, Device
+from gpu_gpt2.device.cublas import Cublas, math_mode, workspace_bytes
+from gpu_gpt2.device.launch import Dim3, scalar_value
+from gpu_gpt2.device.source import KernelSource
+from gpu_gpt2.errors import DeviceError, KernelError
+
+NO_DRIVER: Final = "no driver"
+NOT_USABLE: Final = "not usable"
+TENSOR_CORE_CAPABILITY: Final = 80  # mma.m16n8k16, and cp.async, came with Ampere
+FLUSH_BYTES: Final = 512 << 20  # several times the largest L2 cache
+DEFAULT_SHARED_BYTES: Final = 48 * 1024  # a kernel must ask before it gets more
+
+
+def _import_cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise DeviceError(
+            f"CuPy is not installed ({error}); install it with: pip install 'cupy-cuda12x>=14.2'"
+        ) from None
+    return cupy
+
+
+def gpu_count() -> int:
+    """How many NVIDIA GPUs there are; raises DeviceError with the driver's reason if none."""
+    cupy = _import_cupy()
+    try:
+        count: int = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceError(
+            f"no usable NVIDIA GPU here ({error}); check that nvidia-smi lists one, or use "
+            f"--device cpu"
+        ) from None
+    if count == 0:
+        raise DeviceError("the NVIDIA driver sees no GPU; use --device cpu")
+    return count
+
+
+@functools.cache
+def _work_stream(index: int) -> Any:
+    """The stream of all work on GPU `index`; graphs cannot be captured on the default stream."""
+    return _import_cupy().cuda.Stream(non_blocking=True)
+
+
+class CudaDevice(Device):
+    """GPU number `index`; `tf32` lets products of float32 numbers drop 13 bits of each.
+
+    Raises DeviceError if there is no such GPU, or if it has no TF32.
+    """
+
+    name = "cuda"
+
+    def __init__(self, index: int = 0, *, tf32: bool = False) -> None:
+        count = gpu_count()
+        if index >= count:
+            raise DeviceError(f"there is no GPU {index}; GPUs are numbered 0 to {count - 1}")
+        self._cupy = _import_cupy()
+        self._cupy.cuda.Device(index).use()
+        self._stream = _work_stream(index).use()
+        if tf32 and self.compute_capability < TENSOR_CORE_CAPABILITY:
+            raise DeviceError(f"{self.product_name} has no TF32; leave out --tf32")
+        self._tf32 = tf32
+        self._graphs_work = True
+        self._direct = False
+        self._uploading: list[npt.NDArray[Any]] = []  # host arrays a copy may still read
+
+    @property
+    def compute_capability(self) -> int:
+        """Ten times the capability: 75 is Turing, 80 Ampere, 90 Hopper."""
+        return int(self._cupy.cuda.Device().compute_capability)
+
+    @property
+    def runs_ahead(self) -> bool:
+        return True
+
+    @property
+    def has_tensor_cores(self) -> bool:
+        return self.compute_capability >= TENSOR_CORE_CAPABILITY
+
+    @property
+    def product_name(self) -> str:
+        properties = self._cupy.cuda.runtime.getDeviceProperties(self._cupy.cuda.Device().id)
+        return str(properties["name"].decode())
+
+    @property
+    def free_memory(self) -> int:
+        return self.memory[0]
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes on the GPU."""
+        free, total = self._cupy.cuda.runtime.memGetInfo()
+        return int(free), int(total)
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        return self._allocate(self._cupy.empty, shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        return self._allocate(self._cupy.zeros, shape, dtype)
+
+    def _allocate(self, make: Any, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        try:
+            return make(shape, dtype)
+        except self._cupy.cuda.memory.OutOfMemoryError:
+            need = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            free, total = self.memory
+            raise DeviceError(
+                f"out of GPU memory: {need / 2**20:.0f} MiB more are needed, {free / 2**20:.0f} of "
+                f"{total / 2**20:.0f} MiB are free; use --batch-size auto, or a smaller "
+                f"--batch-size, --seq-len or --model"
+            ) from None
+
+    def upload(self, dst: Array, src: npt.NDArray[Any]) -> None:
+        src = np.ascontiguousarray(src)
+        dst.set(src)
+        self._uploading.append(src)
+
+    def download(self, src: Array) -> npt.NDArray[Any]:
+        host: npt.NDArray[Any] = self._cupy.asnumpy(src)  # waits for everything before it
+        self._uploading.clear()
+        return host
+
+    def address(self, array: Array) -> int:
+        return int(array.data.ptr)
+
+    def fill_zero(self, dst: Array) -> None:
+        dst.data.memset_async(0, dst.nbytes)
+
+    def copy(self, dst: Array, src: Array) -> None:
+        stream = self._cupy.cuda.get_current_stream()
+        dst.data.copy_from_device_async(src.data, src.nbytes, stream)
+
+    def time_ms(self, work: Callable[[], None], *, repeat: int) -> list[float]:
+        """By the GPU's own clock. A graph leaves the time that Python needs for launches out."""
+        replay = self.graph(work, lambda reason: None)
+        replay()
+        replay()
+        flushed = self.empty((FLUSH_BYTES,), np.uint8)  # writing this empties the L2 cache
+        events = []
+        for _ in range(repeat):
+            self.fill_zero(flushed)
+            start, stop = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+            start.record()
+            replay()
+            stop.record()
+            events.append((start, stop))
+        self.synchronize()
+        return [self._cupy.cuda.get_elapsed_time(start, stop) for start, stop in events]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes that CuPy has from the driver for arrays, used or kept for later ones."""
+        return int(self._cupy.get_default_memory_pool().total_bytes())
+
+    def feeder(self, *buffers: Array) -> Callable[..., None]:
+        return _Feeder(self._cupy, self._copy_stream, buffers)
+
+    @functools.cached_property
+    def _copy_stream(self) -> Any:
+        return self._cupy.cuda.Stream(non_blocking=True)
+
+    def fetch(self, src: Array) -> Callable[[], npt.NDArray[Any]]:
+        host = _pinned(src)
+        src.get(out=host, blocking=False)
+        copied = self._stream.record(self._cupy.cuda.Event(block=True, disable_timing=True))
+
+        def wait() -> npt.NDArray[Any]:
+            copied.synchronize()
+            return host
+
+        return wait
+
+    def graph(self, work: Callable[[], None], say: Callable[[str], None]) -> Callable[[], None]:
+        """Run as it is at first, to compile kernels; captured the second time; then replayed."""
+        graph: Any = None
+        warm = False
+
+        def run() -> None:
+            nonlocal graph, warm
+            if warm and graph is None and self._graphs_work:
+                try:
+                    graph = self._captured(work)
+                except (RuntimeError, MemoryError, DeviceError) as error:  # CuPy's are the former
+                    self._graphs_work = False
+                    reason = (str(error) or type(error).__name__).splitlines()[0]
+                    say(f"CUDA graphs cannot be used here ({reason}); launching kernels one by one")
+            if graph is None:
+                with self._direct_products():
+                    work()
+                warm = True
+            else:
+                graph.launch(self._stream)
+
+        return run
+
+    def _captured(self, work: Callable[[], None]) -> Any:
+        """The graph of what `work` enqueues, without running it."""
+        self._stream.begin_capture()
+        try:
+            with self._direct_products():
+                work()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the stream says again what went wrong
+                self._stream.end_capture()
+            raise
+        return self._stream.end_capture()
+
+    @contextlib.contextmanager
+    def _direct_products(self) -> Iterator[None]:
+        """Within, products leave CuPy out, whether captured or not: the same bits either way."""
+        self._direct = True
+        try:
+            yield
+        finally:
+            self._direct = False
+
+    def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
+        # CuPy lets cuBLAS take float16 for float32 (CUBLAS_GEMM_DEFAULT_TENSOR_OP), and makes a
+        # product of one number itself, without float32 sums.
+        left_to_cupy = a.dtype == out.dtype != FLOAT32 and out.size > 1
+        if accumulate or self._direct or not left_to_cupy:
+            self._cublas.matmul(out, a, b, accumulate=accumulate)
+        else:
+            _ = self._cublas_binding  # CuPy's handle must have our mode
+            self._cupy.matmul(a, b, out=out)
+
+    @functools.cached_property
+    def _cublas(self) -> Cublas:
+        size = workspace_bytes(self.compute_capability)
+        return Cublas(
+            self._cublas_binding.__file__,  # it is linked to cuBLAS
+            stream=self._stream.ptr,
+            workspace=self.empty((size,), np.uint8),
+            tf32=self._tf32,
+        )
+
+    @functools.cached_property
+    def _cublas_binding(self) -> Any:
+        """CuPy's module for cuBLAS, whose handle gets our math mode."""
+        try:
+            from cupy_backends.cuda.libs import cublas
+        except ImportError as error:
+            raise DeviceError(
+                f"cuBLAS cannot be opened ({str(error).splitlines()[0]}); gpu-gpt2 info says what "
+                f"to install"
+            ) from None
+        cublas.setMathMode(self._cupy.cuda.device.get_cublas_handle(), math_mode(tf32=self._tf32))
+        return cublas
+
+    def synchronize(self) -> None:
+        self._cupy.cuda.get_current_stream().synchronize()
+        self._uploading.clear()
+
+    def free_cached_memory(self) -> None:
+        """Gives what CuPy keeps of freed arrays back to the driver, for others to use."""
+        self._cupy.get_default_memory_pool().free_all_blocks()
+
+    def owns(self, value: object) -> bool:
+        return isinstance(value, self._cupy.ndarray)
+
+    def _launch(
+        self,
+        source: KernelSource,
+        name: str,
+        grid: Dim3,
+        block: Dim3,
+        args: tuple[Any, ...],
+        shared_bytes: int,
+    ) -> None:
+        kernel = self._kernel(source, name)
+        if shared_bytes > DEFAULT_SHARED_BYTES:
+            kernel.max_dynamic_shared_size_bytes = shared_bytes
+        values = tuple(
+            value if parameter.pointer else scalar_value(parameter, value)
+            for parameter, value in zip(source.parameters(name), args, strict=True)
+        )
+        kernel(grid, block, values, shared_mem=shared_bytes)
+
+    @functools.cache  # noqa: B019 (devices live as long as the process)
+    def _kernel(self, source: KernelSource, name: str) -> Any:
+        options = (*source.options(), "--std=c++17")
+        module = self._cupy.RawModule(code=source.text, options=options, backend="nvrtc")
+        try:
+            return module.get_function(name)
+        except self._cupy.cuda.compiler.CompileException as error:
+            raise KernelError(f"{source.file} does not compile: {error}") from None
+        except (RuntimeError, ImportError) as error:  # a CUDA library or its headers are missing
+            raise DeviceError(
+                f"{source.file} cannot be compiled ({str(error).splitlines()[0]}); gpu-gpt2 info "
+                f"says what to install"
+            ) from None
+
+
+def _pinned(like: Array) -> npt.NDArray[Any]:
+    """A host array of the same shape and dtype whose memory the GPU can copy by itself."""
+    import cupyx
+
+    array: npt.NDArray[Any] = cupyx.empty_pinned(like.shape, like.dtype)
+    return array
+
+
+class _Feeder:
+    """Copies host arrays into device arrays that earlier work may still be reading.
+
+    They go to pinned memory, from there on a stream of their own to device memory, and from there
+    into the buffers when the work stream gets to it. Two sets of both memories take turns.
+    """
+
+    def __init__(self, cupy: Any, stream: Any, buffers: tuple[Array, ...]) -> None:
+        self._cupy, self._stream, self._buffers = cupy, stream, buffers
+        self._slots = itertools.cycle([_Slot(cupy, buffers) for _ in range(2)])
+
+    def __call__(self, *arrays: npt.NDArray[Any]) -> None:
+        slot = next(self._slots)
+        slot.copied.synchronize()  # of the last but one call: its pinned memory is free again
+        self._stream.wait_event(slot.taken)  # and so is its device memory, when this happens
+        for pinned, staged, array in zip(slot.pinned, slot.staged, arrays, strict=True):
+            if array.shape != pinned.shape or array.dtype != pinned.dtype:
+                raise ValueError(
+                    f"cannot copy {array.dtype} {array.shape} into {pinned.dtype} {pinned.shape}"
+                )
+            pinned[...] = array
+            staged.set(pinned, stream=self._stream)
+        slot.copied.record(self._stream)
+        work = self._cupy.cuda.get_current_stream()
+        work.wait_event(slot.copied)
+        for buffer, staged in zip(self._buffers, slot.staged, strict=True):
+            buffer.data.copy_from_device_async(staged.data, staged.nbytes, work)
+        slot.taken.record(work)
+
+
+class _Slot:
+    def __init__(self, cupy: Any, buffers: tuple[Array, ...]) -> None:
+        self.pinned = [_pinned(buffer) for buffer in buffers]
+        self.staged = [cupy.empty_like(buffer) for buffer in buffers]
+        self.copied = cupy.cuda.Event(block=True, disable_timing=True)
+        # Recorded at once: earlier work may still use the memory that `staged` was given.
+        self.taken = cupy.cuda.get_current_stream().record(cupy.cuda.Event(disable_timing=True))
+
+
+def cuda_versions() -> dict[str, str]:
+    """Versions of CuPy and of the CUDA libraries it opens, by name; a missing one says why.
+
+    The driver comes first: it is the newest CUDA the machine can run.
+    """
+    cupy = _import_cupy()
+
+    def dotted(version: int) -> str:
+        return f"{version // 1000}.{version % 1000 // 10}" if version else NO_DRIVER
+
+    def of_nvrtc() -> str:
+        from cupy_backends.cuda.libs import nvrtc
+
+        return ".".join(map(str, nvrtc.getVersion()))
+
+    def of_cublas() -> str:
+        from cupy_backends.cuda.libs import cublas
+
+        if not cupy.cuda.runtime.driverGetVersion():
+            return "found; its version shows with a driver"
+        version = cublas.getVersion(cupy.cuda.device.get_cublas_handle())
+        return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+    probes: dict[str, Callable[[], str]] = {
+        "driver": lambda: dotted(cupy.cuda.runtime.driverGetVersion()),
+        "runtime": lambda: dotted(cupy.cuda.runtime.runtimeGetVersion()),
+        "NVRTC": of_nvrtc,
+        "cuBLAS": of_cublas,
+    }
+    found = {"CuPy": str(cupy.__version__)}
+    for name, probe in probes.items():
+        try:
+            found[name] = probe()
+        except Exception as error:  # every library reports its absence in its own way
+            found[name] = f"{NOT_USABLE}: {str(error).splitlines()[0]}"
+    return found

@@ -1,0 +1,127 @@
+"""`bench kernels`: each op's time beside what the device could do."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from rich.table import Table
+
+from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.device.base import FLOAT32
+from gpu_gpt2.ops.interface import Ops
+from gpu_gpt2.tools.bench.cases import BenchCase, Tensors, cases
+
+COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}  # far more than caches hold
+HEAD: Final = ("op", "ms", "GB/s", "TFLOP/s", "of the limit")
+PRODUCT_SIZE: Final = {"cuda": 8192, "cpu": 1024}  # of each side of the square matrices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What this device does when asked for one thing only, measured."""
+
+    copy_gb_s: float  # bytes read and bytes written by a large copy
+    matmul_tflops: float  # of a large square product in the dtype at hand
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTime:
+    """One op. The share is of the limit that binds: bytes moved or products."""
+
+    name: str
+    ms: float  # median
+    gb_s: float
+    tflops: float  # 0 where there are no products
+    share: float  # 1 = as fast as the device's limit
+
+
+def measure_limits(ops: Ops, dtype: str) -> Limits:
+    """Copies and multiplies random numbers on the device of `ops`."""
+    copied = 2 * COPY_BYTES[ops.device.name]
+    return Limits(
+        copy_gb_s=copied / _copy_ms(ops, dtype) / 1e6, matmul_tflops=product_tflops(ops, dtype)
+    )
+
+
+def product_tflops(ops: Ops, dtype: str) -> float:
+    """What a large square product of random numbers reaches."""
+    size, new = PRODUCT_SIZE[ops.device.name], Tensors(ops, dtype)
+    a, b, out = new(size, size), new(size, size), new(size, size)
+    ms = statistics.median(ops.device.time_ms(lambda: ops.matmul(out, a, b), repeat=10))
+    return 2 * size**3 / ms / 1e9
+
+
+def _copy_ms(ops: Ops, dtype: str) -> float:
+    device, new = ops.device, Tensors(ops, dtype)
+    count = COPY_BYTES[device.name] // FLOAT32.itemsize
+    src, dst = new.float32(count), new.float32(count)
+    return statistics.median(device.time_ms(lambda: device.copy(dst, src), repeat=10))
+
+
+def measure(
+    ops: Ops, dtype: str, config: ModelConfig, B: int, T: int, limits: Limits, repeat: int
+) -> Iterator[KernelTime]:
+    """The time of every op in bench.cases; on a GPU in caches that hold nothing of it.
+
+    On a GPU that PyTorch can use too, its flash attention follows ours.
+    """
+    for case in cases(ops, dtype, config, B, T):
+        yield _result(case, statistics.median(ops.device.time_ms(case.run, repeat=repeat)), limits)
+        if case.name.startswith("attention") and ops.device.name == "cuda" and dtype != "fp32":
+            backward = case.name == "attention_bwd"
+            if ms := _torch_attention_ms(dtype, config, B, T, repeat, backward=backward):
+                peer = replace(case, name=f"{case.name} of PyTorch")
+                yield _result(peer, ms, limits)
+
+
+def _torch_attention_ms(
+    dtype: str, config: ModelConfig, B: int, T: int, repeat: int, *, backward: bool
+) -> float:
+    """Median of PyTorch's flash attention on (B, H, T, D), or 0 without PyTorch or a GPU for it."""
+    try:
+        from gpu_gpt2.tools.torch_gpt2 import torch_attention_ms
+    except ImportError:  # no PyTorch
+        return 0.0
+
+    times = torch_attention_ms(dtype, B, config.n_head, T, config.head_size, repeat, backward)
+    return statistics.median(times) if times else 0.0
+
+
+def _result(case: BenchCase, ms: float, limits: Limits) -> KernelTime:
+    gb_s, tflops = case.moved / ms / 1e6, case.flops / ms / 1e9
+    return KernelTime(
+        name=case.name,
+        ms=ms,
+        gb_s=gb_s,
+        tflops=tflops,
+        share=max(gb_s / limits.copy_gb_s, tflops / limits.matmul_tflops),
+    )
+
+
+def table(times: list[KernelTime], limits: Limits) -> Table:
+    """The times for the console."""
+    columns = Table(
+        box=None,
+        caption=f"limits measured here: copy {limits.copy_gb_s:,.0f} GB/s, "
+        f"products {limits.matmul_tflops:,.1f} TFLOP/s",
+        caption_justify="left",
+    )
+    for title in HEAD:
+        columns.add_column(title, justify="left" if title == "op" else "right", no_wrap=True)
+    for row in times:
+        columns.add_row(*cells(asdict(row)))
+    return columns
+
+
+def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A KernelTime by names as text, under HEAD."""
+    return (
+        row["name"],
+        f"{row['ms']:.3f}",
+        f"{row['gb_s']:,.0f}",
+        f"{row['tflops']:,.1f}" if row["tflops"] else "",
+        f"{row['share']:.0%}",
+    )

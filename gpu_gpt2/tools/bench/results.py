@@ -1,0 +1,239 @@
+"""Results on disk, and the tables and the plot made of them.
+
+A result is one JSON file in docs/benchmarks: what ran, where, when, and its rows. Tables stand in
+Markdown files between two marks, and `write_tables` writes them anew from the newest results.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+from gpu_gpt2.device.base import Device
+from gpu_gpt2.device.cuda import CudaDevice, cuda_versions
+from gpu_gpt2.errors import DataError
+from gpu_gpt2.tools.bench import kernels
+from gpu_gpt2.tools.bench.static import count_cells
+from gpu_gpt2.tools.bench.step import StepTime, problems, text_table
+
+SCHEMA: Final = 1
+FOLDER: Final = Path("docs/benchmarks")
+PACKAGES: Final = ("numpy", "torch")
+NOT_A_RESULT: Final = (ValueError, KeyError, TypeError, AttributeError, IndexError)  # when read
+NOT_COMPILED: Final = "Not compiled yet: `gpu-gpt2 bench kernels --static --json FILE`."
+NOT_TIMED: Final = "Not timed yet: `gpu-gpt2 bench peers --device cpu --json FILE`."
+UNMEASURED: Final = "Nothing has been measured on a GPU yet: [gpu-queue.md]({docs}/gpu-queue.md)."
+
+
+def record(
+    kind: str, what: str, device: Device | None, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A result of `kind` ("kernels", "static", "step" or "steps") with all that it depends on.
+
+    What the CPU did is of kind "cpu kernels" and so on. `what` says which sizes and dtype: one
+    result takes the place of another only if it is of the same.
+    """
+    if device is not None and device.name == "cpu":
+        kind = f"cpu {kind}"
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "what": what,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(["gpu-gpt2", *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": _machine(device),
+        "rows": [dict(row) for row in rows],
+    }
+
+
+def save(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a result; DataError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
+
+
+def newest(kind: str, folder: Path = FOLDER) -> list[tuple[Path, dict[str, Any]]]:
+    """The newest result of a kind for each GPU and each `what`, with its file.
+
+    DataError for a file that is none.
+    """
+    found: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_bytes())
+            if result["schema"] != SCHEMA or result["kind"] != kind:
+                continue
+            key = str(result["machine"].get("GPU", "")), str(result["what"])
+            if key not in found or str(found[key][1]["date"]) < str(result["date"]):
+                found[key] = path, result
+        except NOT_A_RESULT as error:
+            raise _no_result(path, error) from None
+    return [found[key] for key in sorted(found)]
+
+
+def write_tables(root: Path) -> list[Path]:
+    """Writes the tables of README.md and kernels/README.md and the plots; the files written."""
+    folder = root / FOLDER
+
+    def tables(kind: str, render: Callable[[dict[str, Any]], str], missing: str) -> str:
+        parts = []
+        for path, result in newest(kind, folder):
+            try:
+                parts.append(render(result))
+            except NOT_A_RESULT as error:
+                raise _no_result(path, error) from None
+        return "\n\n".join(parts) or missing
+
+    def with_plot(result: dict[str, Any]) -> str:
+        path = plot(result, folder)
+        written.append(path)
+        return f"{_kernels(result)}\n\n![share of the limit](../{FOLDER.as_posix()}/{path.name})"
+
+    written: list[Path] = []
+    texts = {
+        root / "README.md": {
+            "steps": tables("steps", _steps, UNMEASURED.format(docs="docs")),
+            "cpu steps": tables("cpu steps", _steps, NOT_TIMED),
+        },
+        root / "kernels/README.md": {
+            "kernels": tables("kernels", with_plot, UNMEASURED.format(docs="../docs")),
+            "static": tables("static", _static, NOT_COMPILED),
+            "counts": tables("static", _counts, NOT_COMPILED),
+        },
+    }
+    for path, blocks in texts.items():
+        old = new = path.read_text()
+        for name, text in blocks.items():
+            new = replace_block(new, name, text)
+        if new != old:
+            path.write_text(new)
+            written.append(path)
+    return written
+
+
+def replace_block(text: str, name: str, block: str) -> str:
+    """The text with what stands between the marks of `name` replaced; DataError without them."""
+    start, stop = f"<!-- bench {name} -->\n", f"<!-- end of bench {name} -->"
+    if start not in text or stop not in text:
+        raise DataError(f"expected the marks {start.strip()} and {stop}")
+    pattern = re.escape(start) + ".*?" + re.escape(stop)
+    return re.sub(pattern, lambda match: f"{start}{block.strip()}\n{stop}", text, flags=re.DOTALL)
+
+
+def plot(result: Mapping[str, Any], folder: Path) -> Path:
+    """A PNG with a bar for each op: its share of the limit. DataError without matplotlib."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise DataError("the plot needs matplotlib: pip install matplotlib") from None
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"][::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
+    axes.barh([row["name"] for row in rows], [100 * row["share"] for row in rows])
+    axes.set_xlabel("% of the limit measured on the same card: copy bandwidth or products")
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.set_title(f"{result['what']} on {result['machine']['GPU']}, {result['date']}")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{result['machine']['GPU']} {result['what']}".lower())
+    path = folder / f"kernels-{name}.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _steps(result: Mapping[str, Any]) -> str:
+    rows = [StepTime(**row) for row in result["rows"]]
+    parts = [_markdown(*text_table(rows)), *(f"{problem}." for problem in problems(rows))]
+    return _with_source(result, "\n\n".join(parts))
+
+
+def _kernels(result: Mapping[str, Any]) -> str:
+    return _with_source(result, _markdown(kernels.HEAD, list(map(kernels.cells, result["rows"]))))
+
+
+def _static(result: Mapping[str, Any]) -> str:
+    rows = result["rows"]
+    architectures = [name for name in rows[0] if name.startswith("sm_")]
+    lines = [
+        (
+            f"`{row['kernel']}`", str(row["head_size"]), row["dtype"], str(row["threads"]),
+            *(str(row[architecture]) for architecture in architectures),
+            f"{row['shared_bytes']:,}", str(row["spill_bytes"]),
+        )
+        for row in rows if row["dtype"] != "fp16"  # as bf16
+    ]  # fmt: skip
+    head = (
+        "kernel", "D", "X", "threads",
+        *(f"registers {architecture}" for architecture in architectures),
+        "shared bytes", "spilled bytes",
+    )  # fmt: skip
+    return _with_source(result, _markdown(head, lines))
+
+
+def _counts(result: Mapping[str, Any]) -> str:
+    head = ("op", "MB", "GFLOP", "flops per byte")
+    return _markdown(head, [count_cells(row) for row in result["counts"]])
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _with_source(result: Mapping[str, Any], table: str) -> str:
+    return f"{table}\n\n`{result['command']}`, {_where(result)}."
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    return f"{machine}, {result['date']}, commit {result['commit']}"
+
+
+def _no_result(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is not a result of gpu-gpt2 bench ({error!r})")
+
+
+def _machine(device: Device | None) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if isinstance(device, CudaDevice):
+        found |= {"GPU": device.product_name, **cuda_versions()}
+    elif device is not None:
+        found["device"] = device.name
+    else:
+        found["NVRTC"] = cuda_versions()["NVRTC"]
+    found["Python"] = platform.python_version()
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """The commit of the source tree, with a + if something has changed since; or "unknown"."""
+
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent
+        command = ["git", "-C", str(folder), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

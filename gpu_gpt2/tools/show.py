@@ -1,0 +1,172 @@
+"""What is in a binary file of llm.c: its header, its counts, and how its text begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu_gpt2.errors import DataError
+from gpu_gpt2.formats import debug_state, llmc, multiple_choice, tokenizer_bin, tokens
+from gpu_gpt2.formats.llmc_header import HEADER_BYTES, Header, read_header
+from gpu_gpt2.models.gpt2 import parameters
+from gpu_gpt2.tokenizer import Tokenizer
+
+SHOWN_TOKENS: Final = 64
+STATE_MAGIC: Final = 20240527
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """A file in words."""
+
+    rows: tuple[tuple[str, str], ...]  # what, and its value
+    text: str  # the beginning; empty for a file without text
+
+
+def describe(path: Path, tokenizer: Tokenizer) -> Description:
+    """What is in a file of llm.c; `tokenizer` makes its tokens text. DataError if it is no such."""
+    magic = _magic(path)
+    if magic not in _KINDS:
+        return _bare_tokens(path, magic, tokenizer)
+    kind, describe_kind = _KINDS[magic]
+    header = read_header(path, kind)
+    description = describe_kind(path, header, tokenizer)
+    first = (
+        ("kind", kind),
+        ("magic number", str(magic)),
+        ("version", str(header.version)),
+        ("bytes", f"{header.file_bytes:,}"),
+    )
+    return Description(rows=(*first, *description.rows), text=description.text)
+
+
+def _magic(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            return int.from_bytes(file.read(4), "little")
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}") from e
+
+
+def _bare_tokens(path: Path, magic: int, tokenizer: Tokenizer) -> Description:
+    """Of llm.c's first token files, which have no header."""
+    try:
+        values = tokens.read_tokens(path)
+    except DataError as e:
+        raise DataError(
+            f"{path}: magic number {magic} at offset 0 is none of llm.c's; name a file of tokens, "
+            f"examples, a tokenizer, a model or a debug state"
+        ) from e
+    return Description(
+        rows=(("kind", "tokens without a header"), ("tokens", f"{len(values):,} as int32")),
+        text=_text(values[:SHOWN_TOKENS], tokenizer),
+    )
+
+
+def _tokens(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
+    values = tokens.read_tokens(path)
+    first = values[:SHOWN_TOKENS]
+    llama = header.magic == tokens.LLAMA3.magic  # whose vocabulary is not here
+    return Description(
+        rows=(("tokens", f"{len(values):,} as {values.dtype}"),),
+        text=_numbers(first) if llama else _text(first, tokenizer),
+    )
+
+
+def _examples(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
+    examples = multiple_choice.read_choices(path)
+    first = examples[0]
+    lines = [_text(first.context, tokenizer)]
+    for i, completion in enumerate(first.completions):
+        mark = "*" if i == first.label else " "
+        lines.append(f"{mark} {i}:{_text(completion, tokenizer)}")
+    return Description(
+        rows=(
+            ("examples", f"{len(examples):,} with {multiple_choice.COMPLETIONS} completions"),
+            ("longest", f"{header.words[3]:,} bytes"),
+        ),
+        text="\n".join(lines),
+    )
+
+
+def _vocabulary(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
+    words, eot = tokenizer_bin.read_tokenizer_bin(path)
+    return Description(
+        rows=(("tokens", f"{len(words):,}"), ("<|endoftext|>", str(eot))),
+        text=" ".join(repr(word)[1:] for word in words[:SHOWN_TOKENS]),
+    )
+
+
+def _model(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
+    model = llmc.open_model(path)
+    c = model.config
+    count = sum(math.prod(p.shape) for p in parameters(c))
+    return Description(
+        rows=(
+            ("dtype", str(model.dtype)),
+            ("context", f"{c.n_positions:,}"),
+            ("vocabulary", f"{c.vocab_size:,}, {header.words[7] or c.vocab_size:,} rows"),
+            ("layers", str(c.n_layer)),
+            ("heads", str(c.n_head)),
+            ("channels", f"{c.n_embd:,}"),
+            ("parameters", f"{count:,}"),
+        ),
+        text="",
+    )
+
+
+def _debug_state(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
+    header.expect(1, "version", (debug_state.VERSION,))
+    B = header.expect(2, "batch size", range(1, 2**15))
+    T = header.expect(3, "sequence length", range(1, 2**31))
+    if header.file_bytes < HEADER_BYTES + 8 * B * T:
+        raise DataError(
+            f"{path}: a batch of {B} x {T} at offset 8 needs {HEADER_BYTES + 8 * B * T} bytes and "
+            f"more, but the file holds {header.file_bytes}; it was cut off or damaged"
+        )
+    inputs = np.fromfile(path, "<i4", count=min(B * T, SHOWN_TOKENS), offset=HEADER_BYTES)
+    return Description(
+        rows=(("batch", f"{B} x {T}"),),
+        text=_text(inputs, tokenizer),
+    )
+
+
+def _state(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
+    return Description(
+        rows=(
+            ("processes", f"{header.words[2]}, of which number {header.words[3]}"),
+            ("master weights", "yes" if header.words[4] else "no"),
+            ("shuffled data", "yes" if header.words[5] else "no"),
+            ("step", str(header.words[10])),
+        ),
+        text="",
+    )
+
+
+_KINDS: Final[Mapping[int, tuple[str, Callable[[Path, Header, Tokenizer], Description]]]] = {
+    tokens.GPT2.magic: ("tokens of GPT-2", _tokens),
+    tokens.LLAMA3.magic: ("tokens of Llama 3", _tokens),
+    multiple_choice.MAGIC: ("multiple-choice file", _examples),
+    tokenizer_bin.MAGIC: ("tokenizer file", _vocabulary),
+    llmc.MAGIC: ("model", _model),
+    debug_state.MAGIC: ("debug state", _debug_state),
+    STATE_MAGIC: ("optimizer state", _state),
+}
+
+
+def _text(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> str:
+    """Text of some tokens that is safe to print, or the tokens if the vocabulary has not all."""
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
+        return _numbers(ids)
+    text = tokenizer.decode(ids)
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _numbers(ids: npt.NDArray[Any]) -> str:
+    return " ".join(map(str, ids.tolist()))

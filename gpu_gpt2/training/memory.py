@@ -1,0 +1,171 @@
+"""How much memory training takes, known without a GPU, and what fits into how much of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from rich.table import Table
+
+from gpu_gpt2.config import MAX_BATCH_TOKENS, MAX_RECOMPUTE, ModelConfig
+from gpu_gpt2.device.base import FLOAT32, X_DTYPES
+from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.models.arena import bytes_of
+from gpu_gpt2.models.gpt2 import activations, parameter_count
+from gpu_gpt2.ops.kernels import SCRATCH_FLOATS
+
+# What a process needs on a GPU before the first tensor: the driver's context, cuBLAS with its
+# workspace, the kernels. An estimate, for it depends on GPU and versions.
+LIBRARIES: Final = 768 << 20
+RECOMPUTE_LEVELS: Final = range(MAX_RECOMPUTE + 1)
+ENOUGH_TOKENS: Final = 4096  # in a micro-batch: more is worth less than a higher level costs
+UNITS: Final = {
+    "B": 1,
+    **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", 1)},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes by purpose of a training run at one batch size and recompute level."""
+
+    batch_size: int
+    recompute: int
+    rows: tuple[tuple[str, int], ...]
+
+    @property
+    def total(self) -> int:
+        return sum(size for _, size in self.rows)
+
+
+def memory_plan(
+    config: ModelConfig, dtype: str, batch_size: int, seq_len: int, recompute: int
+) -> MemoryPlan:
+    """What training allocates for micro-batches of (batch_size, seq_len) tokens in `dtype`."""
+    n, x = parameter_count(config), X_DTYPES[dtype]
+    specs = activations(config, batch_size, seq_len, recompute=recompute)
+    logits = tuple(spec for spec in specs if spec.name == "logits")
+    rows = [("weights", n * x.itemsize)]
+    if x != FLOAT32:
+        rows.append(("master weights, float32", n * FLOAT32.itemsize))
+    rows += [
+        ("gradients, float32", n * FLOAT32.itemsize),
+        ("moments of AdamW, float32", 2 * n * FLOAT32.itemsize),
+        ("logits", bytes_of(logits, x)),
+        ("other activations", bytes_of(specs, x) - bytes_of(logits, x)),
+        ("scratch of the kernels", SCRATCH_FLOATS * FLOAT32.itemsize),
+    ]
+    return MemoryPlan(batch_size=batch_size, recompute=recompute, rows=tuple(rows))
+
+
+def planned_bytes(
+    config: ModelConfig, dtype: str, batch_size: int, seq_len: int, recompute: int = 0
+) -> int:
+    """The total of `memory_plan`."""
+    return memory_plan(config, dtype, batch_size, seq_len, recompute).total
+
+
+def largest_batch(
+    config: ModelConfig,
+    dtype: str,
+    seq_len: int,
+    recompute: int,
+    memory: int,
+    sequences: int | None = None,
+) -> int:
+    """The most sequences of a micro-batch whose plan fits into `memory` bytes, or 0.
+
+    With `sequences`, how many an optimizer step has in all, only divisors of it count.
+    """
+
+    def fits(batch_size: int) -> bool:
+        return planned_bytes(config, dtype, batch_size, seq_len, recompute) <= memory
+
+    most = MAX_BATCH_TOKENS // seq_len
+    if sequences is not None:
+        divisors = (b for b in range(min(sequences, most), 0, -1) if sequences % b == 0)
+        return next(filter(fits, divisors), 0)
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) and middle <= most else (low, middle)
+    return low
+
+
+def best_fit(
+    config: ModelConfig,
+    dtype: str,
+    seq_len: int,
+    memory: int,
+    *,
+    reserved: int = 0,
+    recompute: int | None = None,
+    sequences: int | None = None,
+) -> MemoryPlan:
+    """The batch size and recompute level to train with in `memory` bytes less `reserved`.
+
+    The lowest level whose largest batch holds ENOUGH_TOKENS; if none does, the lowest of those with
+    the largest batch. `recompute` fixes the level. ConfigError if nothing fits.
+    """
+    levels = RECOMPUTE_LEVELS if recompute is None else (recompute,)
+    best = (0, levels[-1])
+    for level in levels:
+        batch_size = largest_batch(config, dtype, seq_len, level, memory - reserved, sequences)
+        if batch_size > best[0]:
+            best = batch_size, level
+        if batch_size * seq_len >= ENOUGH_TOKENS:
+            break
+    fit = memory_plan(config, dtype, max(1, best[0]), seq_len, best[1])
+    check_fits(fit, memory, reserved=reserved)
+    return fit
+
+
+def check_fits(plan: MemoryPlan, memory: int, *, reserved: int = 0, resumed: bool = False) -> None:
+    """ConfigError if the plan needs more than `memory` less `reserved`, with what can be done.
+
+    A run that is `resumed` has the batches that it began with.
+    """
+    needed = plan.total + reserved
+    if needed <= memory:
+        return
+    ways = []
+    if plan.recompute < MAX_RECOMPUTE:
+        ways.append("a higher --recompute")
+    if not resumed:
+        if plan.batch_size > 1:
+            ways.append("a smaller --batch-size")
+        ways.append("a smaller --seq-len or --model")
+    raise ConfigError(
+        f"training with --batch-size {plan.batch_size} --recompute {plan.recompute} needs "
+        f"{format_bytes(needed)}, and there are {format_bytes(memory)}: "
+        f"{'use ' + ', or '.join(ways) if ways else 'free some memory'}"
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "8GB", "16 GiB" or "500MB": GB is 10^9 bytes, GiB 2^30. ConfigError."""
+    match = re.fullmatch(r"(\d+\.?\d*(?:e\d+)?)\s*([A-Z]*)", text.strip(), re.IGNORECASE)
+    size = float(match[1]) * UNITS.get(match[2].upper(), math.nan) if match else math.nan
+    if not math.isfinite(size):
+        raise ConfigError(f"cannot read {text!r} as memory; write 8GB, 16GiB or 500MB")
+    return int(size)
+
+
+def format_bytes(size: int) -> str:
+    """The size in MB or GB, powers of ten as on a card's box."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def plan_table(plan: MemoryPlan) -> Table:
+    """The rows and the total, for the console."""
+    columns = Table(box=None, show_header=False)
+    columns.add_column()
+    columns.add_column(justify="right")
+    for name, size in (*plan.rows, ("in all", plan.total)):
+        columns.add_row(name, format_bytes(size))
+    return columns
