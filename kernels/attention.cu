@@ -9,8 +9,8 @@
 // attention_fwd        y (B, T, H, D) X =               qkv (B, T, 3, H, D) X
 //                      lse (B, H, T) float32 =
 // attention_delta      delta (B, H, T) float32 =        dy, y (B, T, H, D) X
-// attention_bwd_dq     dqkv[:, :, 0] X =                dy, qkv X, lse, delta float32
-// attention_bwd_dkv    dqkv[:, :, 1] and [:, :, 2] X =  dy, qkv X, lse, delta float32
+// attention_bwd_dq     dqkv[:, :, 0] X =                delta float32, dy, qkv X, lse float32
+// attention_bwd_dkv    dqkv[:, :, 1] and [:, :, 2] X =  delta float32, dy, qkv X, lse float32
 //
 // qkv holds q, k and v as the projection leaves them, and dqkv their gradients in the same places.
 //
@@ -189,8 +189,8 @@ extern "C" __global__ void attention_delta(float* delta, const floatX* dy, const
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    attention_bwd_dq(floatX* dqkv, const floatX* dy, const floatX* qkv, const float* lse,
-                     const float* delta, int T, int H) {
+    attention_bwd_dq(floatX* dqkv, const float* delta, const floatX* dy, const floatX* qkv,
+                     const float* lse, int T, int H) {
     SHARED_ARRAY(float, k_tile, TILE * TILE_ROW);
     SHARED_ARRAY(float, v_tile, TILE * TILE_ROW);
     Head q_head = head_in_qkv(0, T, H);
@@ -254,8 +254,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    attention_bwd_dkv(floatX* dqkv, const floatX* dy, const floatX* qkv, const float* lse,
-                      const float* delta, int T, int H) {
+    attention_bwd_dkv(floatX* dqkv, const float* delta, const floatX* dy, const floatX* qkv,
+                      const float* lse, int T, int H) {
     SHARED_ARRAY(float, q_tile, TILE * TILE_ROW);
     SHARED_ARRAY(float, dout_tile, TILE * TILE_ROW);
     SHARED_ARRAY(float, lse_tile, TILE);

@@ -46,8 +46,8 @@ extern "C" __global__ void classifier_fwd(float* losses, const floatX* logits, c
 }
 
 extern "C" __global__ void classifier_fwd_bwd(float* losses, floatX* logits, const int* targets,
-                                              int V, int Vp, float dloss,
-                                              const float* loss_scale) {
+                                              const float* loss_scale, int V, int Vp,
+                                              float dloss) {
     SHARED_ARRAY(float, scratch, MAX_WARPS);
     long long row = (long long)blockIdx.x * Vp;
     int target = targets[blockIdx.x];

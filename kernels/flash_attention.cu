@@ -4,9 +4,9 @@
 // kernel                     outputs                          inputs
 // flash_attention_fwd        y (B, T, H, D) X =               qkv (B, T, 3, H, D) X
 //                            lse (B, H, T) float32 =
-// flash_attention_bwd_dq     dqkv[:, :, 0] X =                dy, y, qkv X, lse float32
+// flash_attention_bwd_dq     dqkv[:, :, 0] X =                dy, qkv, y X, lse float32
 //                            delta (B, H, T) float32 =
-// flash_attention_bwd_dkv    dqkv[:, :, 1] and [:, :, 2] X =  dy, qkv X, lse, delta float32
+// flash_attention_bwd_dkv    dqkv[:, :, 1] and [:, :, 2] X =  delta float32, dy, qkv X, lse float32
 //
 // Who does what. HEAD_SIZE = D is a multiple of 16; `flash_attention_defines` in
 // gpu_gpt2/ops/kernels.py chooses the other compile-time names. A block has WARPS warps. A warp owns
@@ -336,8 +336,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4 - QUERY_TILES)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    flash_attention_bwd_dq(floatX* dqkv, float* delta, const floatX* dy, const floatX* y,
-                           const floatX* qkv, const float* lse, int T, int H) {
+    flash_attention_bwd_dq(floatX* dqkv, float* delta, const floatX* dy, const floatX* qkv,
+                           const floatX* y, const float* lse, int T, int H) {
     SHARED_ARRAY(floatX, k_tiles, 2 * TILE * STRIDE);
     SHARED_ARRAY(floatX, v_tiles, 2 * TILE * STRIDE);
     Head q_head = head_at(0, 3, T, H);
@@ -432,8 +432,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    flash_attention_bwd_dkv(floatX* dqkv, const floatX* dy, const floatX* qkv, const float* lse,
-                            const float* delta, int T, int H) {
+    flash_attention_bwd_dkv(floatX* dqkv, const float* delta, const floatX* dy, const floatX* qkv,
+                            const float* lse, int T, int H) {
     SHARED_ARRAY(floatX, q_tiles, 2 * TILE * STRIDE);
     SHARED_ARRAY(floatX, dout_tiles, 2 * TILE * STRIDE);
     SHARED_ARRAY(float, lse_tiles, 2 * TILE);

@@ -251,13 +251,13 @@ class KernelOps(Ops):
         )
         if self._is_flash(D):
             sizes = (B, T, H, D)
-            self._launch_flash("flash_attention_bwd_dq", sizes, (dqkv, delta, dy, y, qkv, lse))
-            self._launch_flash("flash_attention_bwd_dkv", sizes, (dqkv, dy, qkv, lse, delta))
+            self._launch_flash("flash_attention_bwd_dq", sizes, (dqkv, delta, dy, qkv, y, lse))
+            self._launch_flash("flash_attention_bwd_dkv", sizes, (dqkv, delta, dy, qkv, lse))
             return
         rows = _at_most("attention_bwd", "B * T * H", B * T * H, MAX_SIZE)
         defines = attention_defines(D)
         self._launch_by_warps("attention_delta", rows, (delta, dy, y, B, T, H), **defines)
-        args = (dqkv, dy, qkv, lse, delta)
+        args = (dqkv, delta, dy, qkv, lse)
         self._launch_attention("attention_bwd_dq", (B, T, H, D), args)
         self._launch_attention("attention_bwd_dkv", (B, T, H, D), args)
 
@@ -307,7 +307,8 @@ class KernelOps(Ops):
     # --- fused classifier ---
 
     def classifier_fwd(self, losses: Array, logits: Array, targets: Array, vocab_size: int) -> None:
-        self._launch_classifier("classifier_fwd", losses, logits, targets, vocab_size)
+        tensors = (losses, logits, targets)
+        self._launch_classifier("classifier_fwd", tensors, vocab_size)
 
     def classifier_fwd_bwd(
         self,
@@ -319,9 +320,8 @@ class KernelOps(Ops):
         dloss: float,
     ) -> None:
         _sizes("classifier_fwd_bwd", "", loss_scale=(loss_scale, "1"))
-        self._launch_classifier(
-            "classifier_fwd_bwd", losses, logits, targets, vocab_size, dloss, loss_scale
-        )
+        tensors = (losses, logits, targets, loss_scale)
+        self._launch_classifier("classifier_fwd_bwd", tensors, vocab_size, dloss)
 
     # --- optimizer ---
 
@@ -469,18 +469,17 @@ class KernelOps(Ops):
     def _launch_classifier(
         self,
         name: str,
-        losses: Array,
-        logits: Array,
-        targets: Array,
+        tensors: tuple[Array, ...],
         vocab_size: int,
-        *others: Any,
+        *scalars: float,
     ) -> None:
+        losses, logits, targets = tensors[:3]
         N, Vp = _sizes(
             name, "NP", losses=(losses, "N"), logits=(logits, "NP"), targets=(targets, "N")
         )
         if not 1 <= vocab_size <= Vp:
             raise ValueError(f"{name}: vocab_size {vocab_size} is not within 1 to {Vp} columns")
-        args = (losses, logits, targets, vocab_size, Vp, *others)
+        args = (*tensors, vocab_size, Vp, *scalars)
         width = self._width(Vp)
         threads = _row_threads(_blocks(vocab_size, width), MAX_THREADS)
         self._launch(name, (N,), (threads,), args, WIDTH=width)
