@@ -28,7 +28,7 @@ def mean_loss(model: GPT2, batches: Iterable[Batch]) -> float:
     """Mean cross-entropy in nats of all targets of the batches, which may differ in size."""
     total, count = 0.0, 0
     for batch in batches:
-        losses = model.losses(batch.tokens, batch.targets)
+        losses = model.losses(batch)
         total += float(losses.sum(dtype="float64"))
         count += losses.size
     return total / count
@@ -97,5 +97,5 @@ def completion_losses(
             n = len(row) - 1
             tokens[i, :n], targets[i, :n] = row[:-1], row[1:]
             counted[i, len(context) - 1 : n] = True
-        losses = model.losses(tokens, targets).reshape(shape)
+        losses = model.losses(Batch.of(tokens, targets)).reshape(shape)
         yield from losses.mean(axis=1, dtype="float64", where=counted).reshape(-1, COMPLETIONS)

@@ -26,7 +26,7 @@ from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.models.weights import Arena, load_arena, named
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.checkpoint import OPTIMIZER_FILE, TRAINING_FILE, TrainingState
-from gpu_gpt2.training.optimizer import UpdateCounts
+from gpu_gpt2.training.optimizer import UpdateState
 
 MODEL = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 TRAIN = TrainConfig(
@@ -76,7 +76,7 @@ def state_at(step: int) -> TrainingState:
         weights=arenas[0],
         m=arenas[1],
         v=arenas[2],
-        counts=UpdateCounts(updates=step, in_a_row=3, loss_scale=2.0**17),
+        update=UpdateState(updates=step, good_steps=3, loss_scale=2.0**17),
     )
 
 
@@ -384,6 +384,16 @@ def edit_optimizer(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], 
     return edit
 
 
+def test_version_1_is_still_read(run_dir: Path) -> None:
+    """It called the update's state counts, and the growth tracker in_a_row."""
+    path = checkpoint.latest(run_dir) / TRAINING_FILE
+    training = json.loads(path.read_text())
+    update = training.pop("update")
+    update["in_a_row"] = update.pop("good_steps")
+    path.write_text(json.dumps(training | {"format_version": 1, "counts": update}))
+    assert_loads_as(path.parent, state_at(10))
+
+
 def truncate_optimizer(folder: Path) -> None:
     os.truncate(folder / OPTIMIZER_FILE, 100_000)
 
@@ -397,20 +407,20 @@ def other_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (edit_training(format_version=2), "training.json: format_version is 2, expected 1;"),
+        (edit_training(format_version=3), "training.json: format_version is 3, expected 2;"),
         (edit_training(step="10"), "training.json: step is missing or not of type int"),
         (edit_training(tokens=True), "training.json: tokens is missing or not of type int"),
         (edit_training(loader=[]), "training.json: loader is missing or not of type dict"),
         (edit_training(train={}), "training.json: missing training settings: batch_size, "),
-        (edit_training(counts=None), "training.json: counts is missing or not of type dict"),
-        (edit_training(counts={"updates": 1}), "training.json: counts must be updates, in_"),
+        (edit_training(update=None), "training.json: update is missing or not of type dict"),
+        (edit_training(update={"updates": 1}), "training.json: update must be updates, goo"),
         (
-            edit_training(counts={"updates": 1, "in_a_row": 2.5, "loss_scale": 1.0}),
-            "training.json: updates, in_a_row and loss_scale must be two counts and 1 to ",
+            edit_training(update={"updates": 1, "good_steps": 2.5, "loss_scale": 1.0}),
+            "training.json: updates, good_steps and loss_scale must be two counts and 1 to ",
         ),
         (
-            edit_training(counts={"updates": 1, "in_a_row": 1, "loss_scale": float("nan")}),
-            "training.json: updates, in_a_row and loss_scale must be two counts and 1 to ",
+            edit_training(update={"updates": 1, "good_steps": 1, "loss_scale": float("nan")}),
+            "training.json: updates, good_steps and loss_scale must be two counts and 1 to ",
         ),
         (
             edit_training(train=TRAIN.to_dict() | {"momentum": 1}),

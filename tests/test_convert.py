@@ -33,7 +33,7 @@ from gpu_gpt2.models.weights import Arena, FloatArray, load_arena, named
 from gpu_gpt2.open_model import open_model, tokenizer_of
 from gpu_gpt2.tokenizer import Tokenizer
 from gpu_gpt2.training import checkpoint
-from gpu_gpt2.training.optimizer import UpdateCounts
+from gpu_gpt2.training.optimizer import UpdateState
 
 CONFIG = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 Run = Callable[..., tuple[int, str, str]]
@@ -113,7 +113,7 @@ def test_a_run_is_converted_with_its_tokenizer(run: Run) -> None:
     for step in (10, 20):
         state = checkpoint.TrainingState(
             model=CONFIG, train=train, step=step, tokens=1, loader={}, weights=arena * step,
-            m=arena, v=arena, counts=UpdateCounts(updates=step, in_a_row=0, loss_scale=1.0),
+            m=arena, v=arena, update=UpdateState(updates=step, good_steps=0, loss_scale=1.0),
         )  # fmt: skip
         checkpoint.save(Path("run"), state, Tokenizer.of_bytes())
     newest = Path("run/step_00000020")

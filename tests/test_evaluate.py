@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from devices import every_device, make_ops
+from devices import every_device
+from models import new_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpu_gpt2.cli.app import main
@@ -23,6 +24,7 @@ from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
 from gpu_gpt2.evaluate import answers, check_examples, completion_losses, row_length
 from gpu_gpt2.formats.multiple_choice import COMPLETIONS, Example, write_choices
 from gpu_gpt2.formats.tokens import write_tokens
+from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.gpt2 import GPT2
 from gpu_gpt2.models.weights import load_arena
 from gpu_gpt2.open_model import open_model
@@ -51,8 +53,7 @@ def our_model(
     torch_model: GPT2LMHeadModel, B: int, device: str = "cpu", dtype: str = "fp32"
 ) -> GPT2:
     source = open_model(torch_model.folder)
-    ops = make_ops(device, dtype)
-    model = GPT2(source.config, ops, dtype=dtype, max_batch=B, max_seq_len=T, training=False)
+    model = new_model(source.config, device, dtype, B=B, T=T, training=False)
     model.load(load_arena(source))
     return model
 
@@ -123,7 +124,7 @@ def test_llmcs_way_counts_the_same(torch_model: GPT2LMHeadModel) -> None:
                         tokens[4 * i + j, n + k] = token
                     targets[4 * i + j, n + k - 1] = token
                     mask[4 * i + j, n + k - 1] = True
-        losses = model.losses(tokens, targets).reshape(B, T)
+        losses = model.losses(Batch.of(tokens, targets)).reshape(B, T)
         for i, example in enumerate(batch):
             best, best_loss = -1, 0.0
             for j in range(4):

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from models import new_model
 
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import CheckpointError, ConfigError
 from gpu_gpt2.generate import generate
 from gpu_gpt2.models.gpt2 import GPT2
 from gpu_gpt2.models.init import initial_weights
-from gpu_gpt2.ops.reference import ReferenceOps
 
 CONFIG = ModelConfig(vocab_size=131, n_positions=8, n_embd=32, n_layer=2, n_head=2)
 PROMPT = np.array([5, 7, 9], np.int32)
@@ -16,7 +16,7 @@ PROMPT = np.array([5, 7, 9], np.int32)
 
 @pytest.fixture(scope="module")
 def model() -> GPT2:
-    model = GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=8, training=False)
+    model = new_model(CONFIG, B=1, T=8, training=False)
     model.load(10 * initial_weights(CONFIG, 0))  # far from uniform
     return model
 
@@ -71,7 +71,7 @@ def test_impossible_settings_are_refused(model: GPT2, settings: dict[str, float]
 
 
 def test_damaged_weights_are_named() -> None:
-    model = GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=8, training=False)
+    model = new_model(CONFIG, B=1, T=8, training=False)
     model.load(np.full(model.param_arena.size, np.nan, np.float32))
     with pytest.raises(CheckpointError, match="weights are damaged"):
         next(generate(model, PROMPT, max_tokens=1))
@@ -79,7 +79,7 @@ def test_damaged_weights_are_named() -> None:
 
 def test_padding_is_never_drawn_however_likely() -> None:
     """All real logits are negative here, those of the padded rows 0."""
-    model = GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=8, training=False)
+    model = new_model(CONFIG, B=1, T=8, training=False)
     model.params.wte[: CONFIG.vocab_size] = 1.0
     model.params.lnfb[:] = -1.0
     logits = model.forward(PROMPT[None])[-1]

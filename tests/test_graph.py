@@ -1,129 +1,152 @@
-"""Steps as graphs, uploads beside work, results read late: what a device offers for them."""
+"""Steps as graphs, uploads beside the work, results read late, and the calls of cuBLAS."""
 
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from cupy_backends.cuda.libs import cublas as cupy_cublas
-from devices import CPU, KERNELS, every_device
+from devices import every_device
+from models import TINY, new_model, random_batch, training_step
 
-from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.device import cublas, open_device
 from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
+from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.cublas import Cublas
+from gpu_gpt2.device.cuda import CudaDevice
+from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.gpt2 import GPT2
 from gpu_gpt2.models.init import initial_weights
-from gpu_gpt2.ops import ops_for
+from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.training.optimizer import AdamW
-from gpu_gpt2.training.step import TrainingStep
 
-CONFIG = ModelConfig(vocab_size=67, n_positions=11, n_embd=32, n_layer=2, n_head=2)
 B, T = 2, 11
 MICRO_STEPS = 3
 STEPS = 4
 GPU = [pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 
 
-def random_batches() -> list[Batch]:
-    rng = np.random.default_rng(2)
-    batches = []
-    for _ in range(STEPS * MICRO_STEPS):
-        tokens, targets = rng.integers(0, CONFIG.vocab_size, (2, B, T), dtype=np.int32)
-        order = np.argsort(tokens, axis=None, kind="stable").astype(np.int32)
-        batches.append(Batch(tokens, targets, order))
-    return batches
-
-
-def trained(device: str, dtype: str, *, as_graphs: bool) -> tuple[list[float], bytes]:
+def trained(device: str, dtype: str) -> tuple[list[float], bytes]:
     """Losses of STEPS steps, with a look at another batch size in between, and the weights."""
-    ops = ops_for(open_device(device), dtype)
-    model = GPT2(CONFIG, ops, dtype=dtype, max_batch=B, max_seq_len=T)
+    model = new_model(TINY, device, dtype, B=B, T=T)
     optimizer = AdamW(model, weight_decay=0.1)
-    optimizer.load(initial_weights(CONFIG, 0))
-    said: list[str] = []
-    step = TrainingStep(model, optimizer, micro_steps=MICRO_STEPS, say=said.append)
-    batches = iter(random_batches())
+    optimizer.load(initial_weights(TINY, 0))
+    rng = np.random.default_rng(2)
     losses = []
     for i in range(STEPS):
-        lr = 1e-3 * (i + 1)
-        if as_graphs:
-            report = step(lambda: next(batches), lr)
-        else:
-            for micro_step in range(MICRO_STEPS):
-                b = next(batches)
-                model.forward_backward(
-                    b.tokens, b.targets, b.order, micro_step=micro_step, micro_steps=MICRO_STEPS
-                )
-            optimizer.step(lr, micro_steps=MICRO_STEPS)
-            report = optimizer.report()
-        model.losses(b_small := np.full((1, T - 4), i, np.int32), b_small)
-        losses.append(report().loss)
-    assert not said
-    return losses, ops.device.download(optimizer.master).tobytes()
+        batches = [random_batch(TINY, rng, B, T) for _ in range(MICRO_STEPS)]
+        losses.append(training_step(model, optimizer, batches, 1e-3 * (i + 1)).loss)
+        small = np.full((1, T - 4), i, np.int32)
+        model.losses(Batch.of(small, small))
+    assert not model.ops.device.graph_error
+    return losses, model.ops.device.download(optimizer.master).tobytes()
 
 
-@pytest.mark.parametrize(("dtype", "device"), CPU + KERNELS)
-def test_graphs_give_what_single_calls_give(dtype: str, device: str) -> None:
-    """On a GPU steps 3 and 4 are replays; elsewhere TrainingStep is held to its parts."""
-    losses, weights = trained(device, dtype, as_graphs=True)
-    expected_losses, expected_weights = trained(device, dtype, as_graphs=False)
-    if device == "cuda":  # cupy.matmul may choose other algorithms
-        np.testing.assert_allclose(losses, expected_losses, rtol=1e-2)
-        assert (losses, weights) == trained(device, dtype, as_graphs=True)
-    else:
-        assert (losses, weights) == (expected_losses, expected_weights)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", GPU)
+def test_graphs_give_what_single_launches_give(
+    dtype: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 3 and 4 are replays."""
+    losses, weights = trained(device, dtype)
+    assert (losses, weights) == trained(device, dtype)
+    monkeypatch.setattr(CudaDevice, "graph", lambda self, work: work)
+    expected, _ = trained(device, dtype)  # in which cupy.matmul may choose other algorithms
+    np.testing.assert_allclose(losses, expected, rtol=1e-2)
+
+
+class GraphDevice(CpuDevice):
+    """A CPU that plays a device with graphs: it notes which are made, and in what order they run."""
+
+    def __init__(self) -> None:
+        self.made: list[Callable[[], None]] = []
+        self.launched: list[int] = []
+
+    def graph(self, work: Callable[[], None]) -> Callable[[], None]:
+        number = len(self.made)
+        self.made.append(work)
+
+        def launch() -> None:
+            self.launched.append(number)
+            work()
+
+        return launch
+
+
+def test_every_shape_of_batch_has_its_own_graphs_which_are_made_once() -> None:
+    device = GraphDevice()
+    model = GPT2(TINY, ReferenceOps(device), max_batch=B, max_seq_len=T)
+    optimizer = AdamW(model)
+    optimizer.load(initial_weights(TINY, 0))
+    rng = np.random.default_rng(2)
+    for shape, micro_steps, expected in (
+        ((B, T), 3, [0, 1, 1, 2]),  # the first micro-step, the others, the update
+        ((B, T), 3, [0, 1, 1, 2]),
+        ((1, 5), 1, [3, 4]),
+        ((B, T), 3, [0, 1, 1, 2]),
+        ((B, T), 1, [5, 6]),  # the weight of a micro-step is part of its graph
+    ):
+        device.launched.clear()
+        batches = [random_batch(TINY, rng, *shape) for _ in range(micro_steps)]
+        assert math.isfinite(training_step(model, optimizer, batches, 1e-3).loss)
+        assert device.launched == expected
+    assert len(device.made) == 7
 
 
 @every_device
-def test_a_feeder_copies_before_it_returns(dtype: str, device: str) -> None:
+def test_a_stager_has_copied_when_it_returns(dtype: str, device: str) -> None:
     place = open_device(device)
     buffers = place.empty((3, 5), INT32), place.empty((7,), FLOAT32)
-    feed = place.feeder(*buffers)
+    stage = place.stager(*buffers)
     for i in range(5):  # more calls than there are sets of memory
         a, b = np.full((3, 5), i, np.int32), np.full(7, i / 2, np.float32)
-        feed(a, b)
+        stage(a, b)
         a[:], b[:] = -1, -1  # the caller's again
         assert (place.download(buffers[0]) == i).all()
         assert (place.download(buffers[1]) == i / 2).all()
     with pytest.raises(ValueError, match=r"cannot copy float32 \(1,\) into float32 \(7,\)"):
-        feed(a, b[:1])
+        stage(a, b[:1])
 
 
 @every_device
-def test_a_fetch_keeps_what_was_there_when_it_began(dtype: str, device: str) -> None:
+def test_an_async_read_keeps_the_values_of_when_it_began(dtype: str, device: str) -> None:
     place = open_device(device)
     x = place.zeros((4,), FLOAT32)
     results = []
     for i in range(4):
         place.upload(x, np.full(4, i, np.float32))
-        results.append(place.fetch(x))
-    assert [result().tolist() for result in results] == [[i] * 4 for i in range(4)]
+        results.append(place.read_async(x))
+    assert [result.result().tolist() for result in results] == [[i] * 4 for i in range(4)]
 
 
 @pytest.mark.parametrize("device", GPU)
-def test_work_that_cannot_be_captured_is_done_as_it_is(device: str) -> None:
+def test_work_that_cannot_be_captured_is_launched_piece_by_piece(
+    device: str, caplog: pytest.LogCaptureFixture
+) -> None:
     place = open_device(device)
-    x, said, calls = place.zeros((4,), FLOAT32), [], []
+    x, calls = place.zeros((4,), FLOAT32), []
 
     def work() -> None:
         calls.append(place.download(x)[0])  # waits for the device: forbidden in a capture
         place.fill_zero(x)
 
-    run = place.graph(work, said.append)
+    run = place.graph(work)
     for _ in range(4):
         run()
-    assert len(said) == 1
-    assert "CUDA graphs cannot be used here" in said[0]
+    assert len(caplog.messages) == 1
+    assert "CUDA graphs cannot be used here" in caplog.messages[0]
+    assert place.graph_error in caplog.messages[0]
     assert len(calls) >= 4
-    other = place.graph(lambda: place.fill_zero(x), said.append)  # nor are others tried
+    other = place.graph(lambda: place.fill_zero(x))  # no other graph is tried
     for _ in range(3):
         other()
-    assert len(said) == 1
+    assert len(caplog.messages) == 1
 
 
 # --- cuBLAS, as far as it can be looked at without a GPU ---

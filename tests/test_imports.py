@@ -19,7 +19,7 @@ LAYERS = [
     "data.prepare",
     "data",
     "tokenizer",
-    "training.checkpoint training.step training.memory",
+    "training.checkpoint training.memory",
     "training",
     "formats",
     "models.init",

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from models import mean_loss, new_model, noisy_weights, training_step
 
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.arena import flat_views
-from gpu_gpt2.models.gpt2 import GPT2, decayed_count, parameters
+from gpu_gpt2.models.batch import Batch
+from gpu_gpt2.models.gpt2 import GPT2, parameters
 from gpu_gpt2.models.init import initial_weights
-from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.training.optimizer import AdamW
 
 CONFIG = ModelConfig(vocab_size=1027, n_positions=40, n_embd=96, n_layer=3, n_head=4)
@@ -29,25 +30,19 @@ LAYER_NAMES = {
 TOP_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
 
 
-def weights(seed: int = 0) -> np.ndarray:
-    """Initial weights with biases and layernorms moved off 0 and 1, so that every term counts."""
-    arena = initial_weights(CONFIG, seed)
-    rng = np.random.default_rng(seed + 1)
-    arena[decayed_count(CONFIG) :] += 0.1 * rng.standard_normal(
-        arena.size - decayed_count(CONFIG), dtype=np.float32
-    )
-    return arena
+def weights() -> np.ndarray:
+    return noisy_weights(CONFIG, noise_seed=1)
 
 
-def batch(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def batch(seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     tokens, targets = rng.integers(0, CONFIG.vocab_size, (2, B, T)).astype(np.int32)
     tokens[:, ::3] = tokens[0, 0]  # some tokens often, so that their gradients add up
-    return tokens, targets, np.argsort(tokens.reshape(-1), kind="stable").astype(np.int32)
+    return Batch.of(tokens, targets)
 
 
 def our_model(arena: np.ndarray) -> GPT2:
-    model = GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=B, max_seq_len=T)
+    model = new_model(CONFIG, B=B, T=T)
     model.load(arena)
     return model
 
@@ -81,22 +76,22 @@ def paired(model: transformers.GPT2LMHeadModel, ours: SimpleNamespace):
             )
 
 
-def torch_loss(model: transformers.GPT2LMHeadModel, tokens, targets) -> torch.Tensor:
-    logits = model(torch.from_numpy(tokens).long()).logits
-    flat = torch.from_numpy(targets).long().reshape(-1)
+def torch_loss(model: transformers.GPT2LMHeadModel, batch: Batch) -> torch.Tensor:
+    logits = model(torch.from_numpy(batch.tokens).long()).logits
+    flat = torch.from_numpy(batch.targets).long().reshape(-1)
     return torch.nn.functional.cross_entropy(logits.reshape(-1, CONFIG.vocab_size), flat)
 
 
 def test_loss_and_every_gradient_match_pytorch() -> None:
-    arena, (tokens, targets, order) = weights(), batch()
+    arena = weights()
     ours = our_model(arena)
-    ours.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
+    mean = mean_loss(ours, batch())
     single, double = torch_model(arena, torch.float32), torch_model(arena, torch.float64)
-    losses = [torch_loss(m, tokens, targets) for m in (single, double)]
+    losses = [torch_loss(m, batch()) for m in (single, double)]
     for loss in losses:
         loss.backward()
-    assert abs(ours.acts.losses.mean() - losses[0].item()) < 1e-5
-    assert abs(ours.acts.losses.mean() - losses[1].item()) < 1e-5
+    assert abs(mean - losses[0].item()) < 1e-5
+    assert abs(mean - losses[1].item()) < 1e-5
     # Bound: relative to the largest gradient of the tensor, as float32 sums lose in the smallest.
     exact = dict(double.transformer.named_parameters())
     names = {id(p): n for n, p in single.transformer.named_parameters()}
@@ -122,68 +117,67 @@ def test_ten_adamw_steps_match_pytorch() -> None:
         eps=1e-8,
     )
     for step in range(1, 11):
-        tokens, targets, order = batch(step % 3)
-        ours.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
-        optimizer.step(1e-3)
+        result = training_step(ours, optimizer, [batch(step % 3)], 1e-3)
         torch_optimizer.zero_grad()
-        loss = torch_loss(theirs, tokens, targets)
+        loss = torch_loss(theirs, batch(step % 3))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         torch_optimizer.step()
-        report = optimizer.report()()
-        assert abs(report.loss - loss.item()) < 1e-5, f"step {step}"
-        assert abs(report.grad_norm - norm.item()) < 1e-4 * norm.item()
+        assert abs(result.loss - loss.item()) < 1e-5, f"step {step}"
+        assert abs(result.grad_norm - norm.item()) < 1e-4 * norm.item()
     for name, theirs_p, array in paired(theirs, ours.params):
         worst = np.abs(array - theirs_p.detach().numpy()).max()
         assert worst < 2e-5, f"{name}: {worst:.2e} after ten steps of 1e-3"
 
 
 def test_micro_batches_add_up_to_the_whole_batch() -> None:
-    arena, (tokens, targets, order) = weights(), batch()
+    arena, all_rows = weights(), batch()
     whole, parts = our_model(arena), our_model(arena)
-    whole.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
+    expected = whole.forward_backward(all_rows).sum()
     for i in range(B):
-        part = slice(i, i + 1)
-        order = np.argsort(tokens[i], kind="stable").astype(np.int32)
-        parts.forward_backward(tokens[part], targets[part], order, micro_step=i, micro_steps=B)
-    np.testing.assert_allclose(parts.acts.losses.sum(), whole.acts.losses.sum(), rtol=1e-6)
+        row = Batch.of(all_rows.tokens[i : i + 1], all_rows.targets[i : i + 1])
+        losses = parts.forward_backward(row, first=i == 0, micro_steps=B)
+    np.testing.assert_allclose(losses.sum(), expected, rtol=1e-6)
     worst = np.abs(parts.grad_arena - whole.grad_arena).max()
     assert worst < 1e-6 * np.abs(whole.grad_arena).max()
 
 
-def test_a_second_step_starts_its_gradients_afresh() -> None:
+def test_a_second_step_overwrites_the_gradients_of_the_first() -> None:
     model = our_model(weights())
     grads = []
     for _ in range(2):
-        model.forward_backward(*batch(), micro_step=0, micro_steps=1)
+        model.forward_backward(batch())
         grads.append(model.grad_arena.copy())
     np.testing.assert_array_equal(grads[0], grads[1])
 
 
-def test_smaller_batches_reuse_the_memory() -> None:
-    arena, (tokens, _, _) = weights(), batch()
+def test_losses_are_those_of_training() -> None:
+    model = our_model(weights())
+    np.testing.assert_array_equal(model.losses(batch()), model.forward_backward(batch()))
+
+
+def test_batches_of_other_shapes_share_the_memory() -> None:
+    arena, tokens = weights(), batch().tokens
     big = our_model(arena)
-    small = GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=9, training=False)
+    small = new_model(CONFIG, B=1, T=9, training=False)
     small.load(arena)
-    big.forward(tokens)
+    before = big.forward(tokens).copy()
     np.testing.assert_allclose(
         big.forward(tokens[:1, :9]).copy(), small.forward(tokens[:1, :9]), rtol=1e-6, atol=1e-7
     )
+    np.testing.assert_array_equal(big.forward(tokens), before)
 
 
 def test_overfits_one_batch() -> None:
     model = our_model(initial_weights(CONFIG, 0))
     optimizer = AdamW(model)
-    tokens, targets, order = batch()
-    losses = []
-    for _ in range(60):
-        model.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
-        losses.append(model.acts.losses.mean())
-        optimizer.step(3e-3)
+    losses = [training_step(model, optimizer, [batch()], 3e-3).loss for _ in range(60)]
     assert losses[0] > 6.5  # ln 1027 = 6.93
     assert losses[-1] < 0.1
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="longer than the model's context of 40"):
-        GPT2(CONFIG, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=41)
+        new_model(CONFIG, B=1, T=41)
+    with pytest.raises(ConfigError, match="longer than the model's context of 40"):
+        our_model(weights()).forward(np.zeros((1, 41), np.int32))

@@ -5,33 +5,31 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from devices import CPU, KERNELS
+from models import new_model, random_batch
 
 from gpu_gpt2.config import MAX_RECOMPUTE, ModelConfig
-from gpu_gpt2.device import open_device
 from gpu_gpt2.device.base import FLOAT32
 from gpu_gpt2.models.arena import bytes_of
-from gpu_gpt2.models.gpt2 import GPT2, activations
+from gpu_gpt2.models.batch import Batch
+from gpu_gpt2.models.gpt2 import activations
 from gpu_gpt2.models.init import initial_weights
-from gpu_gpt2.ops import ops_for
 
 CONFIG = ModelConfig(vocab_size=67, n_positions=11, n_embd=32, n_layer=3, n_head=2)
 B, T = 2, 11
 
 
 def losses_and_gradients(device: str, dtype: str, recompute: int) -> tuple[bytes, bytes]:
-    """Of two micro-steps."""
-    ops = ops_for(open_device(device), dtype)
-    model = GPT2(CONFIG, ops, dtype=dtype, max_batch=B, max_seq_len=T, recompute=recompute)
+    """Losses and gradients of two micro-steps."""
+    model = new_model(CONFIG, device, dtype, B=B, T=T, recompute=recompute)
     weights = initial_weights(CONFIG, 0)
     weights += 0.1 * np.random.default_rng(1).standard_normal(weights.size, dtype=np.float32)
     model.load(weights)
     rng = np.random.default_rng(2)
     for micro_step in range(2):
-        tokens, targets = rng.integers(0, CONFIG.vocab_size, (2, B, T), dtype=np.int32)
-        order = np.argsort(tokens, axis=None, kind="stable").astype(np.int32)
-        model.forward_backward(tokens, targets, order, micro_step=micro_step, micro_steps=2)
-    download = ops.device.download
-    return download(model.acts.losses).tobytes(), download(model.grad_arena).tobytes()
+        batch = random_batch(CONFIG, rng, B, T)
+        losses = model.forward_backward(batch, first=micro_step == 0, micro_steps=2)
+    download = model.ops.device.download
+    return download(losses).tobytes(), download(model.grad_arena).tobytes()
 
 
 @pytest.mark.parametrize(("dtype", "device"), CPU + KERNELS)
@@ -75,10 +73,8 @@ def test_tensors_of_odd_sizes_that_begin_anywhere(
 ) -> None:
     """Biases of 4 C numbers, whole pieces of 16 bytes, that do not begin at a multiple of 16."""
     config = ModelConfig(vocab_size=67, n_positions=n_positions, n_embd=n_embd, n_layer=2, n_head=1)
-    ops = ops_for(open_device(device), dtype)
-    model = GPT2(config, ops, dtype=dtype, max_batch=1, max_seq_len=7)
+    model = new_model(config, device, dtype, B=1, T=7)
     model.load(initial_weights(config, 0))
     tokens = np.arange(7, dtype=np.int32)[None]
-    order = np.arange(7, dtype=np.int32)
-    model.forward_backward(tokens, tokens, order, micro_step=0, micro_steps=1)
-    assert np.isfinite(ops.device.download(model.grad_arena)).all()
+    model.forward_backward(Batch.of(tokens, tokens))
+    assert np.isfinite(model.ops.device.download(model.grad_arena)).all()

@@ -2,15 +2,11 @@
 
 import numpy as np
 from devices import kernel_devices
+from models import new_model, noisy_weights, random_batch, training_step
 
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.device import open_device
-from gpu_gpt2.device.base import Device
 from gpu_gpt2.models.arena import flat_views
-from gpu_gpt2.models.gpt2 import GPT2, decayed_count, parameters
-from gpu_gpt2.models.init import initial_weights
-from gpu_gpt2.ops.kernels import KernelOps
-from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.models.gpt2 import GPT2, parameters
 from gpu_gpt2.training.optimizer import AdamW
 
 CONFIG = ModelConfig(vocab_size=131, n_positions=19, n_embd=48, n_layer=2, n_head=3)
@@ -26,33 +22,22 @@ WEIGHT_LIMITS = {"fp32": 1e-7, "bf16": 4e-4, "fp16": 1e-4}
 
 
 def two_micro_steps(model: GPT2, optimizer: AdamW, updates: int) -> list[float]:
-    losses = []
     rng = np.random.default_rng(1)
-    for _ in range(updates):
-        for micro_step in range(MICRO_STEPS):
-            tokens, targets = rng.integers(0, CONFIG.vocab_size, (2, B, T), dtype=np.int32)
-            order = np.argsort(tokens, axis=None, kind="stable").astype(np.int32)
-            model.forward_backward(
-                tokens, targets, order, micro_step=micro_step, micro_steps=MICRO_STEPS
-            )
-        optimizer.step(1e-3, micro_steps=MICRO_STEPS)
-        losses.append(model.ops.device.download(model.acts.losses).mean() / MICRO_STEPS)
-    return losses
+    return [
+        training_step(
+            model, optimizer, [random_batch(CONFIG, rng, B, T) for _ in range(MICRO_STEPS)], 1e-3
+        ).loss
+        for _ in range(updates)
+    ]
 
 
 def weights() -> np.ndarray:
-    """Initial weights with larger spread and with biases and layernorms off 0 and 1."""
-    arena = initial_weights(CONFIG, 0)
-    decayed = decayed_count(CONFIG)
-    noise = np.random.default_rng(5).standard_normal(arena.size - decayed, dtype=np.float32)
-    arena[decayed:] += 0.1 * noise
-    # Both precisions start from the same numbers.
-    return arena.astype("bfloat16").astype(np.float32)
+    """Noisy weights that bfloat16 holds exactly, so that all dtypes start from the same numbers."""
+    return noisy_weights(CONFIG, noise_seed=5).astype("bfloat16").astype(np.float32)
 
 
-def built(device: Device | None, dtype: str, weight_decay: float = 0.1) -> tuple[GPT2, AdamW]:
-    ops = ReferenceOps() if device is None else KernelOps(device, dtype)
-    model = GPT2(CONFIG, ops, dtype=dtype, max_batch=B, max_seq_len=T)
+def built(device: str, dtype: str, weight_decay: float = 0.1) -> tuple[GPT2, AdamW]:
+    model = new_model(CONFIG, device, dtype, B=B, T=T)
     optimizer = AdamW(model, weight_decay=weight_decay)
     optimizer.load(weights())
     return model, optimizer
@@ -60,13 +45,13 @@ def built(device: Device | None, dtype: str, weight_decay: float = 0.1) -> tuple
 
 @kernel_devices
 def test_a_training_step_equals_the_numpy_step(dtype: str, device: str) -> None:
-    reference, reference_optimizer = built(None, "fp32")
-    ours, optimizer = built(open_device(device), dtype)
+    reference, reference_optimizer = built("cpu", "fp32")
+    ours, optimizer = built(device, dtype)
     expected = two_micro_steps(reference, reference_optimizer, updates=1)
     actual = two_micro_steps(ours, optimizer, updates=1)
     np.testing.assert_allclose(actual, expected, rtol=LOSS_LIMITS[dtype])
     download = ours.ops.device.download
-    gradient = download(ours.grad_arena) / download(ours.loss_scale)
+    gradient = download(ours.grad_arena) / download(optimizer.loss_scale)
     grads = flat_views(parameters(CONFIG), gradient)
     for spec in parameters(CONFIG):
         grad, right = getattr(grads, spec.name), getattr(reference.grads, spec.name)
@@ -76,7 +61,7 @@ def test_a_training_step_equals_the_numpy_step(dtype: str, device: str) -> None:
     drift = download(optimizer.master) - reference_optimizer.master
     assert np.sqrt(np.mean(drift**2)) < WEIGHT_LIMITS[dtype]
     if dtype != "fp32":
-        rounded = download(optimizer.master).astype(ours.dtype)
+        rounded = download(optimizer.master).astype(ours.x_dtype)
         np.testing.assert_array_equal(download(ours.param_arena), rounded)
 
 
@@ -84,7 +69,7 @@ def test_a_training_step_equals_the_numpy_step(dtype: str, device: str) -> None:
 def test_two_runs_give_the_same_bits(dtype: str, device: str) -> None:
     bits = set()
     for _ in range(2):
-        model, optimizer = built(open_device(device), dtype)
+        model, optimizer = built(device, dtype)
         two_micro_steps(model, optimizer, updates=2)
         bits.add(model.ops.device.download(optimizer.master).tobytes())
     assert len(bits) == 1
@@ -92,15 +77,8 @@ def test_two_runs_give_the_same_bits(dtype: str, device: str) -> None:
 
 @kernel_devices
 def test_overfits_one_batch(dtype: str, device: str) -> None:
-    model, optimizer = built(open_device(device), dtype, weight_decay=0.0)
-    tokens, targets = np.random.default_rng(2).integers(
-        0, CONFIG.vocab_size, (2, B, T), dtype=np.int32
-    )
-    order = np.argsort(tokens, axis=None, kind="stable").astype(np.int32)
-    losses = []
-    for _ in range(25):
-        model.forward_backward(tokens, targets, order, micro_step=0, micro_steps=1)
-        losses.append(model.ops.device.download(model.acts.losses).mean())
-        optimizer.step(1e-2)
+    model, optimizer = built(device, dtype, weight_decay=0.0)
+    batch = random_batch(CONFIG, np.random.default_rng(2), B, T)
+    losses = [training_step(model, optimizer, [batch], 1e-2).loss for _ in range(25)]
     assert losses[0] > 4.5  # ln 131 = 4.88
     assert losses[-1] < 0.3

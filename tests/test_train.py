@@ -1,6 +1,5 @@
 """A whole run: what it writes, how it goes on, how it ends when something is wrong."""
 
-import io
 import json
 import math
 import resource
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from rich.console import Console
+from models import new_model, quiet, train_settings
 
 from gpu_gpt2.config import TrainConfig
 from gpu_gpt2.device.cpu import CpuDevice
@@ -26,11 +24,10 @@ from gpu_gpt2.formats.tokens import write_tokens
 from gpu_gpt2.models.gpt2 import GPT2, parameter_count
 from gpu_gpt2.models.weights import load_arena
 from gpu_gpt2.open_model import open_model
-from gpu_gpt2.ops.reference import ReferenceOps
-from gpu_gpt2.train import train
+from gpu_gpt2.train import Run, train
 from gpu_gpt2.training import checkpoint
-from gpu_gpt2.training.optimizer import AdamW, StepReport, UpdateCounts
-from gpu_gpt2.training.step import TrainingStep
+from gpu_gpt2.training.metrics import RunLog
+from gpu_gpt2.training.optimizer import AdamW, PendingStep, StepResult, UpdateState
 
 TEXT = "".join(f"{i} squared is {i * i}, and the cube of {i} is {i**3}.\n" for i in range(300))
 
@@ -44,17 +41,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(**changes: object) -> TrainConfig:
-    values = {
-        "data": "numbers.txt", "model": "nano", "device": "cpu", "dtype": "fp32",
-        "tokenizer": "bytes", "steps": 8, "batch_size": 4, "seq_len": 32,
-        "total_batch_tokens": 256, "lr": 3e-3, "warmup_steps": 2, "weight_decay": 0.1,
-        "eval_every": 4, "sample_every": 0, "seed": 3, "run_dir": "run",
-    }  # fmt: skip
-    return TrainConfig(**{**values, **changes})
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO())
+    return train_settings(**{"data": "numbers.txt", **changes})
 
 
 def metrics(run: str = "run") -> list[dict[str, float]]:
@@ -96,7 +83,7 @@ def test_the_checkpoint_is_a_hugging_face_model_with_the_same_logits() -> None:
     ids = np.array(tokenizer("4 squared is 16")["input_ids"], np.int32)
     source = open_model(folder)
     config, weights = source.config, load_arena(source)
-    ours = GPT2(config, ReferenceOps(), dtype="fp32", max_batch=1, max_seq_len=32, training=False)
+    ours = new_model(config, B=1, T=32, training=False)
     ours.load(weights)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids[None]).long()).logits[0].numpy()
@@ -135,50 +122,64 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(recompute: int) -> None:
     a, b = checkpoint.load(whole), checkpoint.load(parts)
     for name in ("weights", "m", "v"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
-    assert a.counts == b.counts == UpdateCounts(updates=8, in_a_row=8, loss_scale=1.0)
+    assert a.update == b.update == UpdateState(updates=8, good_steps=8, loss_scale=1.0)
     losses = [[r["loss"] for r in metrics(run) if "loss" in r] for run in ("whole", "parts")]
     assert losses[0] == losses[1]
 
 
 @pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Makes the CPU a device that runs ahead; what is enqueued, read and saved, in order."""
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a run does, in order: which steps it enqueues and reads, and when it saves and so on."""
     events: list[str] = []
-    enqueue, save = TrainingStep.__call__, checkpoint.save
-    started = 0
+    numbers: dict[int, int] = {}  # of the step that each handle belongs to
+    handles = []  # kept, so that no two have the same id
 
-    def enqueued(self: TrainingStep, *args: Any) -> Callable[[], StepReport]:
-        nonlocal started
-        started += 1
-        number = started
-        events.append(f"enqueue {number}")
-        read = enqueue(self, *args)
+    def note(owner: type, method: str, name: str) -> None:
+        original = getattr(owner, method)
 
-        def reading() -> StepReport:
-            events.append(f"read {number}")
-            return read()
+        def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            events.append(name)
+            return original(self, *args, **kwargs)
 
-        return reading
+        monkeypatch.setattr(owner, method, noted)
 
-    def saving(*args: Any) -> Path:
-        events.append("save")
-        return save(*args)
+    step, result = AdamW.step, PendingStep.result
 
-    monkeypatch.setattr(CpuDevice, "runs_ahead", True)
-    monkeypatch.setattr(TrainingStep, "__call__", enqueued)
-    monkeypatch.setattr(checkpoint, "save", saving)
+    def enqueuing(self: AdamW, *args: Any, **kwargs: Any) -> PendingStep:
+        handle = step(self, *args, **kwargs)
+        handles.append(handle)
+        numbers[id(handle)] = len(handles)
+        events.append(f"enqueue {len(handles)}")
+        return handle
+
+    def reading(self: PendingStep) -> StepResult:
+        events.append(f"read {numbers[id(self)]}")
+        return result(self)
+
+    monkeypatch.setattr(AdamW, "step", enqueuing)
+    monkeypatch.setattr(PendingStep, "result", reading)
+    note(Run, "_state", "save")
+    note(RunLog, "validation", "evaluate")
+    note(RunLog, "sample", "sample")
     return events
 
 
-def test_a_step_is_read_when_the_next_is_enqueued(
-    late: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU plays a device whose launches return at once."""
+    monkeypatch.setattr(CpuDevice, "is_async", True)
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_a_step_is_read_after_the_next_is_enqueued(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ahead = train(settings(steps=5, eval_every=3), quiet()).checkpoint
-    assert late == [
-        "enqueue 1", "enqueue 2", "read 1", "enqueue 3", "read 2", "read 3", "save",
-        "enqueue 4", "enqueue 5", "read 4", "read 5", "save",
+    late = train(settings(steps=5, eval_every=3), quiet()).checkpoint
+    assert events == [
+        "enqueue 1", "enqueue 2", "read 1", "enqueue 3", "read 2", "read 3", "save", "evaluate",
+        "enqueue 4", "enqueue 5", "read 4", "read 5", "save", "evaluate", "sample",
     ]  # fmt: skip
-    monkeypatch.setattr(CpuDevice, "runs_ahead", False)
+    monkeypatch.setattr(CpuDevice, "is_async", False)
     usual = train(settings(steps=5, eval_every=3, run_dir="usual"), quiet()).checkpoint
     keys = ("step", "loss", "lr", "grad_norm", "val_loss")
     records = [
@@ -186,43 +187,87 @@ def test_a_step_is_read_when_the_next_is_enqueued(
         for run in ("run", "usual")
     ]
     assert records[0] == records[1]
-    a, b = checkpoint.load(ahead), checkpoint.load(usual)
+    a, b = checkpoint.load(late), checkpoint.load(usual)
     assert (a.weights == b.weights).all()
-    assert (a.loader, a.counts) == (b.loader, b.counts)
+    assert (a.loader, a.update) == (b.loader, b.update)
 
 
-def test_an_interrupted_run_reads_every_step_before_it_saves(
-    late: list[str], monkeypatch: pytest.MonkeyPatch
+def test_everything_that_is_due_is_done_once(events: list[str]) -> None:
+    train(settings(steps=4, eval_every=2, sample_every=4), quiet())
+    assert events == [
+        "enqueue 1", "read 1", "enqueue 2", "read 2", "save", "evaluate",
+        "enqueue 3", "read 3", "enqueue 4", "read 4", "save", "evaluate", "sample",
+    ]  # fmt: skip
+    events.clear()
+    state = checkpoint.load(checkpoint.checkpoints(Path("run"))[0])
+    train(replace(state.train, steps=3), quiet(), state)
+    assert events == ["enqueue 5", "read 5", "save", "evaluate", "sample"]
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_an_interrupted_run_reads_every_step_then_saves_and_does_no_more(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload = GPT2.upload
+    forward_backward = GPT2.forward_backward
 
-    def third_upload_interrupts(self: GPT2, *args: Any) -> None:
-        upload(self, *args)
-        if late[-1] == "enqueue 3":
+    def fourth_interrupts(self: GPT2, *args: Any, **kwargs: Any) -> Any:
+        if events and events[-1] == "read 2":
             signal.raise_signal(signal.SIGINT)
+        return forward_backward(self, *args, **kwargs)
 
-    monkeypatch.setattr(GPT2, "upload", third_upload_interrupts)
+    monkeypatch.setattr(GPT2, "forward_backward", fourth_interrupts)
     outcome = train(settings(total_batch_tokens=128), quiet())
-    assert (outcome.step, outcome.interrupted) == (3, True)
-    assert late[-4:] == ["enqueue 3", "read 2", "read 3", "save"]
-    assert metrics()[-1]["step"] == checkpoint.load(outcome.checkpoint).step == 3
+    assert (outcome.step, outcome.interrupted) == (4, True)
+    assert events[-4:] == ["enqueue 4", "read 3", "read 4", "save"]
+    assert metrics()[-1]["step"] == checkpoint.load(outcome.checkpoint).step == 4
 
 
-def test_a_late_reading_names_the_step_that_diverged(
-    late: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("during", "expected"), [("validation", "evaluate"), ("sample", "sample")])
+def test_an_interrupt_in_a_pause_does_not_save_twice(
+    events: list[str], monkeypatch: pytest.MonkeyPatch, during: str, expected: str
 ) -> None:
-    report = AdamW.report
+    log = getattr(RunLog, during)
 
-    def second_diverges(self: AdamW) -> Callable[[], StepReport]:
-        read = report(self)
-        if late[-1] == "enqueue 2":
-            return lambda: replace(read(), grad_norm=math.inf)
-        return read
+    def interrupts(self: RunLog, *args: Any, **kwargs: Any) -> None:
+        log(self, *args, **kwargs)
+        signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(AdamW, "report", second_diverges)
+    monkeypatch.setattr(RunLog, during, interrupts)
+    outcome = train(settings(eval_every=2, sample_every=2), quiet())
+    assert (outcome.step, outcome.interrupted) == (2, True)
+    assert events[-1] == expected
+    assert events.count("save") == 1
+
+
+def test_ctrl_c_in_the_last_evaluation_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunLog, "validation", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(eval_every=0), quiet())
+    assert checkpoint.load(checkpoint.latest(Path("run"))).step == 8
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_pauses_are_not_part_of_step_ms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_gpt2.train.validation_loss", lambda *_: time.sleep(0.5) or 1.0)
+    train(settings(eval_every=1), quiet())
+    assert max(r["step_ms"] for r in metrics() if "loss" in r) < 500
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_a_late_reading_names_the_step_that_diverged(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = PendingStep.result
+
+    def second_diverges(self: PendingStep) -> StepResult:
+        found = result(self)
+        return replace(found, grad_norm=math.inf) if events[-1] == "read 2" else found
+
+    monkeypatch.setattr(PendingStep, "result", second_diverges)
     with pytest.raises(TrainingError, match=r"step 2: loss 5\.\d+, gradient norm inf: "):
         train(settings(), quiet())
-    assert late == ["enqueue 1", "enqueue 2", "read 1", "enqueue 3", "read 2"]
+    assert events == ["enqueue 1", "enqueue 2", "read 1", "enqueue 3", "read 2"]
     assert [r["step"] for r in metrics()] == [1]
 
 

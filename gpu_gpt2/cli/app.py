@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
 
 from gpu_gpt2.cli.bench import bench_app
+from gpu_gpt2.cli.common import console
 from gpu_gpt2.cli.convert import convert
 from gpu_gpt2.cli.data import data_app
 from gpu_gpt2.cli.evaluate import evaluate
@@ -43,12 +47,28 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # text that the terminal has no letters for
+    _log_to_console()
     try:
         app()
     except UserError as error:
         _fail(str(error))
     except MemoryError as error:
         _fail(f"out of memory ({error}); use a smaller --batch-size, --seq-len or --model")
+
+
+def _log_to_console() -> None:
+    """Shows warnings of the package on the terminal, above a progress bar if there is one."""
+    logger = logging.getLogger("gpu_gpt2")
+    if not logger.handlers:
+        handler = RichHandler(
+            console=console,
+            highlighter=NullHighlighter(),
+            show_time=False,
+            show_level=False,
+            show_path=False,
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
 
 
 def _fail(message: str) -> NoReturn:

@@ -39,7 +39,6 @@ def model_on_device(source: WeightSource, device: str, dtype: str, B: int, T: in
     gpt2 = GPT2(
         source.config,
         ops_for(place, dtype),
-        dtype=dtype,
         max_batch=B,
         max_seq_len=T,
         training=False,

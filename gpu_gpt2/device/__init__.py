@@ -1,4 +1,4 @@
-"""From the name of a device to the device and the ops that run on it."""
+"""Opens a device by its name, and chooses the dtype that it computes in."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.errors import ConfigError, DeviceError
 
 DEVICES = ("auto", "cuda", "cpu", "emulator")
-BF16_CAPABILITY = 80  # tensor cores take bfloat16 from Ampere on
-FP16_CAPABILITY = 70  # and float16 from Volta on
 
 
 def open_device(name: str, *, tf32: bool = False) -> Device:
-    """The device called `name`; "auto" is the GPU where there is one, else the CPU.
+    """Returns the device called `name`; "auto" is the GPU where there is one, else the CPU.
 
     `tf32` is for a GPU: see CudaDevice.
 
@@ -33,6 +31,7 @@ def open_device(name: str, *, tf32: bool = False) -> Device:
 
 
 def has_gpu() -> bool:
+    """Returns True if CuPy finds an NVIDIA GPU."""
     try:
         return gpu_count() > 0
     except DeviceError:
@@ -40,14 +39,17 @@ def has_gpu() -> bool:
 
 
 def choose_dtype(name: str, device: Device) -> str:
-    """One of DTYPES for `name`; "auto" is the fastest that the device's tensor cores take."""
+    """Returns the dtype called `name`, one of DTYPES; "auto" is the first of device.dtypes.
+
+    Raises ConfigError for an unknown dtype, or one that the device does not compute in.
+    """
     if name == "auto":
-        capability = device.compute_capability if isinstance(device, CudaDevice) else 0
-        if capability >= BF16_CAPABILITY:
-            return "bf16"
-        return "fp16" if capability >= FP16_CAPABILITY else "fp32"
+        return device.dtypes[0]
     if name not in DTYPES:
         raise ConfigError(f"unknown dtype {name!r}; choose one of auto, {', '.join(DTYPES)}")
-    if name != "fp32" and device.name == "cpu":
-        raise ConfigError(f"the CPU trains in fp32 only; leave out --dtype {name}")
+    if name not in device.dtypes:
+        raise ConfigError(
+            f"the {device.product_name} trains in {', '.join(device.dtypes)} only; leave out "
+            f"--dtype {name}"
+        )
     return name

@@ -1,10 +1,11 @@
-"""What every device offers: memory, copies, matrix products and kernel launches."""
+"""The interface of a device: memory, copies, matmuls and kernel launches."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import ml_dtypes
@@ -24,25 +25,44 @@ FLOAT16: Final = np.dtype(np.float16)
 X_DTYPES: Final = {"fp32": FLOAT32, "bf16": BFLOAT16, "fp16": FLOAT16}  # by the name users give
 
 
+@dataclass(frozen=True, slots=True)
+class AsyncRead:
+    """A copy of a device array on its way to the host; `result` waits until it has arrived."""
+
+    result: Callable[[], npt.NDArray[Any]]
+
+
 class Device(ABC):
-    """One place where tensors live and kernels run."""
+    """One place where tensors live and kernels run.
+
+    The attributes say what the device can do. Ask them, not for its name or its class.
+    """
 
     name: str
+    dtypes: tuple[str, ...] = ()  # names of X_DTYPES that it computes in, the one to prefer first
+    runs_kernels = True  # it launches the files in kernels/; without that it runs NumPy
+    is_async = False  # launches return at once: reading a result early would stall the device
+    is_emulated = False  # the times that anything takes here say nothing about a GPU
+    has_tensor_cores = True  # kernels that include tensor_core.cuh run here
+    is_gpu = False  # libraries other than ours can compute here too, under the name "cuda"
 
     @property
-    def runs_ahead(self) -> bool:
-        """Whether Python goes on while the device works, so that an early look costs time."""
-        return False
-
-    @property
-    def has_tensor_cores(self) -> bool:
-        """Whether kernels that include tensor_core.cuh run here."""
-        return True
+    def product_name(self) -> str:
+        """The name of the device for people: of a GPU the one that its maker gave it."""
+        return self.name
 
     @property
     @abstractmethod
     def free_memory(self) -> int:
         """Bytes that new arrays can take."""
+
+    @property
+    def peak_memory(self) -> int:
+        """The most bytes that this process has ever held here, or 0 where nobody counts them."""
+        return 0
+
+    def release_memory(self) -> None:  # noqa: B027 (most devices keep none)
+        """Gives memory of freed arrays that is kept for later ones back to the system."""
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
@@ -60,39 +80,45 @@ class Device(ABC):
     def download(self, src: Array) -> npt.NDArray[Any]:
         """A host copy of `src`, complete when this returns."""
 
-    def host_view(self, src: Array) -> npt.NDArray[Any]:
-        """`download` for those who only read, and before the array changes: no copy if it can."""
+    def download_view(self, src: Array) -> npt.NDArray[Any]:
+        """Like `download`, but may return a view of `src`; read it before `src` changes."""
         return self.download(src)
 
-    def feeder(self, *buffers: Array) -> Callable[..., None]:
-        """A function of as many host arrays that copies them into `buffers`.
+    def stager(self, *buffers: Array) -> Callable[..., None]:
+        """Returns a function that copies host arrays, one for each buffer, into the buffers.
 
-        The caller need not keep the arrays, nor wait for earlier work that reads the buffers.
+        The caller may change the host arrays as soon as the function returns, and need not wait
+        for earlier work that still reads the buffers.
         """
 
-        def feed(*arrays: npt.NDArray[Any]) -> None:
+        def stage(*arrays: npt.NDArray[Any]) -> None:
             for buffer, array in zip(buffers, arrays, strict=True):
                 self.upload(buffer, array)
 
-        return feed
+        return stage
 
-    def fetch(self, src: Array) -> Callable[[], npt.NDArray[Any]]:
-        """Begins a host copy of `src` as the work so far leaves it; the result waits for it."""
+    def read_async(self, src: Array) -> AsyncRead:
+        """Starts a host copy of `src` as the work enqueued so far leaves it."""
         copy = self.download(src)
-        return lambda: copy
+        return AsyncRead(lambda: copy)
 
-    def graph(self, work: Callable[[], None], say: Callable[[str], None]) -> Callable[[], None]:
-        """`work`, made quick to repeat where the device knows how.
+    def graph(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Returns `work`, as a graph that is launched as a whole where the device has graphs.
 
-        It must enqueue the same launches, copies and products on the same arrays every time, and
-        neither read nor write what is on the host. `say` gets one line if that did not succeed and
-        the work is done as it is.
+        Each call of `work` must enqueue the same launches, copies and matmuls on the same arrays,
+        and must neither read nor write host memory. Where a graph cannot be made, a warning is
+        logged, `graph_error` says why, and the launches are made one by one.
         """
         return work
 
+    @property
+    def graph_error(self) -> str:
+        """Why graphs cannot be used here; empty as long as none has failed."""
+        return ""
+
     @abstractmethod
     def address(self, array: Array) -> int:
-        """Where the array begins in memory."""
+        """Returns the address of the array's first element."""
 
     @abstractmethod
     def fill_zero(self, dst: Array) -> None:
@@ -103,9 +129,9 @@ class Device(ABC):
         """dst = src, both of this device, C-contiguous, of one shape and dtype."""
 
     def time_ms(self, work: Callable[[], None], *, repeat: int) -> list[float]:
-        """How long each of `repeat` runs of `work` takes, in milliseconds, after one to warm up.
+        """Returns the milliseconds that each of `repeat` runs of `work` takes, after a warm-up.
 
-        `work` is as `graph` wants it; on a GPU its caches hold nothing of it when it begins.
+        `work` must meet the conditions of `graph`. On a GPU the caches are emptied before each run.
         """
         work()
         times = []
@@ -148,7 +174,7 @@ class Device(ABC):
 
     @abstractmethod
     def owns(self, value: object) -> bool:
-        """Whether `value` is an array in this device's memory."""
+        """Returns True if `value` is an array in this device's memory."""
 
     @abstractmethod
     def _launch(

@@ -1,7 +1,8 @@
-"""The CPU as a device: NumPy arrays and NumPy's matrix products. It launches no kernels."""
+"""The CPU as a device: NumPy arrays and NumPy's matmul. It launches no kernels."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Final
 
 import numpy as np
@@ -13,16 +14,34 @@ from gpu_gpt2.device.launch import Dim3
 from gpu_gpt2.device.source import KernelSource
 from gpu_gpt2.errors import LaunchError
 
-ACCUMULATE_CHUNK: Final = 1 << 20  # elements of a temporary product: it stays in cache
+ACCUMULATE_CHUNK: Final = 1 << 20  # elements of a temporary result, so that it stays in cache
 
 
 class CpuDevice(Device):
+    """NumPy on the CPU; see ops/reference.py for the ops that run here."""
+
     name = "cpu"
+    dtypes: tuple[str, ...] = ("fp32",)
+    runs_kernels = False
+
+    @property
+    def product_name(self) -> str:
+        return "CPU"
 
     @property
     def free_memory(self) -> int:
-        """Of the machine: what a container may use of it is not known here."""
+        """Free bytes of the machine; the limit of a container is not known here."""
         return int(psutil.virtual_memory().available)
+
+    @property
+    def peak_memory(self) -> int:
+        """The most bytes that the whole process has ever held; 0 on Windows."""
+        try:
+            import resource
+        except ImportError:  # Windows does not count this
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts in bytes
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return np.empty(shape, dtype)
@@ -38,7 +57,7 @@ class CpuDevice(Device):
     def download(self, src: Array) -> npt.NDArray[Any]:
         return np.array(src, order="C")
 
-    def host_view(self, src: Array) -> npt.NDArray[Any]:
+    def download_view(self, src: Array) -> npt.NDArray[Any]:
         return np.asarray(src)
 
     def address(self, array: Array) -> int:

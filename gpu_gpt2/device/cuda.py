@@ -1,8 +1,12 @@
-"""An NVIDIA GPU through CuPy: the only file that imports it.
+"""An NVIDIA GPU through CuPy. Apart from nvrtc.py no other file imports CuPy.
 
-Kernels go through `cupy.RawModule` with NVRTC, matrix products through `cupy.matmul`, which is
-cuBLAS, or cublas.py. CuPy keeps compiled kernels on disk under a key made of the text and the
-options. All work goes to one stream in the order of the calls; host arrays may come by a second.
+Kernels are compiled by NVRTC through `cupy.RawModule`. CuPy keeps the compiled code on disk under a
+key made of the text and the options. All work runs on one stream in the order of the calls; a
+second stream copies host arrays to the GPU beside it.
+
+Matmuls follow one rule. Outside a graph `cupy.matmul`, which calls cuBLAS, computes every matmul
+that it computes as we need it (see `_cupy_multiplies`). All others, and all matmuls of a graph, go
+to cuBLAS directly (cublas.py), because CuPy refuses to call cuBLAS while a stream is captured.
 """
 
 from __future__ import annotations
@@ -10,23 +14,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.device.base import FLOAT32, Array, Device
+from gpu_gpt2.device.base import FLOAT32, Array, AsyncRead, Device
 from gpu_gpt2.device.cublas import Cublas, math_mode, workspace_bytes
 from gpu_gpt2.device.launch import Dim3, scalar_value
-from gpu_gpt2.device.source import KernelSource
+from gpu_gpt2.device.source import DTYPES, KernelSource
 from gpu_gpt2.errors import DeviceError, KernelError
 
 NO_DRIVER: Final = "no driver"
 NOT_USABLE: Final = "not usable"
-TENSOR_CORE_CAPABILITY: Final = 80  # mma.m16n8k16, and cp.async, came with Ampere
-FLUSH_BYTES: Final = 512 << 20  # several times the largest L2 cache
-DEFAULT_SHARED_BYTES: Final = 48 * 1024  # a kernel must ask before it gets more
+AMPERE: Final = 80  # compute capability 8.0: bfloat16 and mma.m16n8k16 on tensor cores, cp.async
+VOLTA: Final = 70  # compute capability 7.0: float16 on tensor cores
+FLUSH_BYTES: Final = 512 << 20  # several times the largest L2 cache, to empty it
+DEFAULT_SHARED_BYTES: Final = 48 * 1024  # dynamic shared memory that needs no permission
+
+logger = logging.getLogger(__name__)
 
 
 def _import_cupy() -> Any:
@@ -61,12 +69,14 @@ def _work_stream(index: int) -> Any:
 
 
 class CudaDevice(Device):
-    """GPU number `index`; `tf32` lets products of float32 numbers drop 13 bits of each.
+    """GPU number `index`; with `tf32`, float32 matmuls read only the upper 19 bits of each element.
 
     Raises DeviceError if there is no such GPU, or if it has no TF32.
     """
 
     name = "cuda"
+    is_async = True
+    is_gpu = True
 
     def __init__(self, index: int = 0, *, tf32: bool = False) -> None:
         count = gpu_count()
@@ -75,25 +85,19 @@ class CudaDevice(Device):
         self._cupy = _import_cupy()
         self._cupy.cuda.Device(index).use()
         self._stream = _work_stream(index).use()
-        if tf32 and self.compute_capability < TENSOR_CORE_CAPABILITY:
+        self.has_tensor_cores = self.compute_capability >= AMPERE
+        self.dtypes = _dtypes(self.compute_capability)
+        if tf32 and not self.has_tensor_cores:
             raise DeviceError(f"{self.product_name} has no TF32; leave out --tf32")
         self._tf32 = tf32
-        self._graphs_work = True
-        self._direct = False
-        self._uploading: list[npt.NDArray[Any]] = []  # host arrays a copy may still read
+        self._graph_error = ""
+        self._in_graph = False  # the current work belongs to a graph, whether captured or not
+        self._uploading: list[npt.NDArray[Any]] = []  # host arrays that a copy may still read
 
     @property
     def compute_capability(self) -> int:
         """Ten times the capability: 75 is Turing, 80 Ampere, 90 Hopper."""
         return int(self._cupy.cuda.Device().compute_capability)
-
-    @property
-    def runs_ahead(self) -> bool:
-        return True
-
-    @property
-    def has_tensor_cores(self) -> bool:
-        return self.compute_capability >= TENSOR_CORE_CAPABILITY
 
     @property
     def product_name(self) -> str:
@@ -149,8 +153,8 @@ class CudaDevice(Device):
         dst.data.copy_from_device_async(src.data, src.nbytes, stream)
 
     def time_ms(self, work: Callable[[], None], *, repeat: int) -> list[float]:
-        """By the GPU's own clock. A graph leaves the time that Python needs for launches out."""
-        replay = self.graph(work, lambda reason: None)
+        """Measures with the GPU's own clock. A graph leaves out the time of Python's launches."""
+        replay = self.graph(work)
         replay()
         replay()
         flushed = self.empty((FLUSH_BYTES,), np.uint8)  # writing this empties the L2 cache
@@ -166,18 +170,18 @@ class CudaDevice(Device):
         return [self._cupy.cuda.get_elapsed_time(start, stop) for start, stop in events]
 
     @property
-    def allocated_bytes(self) -> int:
-        """Bytes that CuPy has from the driver for arrays, used or kept for later ones."""
+    def peak_memory(self) -> int:
+        """Bytes that CuPy holds for arrays, in use or kept for later ones: it gives none back."""
         return int(self._cupy.get_default_memory_pool().total_bytes())
 
-    def feeder(self, *buffers: Array) -> Callable[..., None]:
-        return _Feeder(self._cupy, self._copy_stream, buffers)
+    def stager(self, *buffers: Array) -> Callable[..., None]:
+        return _Stager(self._cupy, self._copy_stream, buffers)
 
     @functools.cached_property
     def _copy_stream(self) -> Any:
         return self._cupy.cuda.Stream(non_blocking=True)
 
-    def fetch(self, src: Array) -> Callable[[], npt.NDArray[Any]]:
+    def read_async(self, src: Array) -> AsyncRead:
         host = _pinned(src)
         src.get(out=host, blocking=False)
         copied = self._stream.record(self._cupy.cuda.Event(block=True, disable_timing=True))
@@ -186,24 +190,27 @@ class CudaDevice(Device):
             copied.synchronize()
             return host
 
-        return wait
+        return AsyncRead(wait)
 
-    def graph(self, work: Callable[[], None], say: Callable[[str], None]) -> Callable[[], None]:
-        """Run as it is at first, to compile kernels; captured the second time; then replayed."""
+    def graph(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Returns a function whose first call runs `work`, which compiles its kernels.
+
+        The second call captures `work` in a CUDA graph; from then on the graph is launched.
+        """
         graph: Any = None
         warm = False
 
         def run() -> None:
             nonlocal graph, warm
-            if warm and graph is None and self._graphs_work:
+            if warm and graph is None and not self._graph_error:
                 try:
                     graph = self._captured(work)
                 except (RuntimeError, MemoryError, DeviceError) as error:  # CuPy's are the former
-                    self._graphs_work = False
                     reason = (str(error) or type(error).__name__).splitlines()[0]
-                    say(f"CUDA graphs cannot be used here ({reason}); launching kernels one by one")
+                    self._graph_error = f"CUDA graphs cannot be used here ({reason})"
+                    logger.warning("%s; launching kernels one by one", self._graph_error)
             if graph is None:
-                with self._direct_products():
+                with self._graph_matmuls():
                     work()
                 warm = True
             else:
@@ -211,36 +218,43 @@ class CudaDevice(Device):
 
         return run
 
+    @property
+    def graph_error(self) -> str:
+        return self._graph_error
+
     def _captured(self, work: Callable[[], None]) -> Any:
         """The graph of what `work` enqueues, without running it."""
         self._stream.begin_capture()
         try:
-            with self._direct_products():
+            with self._graph_matmuls():
                 work()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # the stream says again what went wrong
+            with contextlib.suppress(RuntimeError):  # ending a broken capture raises once more
                 self._stream.end_capture()
             raise
         return self._stream.end_capture()
 
     @contextlib.contextmanager
-    def _direct_products(self) -> Iterator[None]:
-        """Within, products leave CuPy out, whether captured or not: the same bits either way."""
-        self._direct = True
+    def _graph_matmuls(self) -> Iterator[None]:
+        """Inside, `matmul` does what it does in a capture, so that all runs give the same bits."""
+        self._in_graph = True
         try:
             yield
         finally:
-            self._direct = False
+            self._in_graph = False
 
     def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
-        # CuPy lets cuBLAS take float16 for float32 (CUBLAS_GEMM_DEFAULT_TENSOR_OP), and makes a
-        # product of one number itself, without float32 sums.
-        left_to_cupy = a.dtype == out.dtype != FLOAT32 and out.size > 1
-        if accumulate or self._direct or not left_to_cupy:
+        if self._in_graph or accumulate or not _cupy_multiplies(out, a):
             self._cublas.matmul(out, a, b, accumulate=accumulate)
         else:
-            _ = self._cublas_binding  # CuPy's handle must have our mode
-            self._cupy.matmul(a, b, out=out)
+            self._cupy_matmul(a, b, out=out)
+
+    @functools.cached_property
+    def _cupy_matmul(self) -> Any:
+        """`cupy.matmul`, after CuPy's cuBLAS handle has been given our math mode."""
+        handle = self._cupy.cuda.device.get_cublas_handle()
+        self._cublas_binding.setMathMode(handle, math_mode(tf32=self._tf32))
+        return self._cupy.matmul
 
     @functools.cached_property
     def _cublas(self) -> Cublas:
@@ -254,7 +268,7 @@ class CudaDevice(Device):
 
     @functools.cached_property
     def _cublas_binding(self) -> Any:
-        """CuPy's module for cuBLAS, whose handle gets our math mode."""
+        """CuPy's module for cuBLAS."""
         try:
             from cupy_backends.cuda.libs import cublas
         except ImportError as error:
@@ -262,15 +276,13 @@ class CudaDevice(Device):
                 f"cuBLAS cannot be opened ({str(error).splitlines()[0]}); gpu-gpt2 info says what "
                 f"to install"
             ) from None
-        cublas.setMathMode(self._cupy.cuda.device.get_cublas_handle(), math_mode(tf32=self._tf32))
         return cublas
 
     def synchronize(self) -> None:
         self._cupy.cuda.get_current_stream().synchronize()
         self._uploading.clear()
 
-    def free_cached_memory(self) -> None:
-        """Gives what CuPy keeps of freed arrays back to the driver, for others to use."""
+    def release_memory(self) -> None:
         self._cupy.get_default_memory_pool().free_all_blocks()
 
     def owns(self, value: object) -> bool:
@@ -309,6 +321,24 @@ class CudaDevice(Device):
             ) from None
 
 
+def _cupy_multiplies(out: Array, a: Array) -> bool:
+    """Returns True if `cupy.matmul` computes out = a @ b as Device.matmul promises.
+
+    It cannot add into its output or write float32 from 16-bit inputs. It lets cuBLAS take float16
+    for float32 (CUBLAS_GEMM_DEFAULT_TENSOR_OP). And it computes a single element by itself, without
+    float32 sums.
+    """
+    return bool(a.dtype == out.dtype != FLOAT32 and out.size > 1)
+
+
+def _dtypes(compute_capability: int) -> tuple[str, ...]:
+    """Returns all DTYPES, first the one that the GPU's tensor cores compute fastest."""
+    best = "bf16" if compute_capability >= AMPERE else "fp16"
+    return tuple(
+        sorted(DTYPES, key=lambda name: name != (best if compute_capability >= VOLTA else "fp32"))
+    )
+
+
 def _pinned(like: Array) -> npt.NDArray[Any]:
     """A host array of the same shape and dtype whose memory the GPU can copy by itself."""
     import cupyx
@@ -317,11 +347,11 @@ def _pinned(like: Array) -> npt.NDArray[Any]:
     return array
 
 
-class _Feeder:
+class _Stager:
     """Copies host arrays into device arrays that earlier work may still be reading.
 
-    They go to pinned memory, from there on a stream of their own to device memory, and from there
-    into the buffers when the work stream gets to it. Two sets of both memories take turns.
+    A host array is copied to pinned memory, from there on a stream of its own to device memory, and
+    from there into its buffer when the work stream gets to it. Two sets of both memories alternate.
     """
 
     def __init__(self, cupy: Any, stream: Any, buffers: tuple[Array, ...]) -> None:

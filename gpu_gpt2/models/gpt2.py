@@ -1,12 +1,14 @@
-"""GPT-2, forward and backward, as a list of ops (Radford et al. 2019).
+"""GPT-2 (Radford et al. 2019): its tables of tensors, and its forward and backward pass as ops.
 
 The same lines run on every device: `ops` decides whether an op is NumPy or a kernel.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +17,14 @@ from gpu_gpt2.config import MAX_RECOMPUTE, ModelConfig
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.arena import TensorSpec, by_layer, bytes_of, element_count, flat_views, views
+from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.ops.interface import Ops
+
+SHAPES_KEPT: Final = 16  # batch shapes whose views are cached: generation brings a new one a token
 
 
 def parameters(c: ModelConfig) -> tuple[TensorSpec, ...]:
-    """The sixteen parameter tensors, stacked over layers, decayed ones first.
+    """Returns the sixteen parameter tensors, stacked over layers, those with weight decay first.
 
     Weights are (out, in). Names are llm.c's. "residual" initialises like "normal" with the
     standard deviation divided by sqrt(2 L) (Radford et al. 2019, section 2.3).
@@ -46,30 +51,31 @@ def parameters(c: ModelConfig) -> tuple[TensorSpec, ...]:
 
 
 def parameter_count(c: ModelConfig) -> int:
-    """Elements of the parameter arena, padded vocabulary rows included."""
+    """Returns the elements of the parameter arena, padded vocabulary rows included."""
     return element_count(parameters(c))
 
 
 def decayed_count(c: ModelConfig) -> int:
-    """How many elements at the start of the parameter arena take weight decay: the matrices."""
+    """Returns how many elements, at the start of the parameter arena, have weight decay."""
     return element_count(spec for spec in parameters(c) if spec.decay)
 
 
 def activations(
     c: ModelConfig, B: int, T: int, *, recompute: int = 0, training: bool = True
 ) -> tuple[TensorSpec, ...]:
-    """Every tensor of a forward and backward pass besides parameters, for a batch of (B, T).
+    """Returns every tensor of a forward and backward pass but the parameters, for a batch (B, T).
 
-    The first group is kept from forward to backward, the second is scratch. Each level of
-    `recompute` keeps less, and computes it again in the backward pass: 1 the outputs of GELU, 2
-    also those of the layernorms, 3 all of a block but its input. Without `training` nothing is
-    kept, and there is no backward pass.
+    Tensors of the first group are kept from the forward to the backward pass; the others are
+    scratch. Each level of `recompute` keeps fewer tensors and recomputes the others in the backward
+    pass: level 1 recomputes the outputs of GELU, level 2 also those of the layernorms, and level 3
+    all of a block but its input. Tensors that are recomputed share one buffer across layers.
+    Without `training` there is no backward pass, and all stacked tensors share.
     """
     L, C, H, D, Vp = c.n_layer, c.n_embd, c.n_head, c.head_size, c.padded_vocab_size
     N = B * T
 
     def copies(level: int) -> int:
-        """How many layers keep their own copy of what is computed again from `level` on."""
+        """Returns the number of buffers of a tensor that is recomputed from `level` on."""
         return L if training and recompute < level else 1
 
     def stacked(name: str, level: int, *shape: int, dtype: str = "X") -> TensorSpec:
@@ -97,7 +103,9 @@ def activations(
         TensorSpec("losses", (N,), "float32"),
     )
     scratch = (
-        TensorSpec("branch", (N, C)),  # a projection before it joins the residual; its gradient
+        # The output of a projection, before it is added to the residual stream. In the backward
+        # pass the gradient of the output of a layernorm or of attention.
+        TensorSpec("proj", (N, C)),
         TensorSpec("tokens", (B, T), "int32"),
         TensorSpec("targets", (N,), "int32"),
     )
@@ -123,10 +131,11 @@ def check_seq_len(T: int, config: ModelConfig) -> None:
 class GPT2:
     """Weights and activations of one model on one device.
 
-    `params` are the weights in X, `grads` float32 gradients, `acts` the activations of the last
-    batch: named views (see arena.py) of arenas allocated here, once, for up to `max_batch`
-    sequences of `max_seq_len` tokens. `recompute`, 0 to 3, trades memory for work in the backward
-    pass without changing a bit: see activations. Without `training` there are no gradients.
+    `params` are the weights in X and `grads` their float32 gradients: named views of two arenas
+    (see arena.py) that are allocated here, once, together with an arena for the activations of up
+    to `max_batch` sequences of `max_seq_len` tokens. `recompute`, 0 to 3, trades memory for work in
+    the backward pass without changing a bit: see `activations`. Without `training` there are no
+    gradients. X is the dtype of `ops`.
     """
 
     def __init__(
@@ -134,7 +143,6 @@ class GPT2:
         config: ModelConfig,
         ops: Ops,
         *,
-        dtype: str,
         max_batch: int,
         max_seq_len: int,
         recompute: int = 0,
@@ -143,13 +151,13 @@ class GPT2:
         check_seq_len(max_seq_len, config)
         self.config = config
         self.ops = ops
-        self.dtype = X_DTYPES[dtype]
+        self.x_dtype = X_DTYPES[ops.dtype]
         self.max_batch, self.max_seq_len = max_batch, max_seq_len
         self.recompute, self.training = recompute, training
         specs = parameters(config)
         n = parameter_count(config)
         device = ops.device
-        self.param_arena = device.zeros((n,), self.dtype)
+        self.param_arena = device.zeros((n,), self.x_dtype)
         self.params = flat_views(specs, self.param_arena)
         self._layer_params = by_layer(specs, self.params, config.n_layer)
         self.grad_arena = device.zeros((n if training else 1,), FLOAT32)
@@ -157,101 +165,97 @@ class GPT2:
             self.grads = flat_views(specs, self.grad_arena)
             self._layer_grads = by_layer(specs, self.grads, config.n_layer)
         self._act_arena = device.empty(
-            (bytes_of(self._act_specs(max_batch, max_seq_len), self.dtype),), np.uint8
+            (bytes_of(self._act_specs(max_batch, max_seq_len), self.x_dtype),), np.uint8
         )
-        self.loss_scale = device.empty((1,), FLOAT32)
-        device.upload(self.loss_scale, np.ones(1, np.float32))
-        self._feeders: dict[tuple[int, int], Callable[..., None]] = {}
-        self._shape = (0, 0)
-        self._set_shape(max_batch, max_seq_len)
+        self._activations = functools.lru_cache(SHAPES_KEPT)(self._activation_views)
+        self._stagers: dict[tuple[int, int], Callable[..., None]] = {}
+        self._graphs: dict[tuple[object, ...], Callable[[], None]] = {}
+        self._unscaled = device.empty((1,), FLOAT32)
+        device.upload(self._unscaled, np.ones(1, np.float32))
 
     def load(self, weights: npt.NDArray[np.float32]) -> None:
         """Sets all weights from a float32 parameter arena (n,) on the host, rounded to X."""
-        self.ops.device.upload(self.param_arena, weights.astype(self.dtype, copy=False))
+        self.ops.device.upload(self.param_arena, weights.astype(self.x_dtype, copy=False))
 
     def forward(self, tokens: npt.NDArray[np.int32], *, last_only: bool = False) -> Array:
-        """Logits (B * T, Vp) X of tokens (B, T) int32 on the host, each in [0, V).
+        """Returns the logits (B * T, Vp) X of tokens (B, T) int32 on the host, each in [0, V).
 
-        With `last_only`, which is for generating, B is 1 and only the last token's (1, Vp).
+        With `last_only`, for generation, B must be 1, and only the last token's logits (1, Vp) are
+        computed.
         """
-        self._set_shape(*tokens.shape)
-        self.ops.device.upload(self.acts.tokens, tokens)
-        return self._forward(last_only=last_only)
+        a = self._activations(*tokens.shape)
+        self.ops.device.upload(a.tokens, tokens)
+        return self._forward(a, last_only=last_only)
 
-    def losses(
-        self, tokens: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.float32]:
-        """Cross-entropy (B * T,) float32 in nats of each target, on the host; no gradients.
-
-        tokens, targets (B, T) int32 on the host, each in [0, V).
-        """
-        self.forward(tokens)
-        o, a = self.ops, self.acts
+    def losses(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Returns the cross-entropy (B * T,) of each target on the host, in nats; no gradients."""
+        a = self._activations(*batch.tokens.shape)
+        self.forward(batch.tokens)
+        o = self.ops
         o.device.fill_zero(a.losses)
-        o.device.upload(a.targets, targets.reshape(-1))
+        o.device.upload(a.targets, batch.targets.reshape(-1))
         o.classifier_fwd(a.losses, a.logits, a.targets, self.config.vocab_size)
         return o.device.download(a.losses)
 
     def forward_backward(
         self,
-        tokens: npt.NDArray[np.int32],
-        targets: npt.NDArray[np.int32],
-        order: npt.NDArray[np.int32],
+        batch: Batch,
         *,
-        micro_step: int,
-        micro_steps: int,
-    ) -> None:
-        """One micro-batch: losses and gradients, added to those of earlier micro-steps.
+        first: bool = True,
+        micro_steps: int = 1,
+        loss_scale: Array | None = None,
+    ) -> Array:
+        """Enqueues one of the `micro_steps` micro-steps whose gradients make one update.
 
-        tokens, targets (B, T) int32 and order (B * T,) int32 on the host, order the stable argsort
-        of the flattened tokens. Gradients are of the mean loss over all `micro_steps`
-        micro-batches; micro-step 0 starts them afresh.
+        Gradients are those of the mean loss over all micro-steps, times `loss_scale` (1,) float32
+        on the device (1 if not given). The `first` micro-step overwrites the gradients of the step
+        before, the others add to them. Returns losses (B * T,) float32 on the device: at each
+        position the sum over the micro-steps so far, in nats. On a GPU the micro-step is a CUDA
+        graph, one for each shape of batch.
         """
-        self.upload(tokens, targets, order)
-        self.micro_step(first=micro_step == 0, micro_steps=micro_steps)
+        shape = batch.tokens.shape
+        a = self._activations(*shape)
+        scale = self._unscaled if loss_scale is None else loss_scale
+        device = self.ops.device
+        if shape not in self._stagers:
+            self._stagers[shape] = device.stager(a.tokens, a.targets, a.order)
+        key = (shape, first, micro_steps, device.address(scale))
+        if key not in self._graphs:
+            self._graphs[key] = device.graph(
+                lambda: self._micro_step(a, scale, first=first, micro_steps=micro_steps)
+            )
+        self._stagers[shape](batch.tokens, batch.targets.reshape(-1), batch.order)
+        self._graphs[key]()
+        return a.losses
 
-    def upload(
-        self,
-        tokens: npt.NDArray[np.int32],
-        targets: npt.NDArray[np.int32],
-        order: npt.NDArray[np.int32],
+    def _micro_step(
+        self, a: SimpleNamespace, loss_scale: Array, *, first: bool, micro_steps: int
     ) -> None:
-        """Copies a batch to where `micro_step` reads it; shapes as in `forward_backward`."""
-        self._set_shape(*tokens.shape)
-        if self._shape not in self._feeders:
-            a = self.acts
-            self._feeders[self._shape] = self.ops.device.feeder(a.tokens, a.targets, a.order)
-        self._feeders[self._shape](tokens, targets.reshape(-1), order)
-
-    def micro_step(self, *, first: bool, micro_steps: int) -> None:
-        """`forward_backward` of the uploaded batch: work of the device alone.
-
-        Gradients are of the loss times `loss_scale` (1,) float32, which the optimizer changes.
-        """
-        o, a = self.ops, self.acts
-        self._forward()
+        """`forward_backward` of the tokens and targets that lie in the activations `a`."""
+        o = self.ops
+        self._forward(a)
         if first:
             o.device.fill_zero(a.losses)
         dloss = 1.0 / (a.targets.size * micro_steps)
         o.classifier_fwd_bwd(
-            a.losses, a.logits, a.targets, self.loss_scale, self.config.vocab_size, dloss
+            a.losses, a.logits, a.targets, loss_scale, self.config.vocab_size, dloss
         )
-        self._backward(accumulate=not first)
+        self._backward(a, accumulate=not first)
 
-    def _forward(self, *, last_only: bool = False) -> Array:
-        """Logits of the uploaded tokens."""
-        c, p, o, a = self.config, self.params, self.ops, self.acts
+    def _forward(self, a: SimpleNamespace, *, last_only: bool = False) -> Array:
+        """Returns the logits of the tokens that lie in the activations `a`."""
+        c, p, o = self.config, self.params, self.ops
         (B, T), C = a.tokens.shape, c.n_embd
         N = B * T
         o.embedding_fwd(a.embedded.reshape(B, T, C), a.tokens, p.wte, p.wpe)
-        self._first_layernorm(0)
+        self._first_layernorm(a, 0)
         for l in range(c.n_layer):
-            x, w = self._layers[l], self._layer_params[l]
-            self._block(l)
-            o.matmul(a.branch, x.gelu, w.fcprojw.T)
-            residual = x.res_att, a.branch, w.fcprojb
+            x, w = a.layers[l], self._layer_params[l]
+            self._block(a, l)
+            o.matmul(a.proj, x.gelu, w.fcprojw.T)
+            residual = x.res_att, a.proj, w.fcprojb
             if l + 1 < c.n_layer:
-                y, v = self._layers[l + 1], self._layer_params[l + 1]
+                y, v = a.layers[l + 1], self._layer_params[l + 1]
                 o.residual_layernorm_fwd(
                     x.res_mlp, y.ln1, y.ln1_mean, y.ln1_rstd, *residual, v.ln1w, v.ln1b
                 )
@@ -263,74 +267,74 @@ class GPT2:
         o.matmul(a.logits[rows], a.lnf[rows], p.wte.T)  # (N, Vp)
         return a.logits[rows]
 
-    def _first_layernorm(self, l: int) -> None:
-        o, x, w = self.ops, self._layers[l], self._layer_params[l]
+    def _first_layernorm(self, a: SimpleNamespace, l: int) -> None:
+        o, x, w = self.ops, a.layers[l], self._layer_params[l]
         o.layernorm_fwd(x.ln1, x.ln1_mean, x.ln1_rstd, x.residual, w.ln1w, w.ln1b)
 
-    def _block(self, l: int) -> None:
-        """Layer l from its first layernorm's output to GELU's: all that its backward pass reads."""
-        o, a, x, w = self.ops, self.acts, self._layers[l], self._layer_params[l]
-        N, C = a.branch.shape
+    def _block(self, a: SimpleNamespace, l: int) -> None:
+        """Layer l after its first layernorm, up to and including GELU."""
+        o, x, w = self.ops, a.layers[l], self._layer_params[l]
+        N, C = a.proj.shape
         qkv = x.qkv.reshape(N, 3 * C)
         o.matmul(qkv, x.ln1, w.qkvw.T)
         o.bias_fwd(qkv, w.qkvb)
         o.attention_fwd(x.att, x.lse, x.qkv)
-        o.matmul(a.branch, x.att.reshape(N, C), w.attprojw.T)
-        residual = x.residual, a.branch, w.attprojb
+        o.matmul(a.proj, x.att.reshape(N, C), w.attprojw.T)
+        residual = x.residual, a.proj, w.attprojb
         o.residual_layernorm_fwd(
             x.res_att, x.ln2, x.ln2_mean, x.ln2_rstd, *residual, w.ln2w, w.ln2b
         )
         o.matmul(x.fc, x.ln2, w.fcw.T)
         o.gelu_fwd(x.gelu, x.fc, w.fcb)
 
-    def _recompute(self, l: int) -> None:
-        """Makes again what layer l did not keep; the last layer's is still there."""
+    def _recompute(self, a: SimpleNamespace, l: int) -> None:
+        """Recomputes the activations that layer l shares with other layers.
+
+        Those of the last layer are still in the buffer.
+        """
         if self.recompute == 0 or l == self.config.n_layer - 1:
             return
-        o, x, w = self.ops, self._layers[l], self._layer_params[l]
+        o, x, w = self.ops, a.layers[l], self._layer_params[l]
         if self.recompute >= 2:
-            self._first_layernorm(l)
+            self._first_layernorm(a, l)
         if self.recompute == 3:
-            self._block(l)
+            self._block(a, l)
             return
         if self.recompute == 2:
             o.layernorm_fwd(x.ln2, x.ln2_mean, x.ln2_rstd, x.res_att, w.ln2w, w.ln2b)
         o.gelu_fwd(x.gelu, x.fc, w.fcb)
 
-    def _backward(self, *, accumulate: bool) -> None:
+    def _backward(self, a: SimpleNamespace, *, accumulate: bool) -> None:
         """Gradients of every parameter from the gradient of the logits."""
-        c, p, g, o, a = self.config, self.params, self.grads, self.ops, self.acts
+        c, p, g, o = self.config, self.params, self.grads, self.ops
         (B, T), C = a.tokens.shape, c.n_embd
         N = B * T
         if not accumulate:
-            # Matrix products overwrite on the first micro-step; the others always add.
+            # The matmuls of the first micro-step overwrite; all other ops only add.
             o.device.fill_zero(g.wpe)
             o.device.fill_zero(self.grad_arena[decayed_count(c) :])
-        dlogits, dres, dbranch = a.logits, a.dres, a.branch
-        o.matmul(dbranch, dlogits, p.wte)
+        dlogits, dres, dln = a.logits, a.dres, a.proj
+        o.matmul(dln, dlogits, p.wte)
         o.matmul(g.wte, dlogits.T, a.lnf, accumulate=accumulate)
         o.device.fill_zero(dres)
-        last = self._layers[-1].res_mlp
-        o.layernorm_bwd(dres, g.lnfw, g.lnfb, dbranch, last, p.lnfw, a.lnf_mean, a.lnf_rstd)
+        last = a.layers[-1].res_mlp
+        o.layernorm_bwd(dres, g.lnfw, g.lnfb, dln, last, p.lnfw, a.lnf_mean, a.lnf_rstd)
         for l in reversed(range(c.n_layer)):
-            x, w, dw = self._layers[l], self._layer_params[l], self._layer_grads[l]
-            self._recompute(l)
-            # MLP: dres is the gradient of fcproj's output, and passes by it to res_att.
+            x, w, dw = a.layers[l], self._layer_params[l], self._layer_grads[l]
+            self._recompute(a, l)
+            # The MLP. dres is the gradient of fcproj's output and, unchanged, of res_att.
             self._linear_bwd(a.dfc, dw.fcprojw, dw.fcprojb, dres, x.gelu, w.fcprojw, accumulate)
             o.gelu_bwd(a.dfc, a.dfc, x.fc, w.fcb)
-            self._linear_bwd(dbranch, dw.fcw, dw.fcb, a.dfc, x.ln2, w.fcw, accumulate)
-            o.layernorm_bwd(
-                dres, dw.ln2w, dw.ln2b, dbranch, x.res_att, w.ln2w, x.ln2_mean, x.ln2_rstd
-            )
-            # Attention, likewise.
+            self._linear_bwd(dln, dw.fcw, dw.fcb, a.dfc, x.ln2, w.fcw, accumulate)
+            o.layernorm_bwd(dres, dw.ln2w, dw.ln2b, dln, x.res_att, w.ln2w, x.ln2_mean, x.ln2_rstd)
+            # Attention. dres is the gradient of attproj's output and of the layer's input.
             att = x.att.reshape(N, C)
-            self._linear_bwd(dbranch, dw.attprojw, dw.attprojb, dres, att, w.attprojw, accumulate)
-            o.attention_bwd(a.dqkv, a.delta, dbranch.reshape(x.att.shape), x.qkv, x.att, x.lse)
+            self._linear_bwd(dln, dw.attprojw, dw.attprojb, dres, att, w.attprojw, accumulate)
+            datt = dln.reshape(x.att.shape)
+            o.attention_bwd(a.dqkv, a.delta, datt, x.qkv, x.att, x.lse)
             dqkv = a.dqkv.reshape(N, 3 * C)
-            self._linear_bwd(dbranch, dw.qkvw, dw.qkvb, dqkv, x.ln1, w.qkvw, accumulate)
-            o.layernorm_bwd(
-                dres, dw.ln1w, dw.ln1b, dbranch, x.residual, w.ln1w, x.ln1_mean, x.ln1_rstd
-            )
+            self._linear_bwd(dln, dw.qkvw, dw.qkvb, dqkv, x.ln1, w.qkvw, accumulate)
+            o.layernorm_bwd(dres, dw.ln1w, dw.ln1b, dln, x.residual, w.ln1w, x.ln1_mean, x.ln1_rstd)
         o.embedding_bwd(g.wte, g.wpe, dres.reshape(B, T, C), a.tokens, a.order)
 
     def _linear_bwd(
@@ -344,16 +348,17 @@ class GPT2:
     def _act_specs(self, B: int, T: int) -> tuple[TensorSpec, ...]:
         return activations(self.config, B, T, recompute=self.recompute, training=self.training)
 
-    def _set_shape(self, B: int, T: int) -> None:
-        """Makes `acts` the activations of a batch of (B, T), until another size comes."""
-        if (B, T) == self._shape:
-            return
+    def _activation_views(self, B: int, T: int) -> SimpleNamespace:
+        """Returns the activations of a batch of (B, T) by name, and `layers`, those of each layer.
+
+        The activations of all shapes lie in the same memory.
+        """
         check_seq_len(T, self.config)
         specs = self._act_specs(B, T)
-        self.acts: SimpleNamespace = views(specs, self.dtype, self._act_arena)
-        self._layers = by_layer(specs, self.acts, self.config.n_layer)
-        residual = self.acts.embedded
-        for layer in self._layers:
-            layer.residual = residual  # what the layer adds to
+        a = views(specs, self.x_dtype, self._act_arena)
+        a.layers = by_layer(specs, a, self.config.n_layer)
+        residual = a.embedded
+        for layer in a.layers:
+            layer.residual = residual  # the residual stream that enters the layer
             residual = layer.res_mlp
-        self._shape = (B, T)
+        return a

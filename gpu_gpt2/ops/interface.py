@@ -40,6 +40,7 @@ class Ops(ABC):
     """The operations of GPT-2, forward and backward, on one device."""
 
     device: Device
+    dtype: str  # the name of X: "fp32", "bf16" or "fp16"
 
     # --- embedding: kernels/embedding.cu ---
 

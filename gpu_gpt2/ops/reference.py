@@ -110,6 +110,7 @@ class ReferenceOps(Ops):
 
     def __init__(self, device: CpuDevice | None = None) -> None:
         self.device = device or CpuDevice()
+        self.dtype = "fp32"
 
     # --- embedding ---
 

@@ -29,11 +29,11 @@ from gpu_gpt2.formats.hf import CONFIG_FILE, MODEL_FILE, read_json
 from gpu_gpt2.formats.safetensors import TensorFile, TensorWriter
 from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.models.weights import Arena, FloatArray, load_arena, named
-from gpu_gpt2.training.optimizer import UpdateCounts
+from gpu_gpt2.training.optimizer import UpdateState
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 TRAINING_FILE: Final = "training.json"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 KEPT: Final = 2  # the newest, and one to fall back on
 
 _STEP_FOLDER: Final = re.compile(r"step_(\d{8,})")
@@ -58,7 +58,7 @@ class TrainingState:
     weights: FloatArray  # the masters; the padding rows of wte come back as zeros
     m: FloatArray
     v: FloatArray
-    counts: UpdateCounts
+    update: UpdateState
 
 
 class Tokenizer(Protocol):
@@ -99,12 +99,14 @@ def load(folder: Path) -> TrainingState:
     """
     training = read_json(folder / TRAINING_FILE)
     where = folder / TRAINING_FILE
+    if training.get("format_version") == 1:
+        training = _from_version_1(training)
     if training.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{where}: format_version is {training.get('format_version')!r}, expected "
             f"{FORMAT_VERSION}; this checkpoint needs another version of gpu-gpt2"
         )
-    kinds = {"step": int, "tokens": int, "loader": dict, "train": dict, "counts": dict}
+    kinds = {"step": int, "tokens": int, "loader": dict, "train": dict, "update": dict}
     for name, kind in kinds.items():
         if type(training.get(name)) is not kind:
             raise CheckpointError(f"{where}: {name} is missing or not of type {kind.__name__}")
@@ -112,13 +114,13 @@ def load(folder: Path) -> TrainingState:
         raise CheckpointError(f"{where}: step and tokens must not be negative")
     try:
         train = TrainConfig.from_dict(training["train"])
-        counts = UpdateCounts(**training["counts"])
+        update = UpdateState(**training["update"])
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
     except TypeError as error:
         raise CheckpointError(
-            f"{where}: counts must be updates, in_a_row and loss_scale, not "
-            f"{', '.join(training['counts']) or 'nothing'}"
+            f"{where}: update must be updates, good_steps and loss_scale, not "
+            f"{', '.join(training['update']) or 'nothing'}"
         ) from error
     source = hf.open_folder(folder)
     m, v = _load_moments(folder / OPTIMIZER_FILE, source.config)
@@ -131,8 +133,16 @@ def load(folder: Path) -> TrainingState:
         weights=load_arena(source),
         m=m,
         v=v,
-        counts=counts,
+        update=update,
     )
+
+
+def _from_version_1(training: dict[str, Any]) -> dict[str, Any]:
+    """Returns a training.json of version 1 as version 2 names things."""
+    update = training.pop("counts", None)
+    if isinstance(update, dict) and "in_a_row" in update:
+        update["good_steps"] = update.pop("in_a_row")
+    return training | {"format_version": 2, "update": update}
 
 
 def latest(path: Path) -> Path:
@@ -200,7 +210,7 @@ def _write(folder: Path, state: TrainingState, tokenizer: Tokenizer) -> None:
         "step": state.step,
         "tokens": state.tokens,
         "loader": state.loader,
-        "counts": asdict(state.counts),
+        "update": asdict(state.update),
         "train": state.train.to_dict(),
     }
     (folder / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")

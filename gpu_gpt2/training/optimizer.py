@@ -1,45 +1,49 @@
-"""AdamW with gradient clipping and loss scaling over the whole parameter arena at once."""
+"""AdamW with gradient clipping and loss scaling, over the whole parameter arena at once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.device.base import FLOAT16, FLOAT32, Array
+from gpu_gpt2.device.base import FLOAT16, FLOAT32, Array, AsyncRead
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.gpt2 import GPT2, decayed_count, parameter_count
 from gpu_gpt2.ops.interface import MIN_LOSS_SCALE, AdamWSettings
 
-FIRST_LOSS_SCALE: Final = 2.0**16  # of float16, whose largest number is just below it
+INITIAL_LOSS_SCALE: Final = 2.0**16  # for float16, whose largest number is just below it
 MAX_LOSS_SCALE: Final = 2.0**24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateCounts:
-    """What decides the next update besides weights, moments and gradient: part of a checkpoint."""
+class UpdateState:
+    """Update counter and loss-scaler state, saved in checkpoints."""
 
     updates: int  # made so far; a gradient that is not finite makes none
-    in_a_row: int  # of these, since the loss scale last changed
+    good_steps: int  # updates since the loss scale last changed: the growth tracker
     loss_scale: float
 
+    def with_initial_scale(self) -> UpdateState:
+        """Returns this state as it continues in another dtype, whose loss scale starts anew."""
+        return replace(self, good_steps=0, loss_scale=INITIAL_LOSS_SCALE)
+
     def __post_init__(self) -> None:
-        numbers = (self.updates, self.in_a_row, self.loss_scale)
-        whole = all(type(number) is int and number >= 0 for number in numbers[:2])
-        if not whole or not MIN_LOSS_SCALE <= self.loss_scale <= MAX_LOSS_SCALE:
+        numbers = (self.updates, self.good_steps, self.loss_scale)
+        counts = all(type(number) is int and number >= 0 for number in numbers[:2])
+        if not counts or not MIN_LOSS_SCALE <= self.loss_scale <= MAX_LOSS_SCALE:
             raise ConfigError(
-                f"updates, in_a_row and loss_scale must be two counts and {MIN_LOSS_SCALE:g} to "
+                f"updates, good_steps and loss_scale must be two counts and {MIN_LOSS_SCALE:g} to "
                 f"{MAX_LOSS_SCALE:g}, not {', '.join(map(repr, numbers))}"
             )
 
 
 @dataclass(frozen=True, slots=True)
-class StepReport:
-    """What a step tells people; a norm that is not finite means that there was no update."""
+class StepResult:
+    """Loss and gradient norm of one optimizer step; without a finite norm no update was made."""
 
     loss: float  # mean over the tokens of the step, in nats
     grad_norm: float  # before clipping, without the loss scale
@@ -47,20 +51,32 @@ class StepReport:
 
     @property
     def updated(self) -> bool:
+        """True if the weights were updated."""
         return math.isfinite(self.grad_norm)
 
     @property
     def diverged(self) -> bool:
-        """Whether something is not finite that no smaller loss scale can mend."""
-        at_the_bottom = self.loss_scale <= MIN_LOSS_SCALE
-        return not math.isfinite(self.loss) or (not self.updated and at_the_bottom)
+        """True if a number is not finite and no smaller loss scale can help."""
+        lowest = self.loss_scale <= MIN_LOSS_SCALE
+        return not math.isfinite(self.loss) or (not self.updated and lowest)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A step that is enqueued; `result` waits until the device has finished it."""
+
+    report: AsyncRead
+
+    def result(self) -> StepResult:
+        return StepResult(*map(float, self.report.result()))
 
 
 class AdamW:
-    """Moments and float32 master weights of a model, on its device.
+    """Optimizer state and float32 master weights of a model, on its device.
 
-    `m`, `v` and `master` are (n,) float32 arenas in the order of parameters; with float32
-    weights, `master` is the model's own arena. With float16 weights the loss is scaled.
+    `m`, `v` and `master` are (n,) float32 arenas in the order of gpt2.parameters; with float32
+    weights, `master` is the model's own arena. `loss_scale` (1,) float32, by which the model must
+    multiply the loss, is 1 unless the weights are float16.
     """
 
     def __init__(
@@ -80,24 +96,26 @@ class AdamW:
             eps=eps,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
-            max_loss_scale=MAX_LOSS_SCALE if model.dtype == FLOAT16 else MIN_LOSS_SCALE,
+            max_loss_scale=MAX_LOSS_SCALE if model.x_dtype == FLOAT16 else MIN_LOSS_SCALE,
         )
         device = model.ops.device
         n = parameter_count(model.config)
         self.m = device.zeros((n,), FLOAT32)
         self.v = device.zeros((n,), FLOAT32)
-        if model.dtype == FLOAT32:
+        if model.x_dtype == FLOAT32:
             self.master: Array = model.param_arena
         else:
             self.master = device.zeros((n,), FLOAT32)
         self.decayed = decayed_count(model.config)
+        self.loss_scale = device.zeros((1,), FLOAT32)
         self._grad_sq = device.zeros((1,), FLOAT32)
         self._lr = device.zeros((1,), FLOAT32)
         self._factors = device.zeros((5,), FLOAT32)
         self._report = device.zeros((3,), FLOAT32)
         self._counts = device.zeros((2,), FLOAT32)
-        self._feed_lr = device.feeder(self._lr)
-        self.load_counts(UpdateCounts(updates=0, in_a_row=0, loss_scale=FIRST_LOSS_SCALE))
+        self._stage_lr = device.stager(self._lr)
+        self._graphs: dict[tuple[int, int, int], Callable[[], None]] = {}
+        self.load_state(UpdateState(updates=0, good_steps=0, loss_scale=INITIAL_LOSS_SCALE))
 
     def load(
         self,
@@ -115,40 +133,43 @@ class AdamW:
             device.upload(self.v, v)
         device.synchronize()  # the host arrays are no longer needed
 
-    def load_counts(self, counts: UpdateCounts) -> None:
-        """Goes on from these counts; without loss scaling the scale is 1 whatever they say."""
+    def load_state(self, state: UpdateState) -> None:
+        """Continues from a saved state; without loss scaling the scale becomes 1."""
         device = self.model.ops.device
-        scale = min(counts.loss_scale, self.settings.max_loss_scale)
-        device.upload(self.model.loss_scale, np.array([scale], np.float32))
-        device.upload(self._counts, np.array([counts.updates, counts.in_a_row], np.float32))
+        scale = min(state.loss_scale, self.settings.max_loss_scale)
+        device.upload(self.loss_scale, np.array([scale], np.float32))
+        device.upload(self._counts, np.array([state.updates, state.good_steps], np.float32))
 
-    def counts(self) -> UpdateCounts:
-        """The counts after the last update; waits for the device."""
+    def state(self) -> UpdateState:
+        """Returns the state after the last update; waits for the device."""
         device = self.model.ops.device
-        updates, in_a_row = device.download(self._counts)
-        scale = device.download(self.model.loss_scale)
-        return UpdateCounts(
-            updates=int(updates), in_a_row=int(in_a_row), loss_scale=float(scale[0])
+        updates, good_steps = device.download(self._counts)
+        scale = device.download(self.loss_scale)
+        return UpdateState(
+            updates=int(updates), good_steps=int(good_steps), loss_scale=float(scale[0])
         )
 
-    def step(self, lr: float, *, micro_steps: int = 1) -> None:
-        """Updates the model's weights from the gradients of `micro_steps` micro-steps."""
-        self.set_lr(lr)
-        self.update(micro_steps=micro_steps)
+    def step(self, lr: float, losses: Array, *, micro_steps: int = 1) -> PendingStep:
+        """Enqueues an update of the model's weights with its gradients.
 
-    def set_lr(self, lr: float) -> None:
-        """The learning rate of the updates from now on."""
-        self._feed_lr(np.array([lr], np.float32))
+        `losses` (B * T,) float32 is what the last of `micro_steps` calls of
+        GPT2.forward_backward returned. On a GPU the update is a CUDA graph.
+        """
+        device = self.model.ops.device
+        key = (device.address(losses), losses.size, micro_steps)
+        if key not in self._graphs:
+            self._graphs[key] = device.graph(lambda: self._update(losses, micro_steps))
+        self._stage_lr(np.array([lr], np.float32))
+        self._graphs[key]()
+        return PendingStep(device.read_async(self._report))
 
-    def update(self, *, micro_steps: int) -> None:
-        """`step` with the learning rate that is set: work of the device alone."""
+    def _update(self, losses: Array, micro_steps: int) -> None:
         model, ops = self.model, self.model.ops
-        losses = model.acts.losses
         ops.squared_norm(self._grad_sq, model.grad_arena)
         ops.prepare_update(
             self._factors,
             self._report,
-            model.loss_scale,
+            self.loss_scale,
             self._counts,
             losses,
             self._grad_sq,
@@ -166,8 +187,3 @@ class AdamW:
             self.decayed,
             self.settings,
         )
-
-    def report(self) -> Callable[[], StepReport]:
-        """What the last update found; the result waits until the device has got there."""
-        numbers = self.model.ops.device.fetch(self._report)
-        return lambda: StepReport(*map(float, numbers()))

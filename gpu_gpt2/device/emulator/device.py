@@ -19,7 +19,7 @@ from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.emulator.build import CALL_PREFIX, SHIM, Compiler
 from gpu_gpt2.device.emulator.elf import read_image
 from gpu_gpt2.device.launch import Dim3, scalar_value
-from gpu_gpt2.device.source import KernelSource
+from gpu_gpt2.device.source import DTYPES, KernelSource
 from gpu_gpt2.errors import DeviceError, KernelError
 
 Order: TypeAlias = Literal["ascending", "descending", "random"]
@@ -107,6 +107,10 @@ class EmulatorDevice(CpuDevice):
     """
 
     name = "emulator"
+    dtypes = DTYPES
+    runs_kernels = True
+    is_emulated = True
+    product_name = name
 
     def __init__(
         self, order: Order = "ascending", seed: int = 0, *, sanitize: bool = False

@@ -70,7 +70,7 @@ def measure(
     """
     for case in cases(ops, dtype, config, B, T):
         yield _result(case, statistics.median(ops.device.time_ms(case.run, repeat=repeat)), limits)
-        if case.name.startswith("attention") and ops.device.name == "cuda" and dtype != "fp32":
+        if case.name.startswith("attention") and ops.device.is_gpu and dtype != "fp32":
             backward = case.name == "attention_bwd"
             if ms := _torch_attention_ms(dtype, config, B, T, repeat, backward=backward):
                 peer = replace(case, name=f"{case.name} of PyTorch")

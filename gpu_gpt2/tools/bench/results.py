@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gpu_gpt2.device.base import Device
-from gpu_gpt2.device.cuda import CudaDevice, cuda_versions
+from gpu_gpt2.device.cuda import cuda_versions
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.tools.bench import kernels
 from gpu_gpt2.tools.bench.static import count_cells
@@ -42,7 +42,7 @@ def record(
     What the CPU did is of kind "cpu kernels" and so on. `what` says which sizes and dtype: one
     result takes the place of another only if it is of the same.
     """
-    if device is not None and device.name == "cpu":
+    if device is not None and not device.is_gpu:
         kind = f"cpu {kind}"
     return {
         "schema": SCHEMA,
@@ -209,7 +209,7 @@ def _no_result(path: Path, error: Exception) -> DataError:
 
 def _machine(device: Device | None) -> dict[str, str]:
     found: dict[str, str] = {}
-    if isinstance(device, CudaDevice):
+    if device is not None and device.is_gpu:
         found |= {"GPU": device.product_name, **cuda_versions()}
     elif device is not None:
         found["device"] = device.name

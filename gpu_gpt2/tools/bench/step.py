@@ -18,7 +18,6 @@ from rich.table import Table
 
 from gpu_gpt2.config import GPT2_SIZES, GPT2_VOCAB_SIZE, ModelConfig, model_config
 from gpu_gpt2.device.base import Device
-from gpu_gpt2.device.cuda import CudaDevice
 from gpu_gpt2.errors import ConfigError, DataError, DeviceError
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.gpt2 import GPT2, check_seq_len, parameter_count
@@ -27,7 +26,6 @@ from gpu_gpt2.ops import ops_for
 from gpu_gpt2.tools.bench.kernels import product_tflops
 from gpu_gpt2.training.memory import check_fits, memory_plan
 from gpu_gpt2.training.optimizer import AdamW
-from gpu_gpt2.training.step import TrainingStep
 
 Tokens = npt.NDArray[np.int32]
 # Enqueues a step and returns what waits for it.
@@ -117,11 +115,9 @@ def measure_ours(
     config, tokens, targets = _inputs(size)
     memory = memory_plan(config, dtype, size.batch_size, size.seq_len, recompute)
     check_fits(memory, device.free_memory)
-    ops = ops_for(device, dtype)
     model = GPT2(
         config,
-        ops,
-        dtype=dtype,
+        ops_for(device, dtype),
         max_batch=size.batch_size,
         max_seq_len=size.seq_len,
         recompute=recompute,
@@ -129,9 +125,12 @@ def measure_ours(
     optimizer = AdamW(model, weight_decay=0.1)
     optimizer.load(initial_weights(config, 0))
     batch = Batch.of(tokens, targets)
-    problems: list[str] = []
-    training_step = TrainingStep(model, optimizer, micro_steps=1, say=problems.append)
-    times, host = _timed(lambda: training_step(lambda: batch, LR), steps)
+
+    def step() -> Callable[[], object]:
+        losses = model.forward_backward(batch, loss_scale=optimizer.loss_scale)
+        return optimizer.step(LR, losses).result
+
+    times, host = _timed(step, steps)
     return _result(
         OURS,
         size,
@@ -141,7 +140,7 @@ def measure_ours(
         products,
         peak_bytes=_peak_bytes(device),
         planned=memory.total,
-        problem="; ".join(problems),
+        problem=device.graph_error,
     )
 
 
@@ -157,7 +156,7 @@ def measure_peer(
         raise DeviceError(f"PyTorch cannot be used ({error}): pip install torch") from None
 
     config, tokens, targets = _inputs(size)
-    on_gpu = device.name == "cuda"
+    on_gpu = device.is_gpu
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     compiled = name == "torch.compile"
@@ -337,8 +336,8 @@ def _result(
         size=str(size),
         step_ms=median,
         fastest_ms=min(times),
-        # A device that does not run ahead does the step while it is enqueued.
-        host_ms=statistics.median(host) if device.runs_ahead else 0.0,
+        # A device that is not asynchronous computes the step while it is enqueued.
+        host_ms=statistics.median(host) if device.is_async else 0.0,
         tokens_per_s=tokens_per_s,
         peak_bytes=peak_bytes,
         planned_bytes=planned,
@@ -350,33 +349,18 @@ def _result(
 
 def peak_tflops(device: Device) -> float:
     """What the data sheet promises for this GPU, or 0 if it is not in PEAK_TFLOPS."""
-    if not isinstance(device, CudaDevice):
-        return 0.0
     name = device.product_name
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
 
 
 def _peak_bytes(device: Device) -> int:
-    """Of a GPU: what CuPy took for arrays; of the CPU: the most that this process ever had.
-
-    0 on a CPU where PyTorch has run in this process too.
-    """
-    if isinstance(device, CudaDevice):
-        return device.allocated_bytes
-    if "torch" in sys.modules:
-        return 0
-    try:
-        import resource
-    except ImportError:  # Windows does not count this
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts in bytes
+    """Returns the device's peak memory, or 0 on a CPU that PyTorch has used in this process."""
+    return 0 if "torch" in sys.modules and not device.is_gpu else device.peak_memory
 
 
 def _release(device: Device) -> None:
     """Gives memory that was in use before back, for the next program."""
     gc.collect()
-    if isinstance(device, CudaDevice):
-        device.free_cached_memory()
-        if "torch" in sys.modules:
-            sys.modules["torch"].cuda.empty_cache()
+    device.release_memory()
+    if device.is_gpu and "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()

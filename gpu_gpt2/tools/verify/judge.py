@@ -23,6 +23,7 @@ from gpu_gpt2.config import ModelConfig, TrainConfig
 from gpu_gpt2.device.base import FLOAT32, Device
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.debug_state import DebugState
+from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.gpt2 import GPT2
 from gpu_gpt2.models.weights import FloatArray, WeightSource, load_arena, named
 from gpu_gpt2.ops import ops_for
@@ -86,7 +87,7 @@ def verify(
     ours = [trainer.forward_backward()]
     yield _close("loss", ours[0], state.loss, limits.loss)
     scaled = download(trainer.model.grad_arena)
-    grads = named(config, scaled / download(trainer.model.loss_scale))
+    grads = named(config, scaled / download(trainer.optimizer.loss_scale))
     for name, expected in state.grads.items():
         yield _compared(f"d{name}", grads[name], expected, limits)
 
@@ -149,16 +150,11 @@ class _Trainer:
 
     def __init__(self, config: ModelConfig, state: DebugState, device: Device, dtype: str) -> None:
         B, T = state.tokens.shape
-        ops = ops_for(device, dtype)
-        self.model = GPT2(config, ops, dtype=dtype, max_batch=B, max_seq_len=T)
+        self.model = GPT2(config, ops_for(device, dtype), max_batch=B, max_seq_len=T)
         settings = dict(HYPER)
         self._lr = settings.pop("lr")
         self.optimizer = AdamW(self.model, **settings)
-        self._batch = (
-            state.tokens,
-            state.targets,
-            np.argsort(state.tokens, axis=None, kind="stable").astype(np.int32),
-        )
+        self._batch = Batch.of(state.tokens, state.targets)
         self._steps = 0
         self._settings = TrainConfig(
             data="", model="", device=device.name, dtype=dtype, tokenizer="", steps=1,
@@ -167,14 +163,15 @@ class _Trainer:
         )  # fmt: skip
 
     def forward_backward(self) -> float:
-        """The mean loss in nats; leaves the gradients in the model."""
-        self.model.forward_backward(*self._batch, micro_step=0, micro_steps=1)
-        losses = self.model.ops.device.download(self.model.acts.losses)
+        """Returns the mean loss in nats and leaves the gradients in the model."""
+        scale = self.optimizer.loss_scale
+        self._losses = self.model.forward_backward(self._batch, loss_scale=scale)
+        losses = self.model.ops.device.download(self._losses)
         return float(losses.mean(dtype="float64"))
 
     def update(self) -> None:
         self._steps += 1
-        self.optimizer.step(self._lr)
+        self.optimizer.step(self._lr, self._losses)
 
     def step(self) -> float:
         loss = self.forward_backward()
@@ -192,14 +189,14 @@ class _Trainer:
             weights=download(self.optimizer.master),
             m=download(self.optimizer.m),
             v=download(self.optimizer.v),
-            counts=self.optimizer.counts(),
+            update=self.optimizer.state(),
         )
         return checkpoint.save(run_dir, state, _NoTokenizer())
 
     def restore(self, folder: Path) -> None:
         state = checkpoint.load(folder)
         self.optimizer.load(state.weights, state.m, state.v)
-        self.optimizer.load_counts(state.counts)
+        self.optimizer.load_state(state.update)
         self._steps = state.step
 
 
