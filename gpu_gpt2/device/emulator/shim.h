@@ -74,8 +74,8 @@ void emulator_mma(float* c, const unsigned int* a, const unsigned int* b, int bf
                   const char* file, int line);
 void emulator_ldmatrix(unsigned int* words, const void* row, int transposed, const char* file,
                        int line);
-void emulator_copy_async(void* to, const void* from, int bytes, int exists);
-void emulator_wait_for_copies(void);
+void emulator_cp_async(void* to, const void* from, int bytes, int exists);
+void emulator_cp_async_wait_all(void);
 [[noreturn]] void emulator_trap(const char* file, int line);
 }
 

@@ -87,7 +87,7 @@ void emulator_ldmatrix(uint32_t* words, const void* row, int transposed, const c
 
 // Bytes of global memory, or zeros, that arrive in shared memory when the thread waits for them. Until
 // then whoever reads there races with the copy, or finds poison.
-void emulator_copy_async(void* to, const void* from, int bytes, int exists) {
+void emulator_cp_async(void* to, const void* from, int bytes, int exists) {
     Copy copy{{}, static_cast<uint32_t>(bytes), reinterpret_cast<uintptr_t>(to)};
     if (!launch->sanitized) {
         judge<WRITE>(copy.to, copy.bytes, PLACE);
@@ -98,7 +98,7 @@ void emulator_copy_async(void* to, const void* from, int bytes, int exists) {
     copies[current->thread].push_back(copy);
 }
 
-void emulator_wait_for_copies() {
+void emulator_cp_async_wait_all() {
     for (const Copy& copy : copies[current->thread]) {
         if (!launch->sanitized) judge<WRITE>(copy.to, copy.bytes, PLACE);
         memcpy(reinterpret_cast<void*>(copy.to), copy.data, copy.bytes);
