@@ -17,8 +17,8 @@
 //
 // The structs below name the elements of factors, report and counts.
 //
-// What differs from step to step comes from device memory, so that every step is the same launches
-// with the same arguments, as a CUDA graph needs it. The host writes nothing but lr.
+// All values that differ from step to step come from device memory, so that every step is the same
+// launches with the same arguments, as a CUDA graph needs it. The host writes nothing but lr.
 //
 // The gradient of the loss is computed times loss_scale, which keeps small gradients within the
 // range of a float16 (Micikevicius et al. 2018, "Mixed Precision Training", section 3.2). The scale
@@ -50,12 +50,12 @@
 struct Factors {
     float apply;        // 1, or 0 if the gradient is not finite: adamw then changes nothing
     float grad_factor;  // min(1, max_norm / norm) / loss_scale
-    float lr;
-    float c1;  // 1 - beta1^t
-    float c2;  // 1 - beta2^t
+    float lr;           // learning rate
+    float c1;           // 1 - beta1^t
+    float c2;           // 1 - beta2^t
 };
 
-// report: results for the host, which reads them some steps later.
+// report: results for the host, which reads them after it has queued later launches.
 struct Report {
     float loss;        // loss_weight times the sum of the losses
     float norm;        // norm of the gradient without loss_scale, before clipping
@@ -65,7 +65,7 @@ struct Report {
 // counts: the state that prepare_update keeps from step to step.
 struct Counts {
     float updates;     // t, the number of updates made
-    float good_steps;  // updates since loss_scale last changed
+    float good_steps;  // updates made since loss_scale last changed
 };
 
 extern "C" __global__ void prepare_update(float* factors, float* report, float* loss_scale,

@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // Blocks start in rising order: the late queries, which see most keys, come first.
     int first_query = (gridDim.y - 1 - blockIdx.y) * ROWS;
     int last_query = min(first_query + ROWS, T) - 1;
-    int query = first_query + threadIdx.x / LANES;  // T or more: only takes part in barriers
+    int query = first_query + threadIdx.x / LANES;  // from T on it only takes part in barriers
 
     float q[DIMS];
     float acc[DIMS];
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 dot += q[d] * k_tile[j * TILE_ROW + lane + d * LANES];
             }
             dot = group_sum(dot, LANES);
-            s[j] = first_key + j <= query ? dot : -LARGEST_FLOAT;  // exp of that is 0
+            s[j] = first_key + j <= query ? dot : -LARGEST_FLOAT;  // its exponential is 0
             m = fmaxf(m, s[j]);
         }
 

@@ -43,7 +43,7 @@ extern "C" __global__ void bias_fwd(floatX* y, const floatX* b, int O) {
 }
 
 // out[c] = the sum over the warps of this block of their `sum` for column c, warp 0's first, for
-// each column c of this block. Thread (l, w) holds in `sum` what warp w has for the WIDTH columns
+// each column c of this block. Thread (l, w) has in `sum` the sums of warp w for the WIDTH columns
 // from (32 blockIdx.x + l) WIDTH on. `sums` is shared memory of COLUMN_WARPS x 32 WIDTH floats;
 // other threads may still be reading it when the call returns.
 __device__ inline void store_sums_of_warps(float* out, const float* sum, float* sums, int columns) {

@@ -50,9 +50,9 @@ __device__ inline float to_float(fp16 value) {
     if (magnitude >= 0x7c00u) {  // infinity or NaN
         return __uint_as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
     }
-    // The bits of a float16, shifted to where a float32 has its own, have an exponent that is 127 -
-    // 15 too small. A multiplication by 2^(127 - 15) corrects it, for subnormal values too, and is
-    // exact.
+    // Shifted to where a float32 has its exponent and digits, the bits of a float16 mean a value
+    // that is 2^112 times too small, as the two exponents count from 15 and 127. The multiplication
+    // corrects this, for subnormal values too, and is exact.
     return __uint_as_float(sign | magnitude << 13) * __uint_as_float((127u + 112u) << 23);
 #endif
 }

@@ -10,18 +10,19 @@
 //
 // Who does what. A block works on one head and has WARPS warps. A warp owns one or several row
 // tiles of 16 positions: QUERY_TILES row tiles of queries in _fwd and _bwd_dq, one row tile of keys
-// in _bwd_dkv. What belongs to these positions alone stays in registers from beginning to end, in
-// the layouts of tensor_core.cuh. The positions of the other side pass through shared memory, TILE
-// at a time, in two buffers: while the warps work on the tile in one buffer, the next tile is
-// copied into the other. Tiles, and slices of tiles, that lie wholly above the diagonal are
-// skipped. Shared: 4 TILE (D + 8) elements of X, and 4 TILE floats in _bwd_dkv. Compile-time names
-// (HEAD_SIZE = D, a multiple of 16; WARPS, TILE, QUERY_TILES), grid and block:
-// `flash_attention_defines`, `attention_fwd` and `attention_bwd` in gpu_gpt2/ops/kernels.py.
+// in _bwd_dkv. Their rows of q and dy, or of k and v, and the sums that become their results stay
+// in registers from beginning to end, in the layouts of tensor_core.cuh. The positions of the other
+// side pass through shared memory, TILE at a time, in two buffers: while the warps work on the tile
+// in one buffer, the next tile is copied into the other. Tiles, and slices of tiles, that lie
+// wholly above the diagonal are skipped. Shared: 4 TILE (D + 8) elements of X, and 4 TILE floats in
+// _bwd_dkv. Compile-time names (HEAD_SIZE = D, a multiple of 16; WARPS, TILE, QUERY_TILES), grid
+// and block: `flash_attention_defines`, `attention_fwd` and `attention_bwd` in
+// gpu_gpt2/ops/kernels.py.
 //
 // The rows of a tile in shared memory are D + 8 elements apart. Eight rows below one another, which
 // ldmatrix reads at once, then lie in different banks, and there is no bank conflict.
 //
-// The result of each matmul is, in its registers, the left operand of the next matmul: scores
+// The result of one matmul is, in its registers, the left operand of the next matmul: scores
 // become p or ds where they are, are rounded to X, and are multiplied by v, k, q or dy. _bwd_dkv
 // works on transposed scores (keys down, queries across), so that this holds there too.
 //
@@ -29,10 +30,10 @@
 // position. p and ds are rounded to X before they are multiplied, which attention.cu does not do.
 //
 // Cost, with N = B T and X = size of floatX. The forward pass has 2 matmuls of N T H D flops over
-// the causal half, the backward pass has 7: s and dp twice, as no two blocks may add to one
-// element, dq, dk, dv. Bytes: forward N H D 4X, backward N H D 12X. With X = 2 bytes these are T / 4 and
-// 7 T / 24 flops per byte: on a GPU that does 250 flops in the time it moves one byte, arithmetic
-// binds from about T = 1024 on.
+// the causal half. The backward pass has 7: s and dp twice, as no two blocks may add to one
+// element, dq, dk, dv. Bytes: forward N H D 4X, backward N H D 12X. With X = 2 bytes these are T /
+// 4 and 7 T / 24 flops per byte: on a GPU that does 250 flops in the time it moves one byte,
+// arithmetic binds from about T = 1024 on.
 //
 // Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2.
 
@@ -43,7 +44,7 @@
 #define STRIDE (HEAD_SIZE + 8)                 // elements from one row of a tile to the next
 #define PIECES (HEAD_SIZE / 8)                 // pieces of 16 bytes in a row
 #define COPY_ROWS (THREADS / PIECES)           // rows that the threads of a block copy at once
-#define STEPS (HEAD_SIZE / 16)                 // steps of 16 elements, as an mma takes them, in a row
+#define STEPS (HEAD_SIZE / 16)                 // steps of 16 elements, one mma each, in a row
 #define QUERY_ROWS (16 * QUERY_TILES * WARPS)  // queries of a block in _fwd and _bwd_dq
 #define KEY_ROWS (16 * WARPS)                  // keys of a block in _bwd_dkv
 #define SLICE 32                               // keys whose scores a warp of _fwd holds at a time
@@ -220,7 +221,7 @@ __device__ inline void mask_scores(float (*s)[QUERY_TILES][2][4], int first_key,
         for (int c = 0; c < SLICE / 4; c++) {
             int key = first_key + 16 * (c / 4) + 8 * (c / 2 % 2) + 2 * q + c % 2;
             if (key > first_query + 16 * tile + r + 8 * half) {
-                *SCORE(s, tile, half, c) = -LARGEST_FLOAT;  // exp of that is 0
+                *SCORE(s, tile, half, c) = -LARGEST_FLOAT;  // its exponential is 0
             }
         }
     }
@@ -281,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4 - QUERY_TILES)
 
         for (int slice = first_key; slice < first_key + TILE; slice += SLICE) {
             if (slice >= first_query + 16 * QUERY_TILES) {
-                break;  // above the diagonal
+                break;  // this slice and all later ones are above the diagonal
             }
             float s[SLICE / 16][QUERY_TILES][2][4];
 #pragma unroll
@@ -289,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4 - QUERY_TILES)
                 const floatX* rows = k_tile + (slice - first_key + 16 * i) * STRIDE;
                 matmul_transposed(s[i], query, QUERY_TILES, rows);
             }
-            if (slice + SLICE - 1 > first_query) {  // on the diagonal
+            if (slice + SLICE - 1 > first_query) {  // the slice crosses the diagonal
                 mask_scores(s, slice, first_query);
             }
             float m_prev[QUERY_TILES][2];
@@ -378,9 +379,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float dq[QUERY_TILES][2 * STEPS][4];
     set_zero(dq, QUERY_TILES);
     float scale = 1.0f / sqrtf((float)HEAD_SIZE);
-    float factor[QUERY_TILES][2];       // scale, for every row
-    float row_delta[QUERY_TILES][2];    // dy . y
-    float row_exponent[QUERY_TILES][2]; // lse LOG2_E
+    float factor[QUERY_TILES][2];        // scale, for every row
+    float row_delta[QUERY_TILES][2];     // delta of each row
+    float row_exponent[QUERY_TILES][2];  // lse of each row, times LOG2_E
 #pragma unroll
     for (int tile = 0; tile < QUERY_TILES; tile++) {
 #pragma unroll
@@ -421,7 +422,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
         for (int slice = 0; slice < TILE; slice += 16) {
             if (first_key + slice >= first_query + 16 * QUERY_TILES) {
-                break;  // above the diagonal
+                break;  // this slice and all later ones are above the diagonal
             }
             float s[QUERY_TILES][2][4];
             float dp[QUERY_TILES][2][4];
@@ -505,7 +506,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         // Queries from T on are zeros and add nothing.
         for (int slice = 0; slice < TILE; slice += 16) {
             if (first_query + slice + 15 < first_key) {
-                continue;  // above the diagonal
+                continue;  // all of this slice is above the diagonal
             }
             float s[1][2][4];  // transposed: keys down, queries across
             float dp[1][2][4];

@@ -27,7 +27,7 @@
 //
 // The variance is taken around the mean. (The shorter E[x^2] - mean^2 loses its digits where the
 // mean is large compared with the spread.) residual_layernorm_fwd takes its statistics from r as
-// stored, rounded to X, because the backward pass reads r so.
+// stored, rounded to X, because the backward pass reads r in this form.
 //
 // Backward, with z = (x - mean) rstd and g = dy w:
 //     dx += rstd (g - mean(g) - z mean(g z))
@@ -47,7 +47,7 @@
 
 #include "column_sum.cuh"
 
-#define LAYERNORM_EPS 1e-5f                     // GPT-2's
+#define LAYERNORM_EPS 1e-5f                     // what GPT-2 adds to the variance
 #define ROW_GROUPS (THREADS / THREADS_PER_ROW)  // row groups of a block
 
 // The first channel of this thread's piece i. The row has no such piece if this is C or more.

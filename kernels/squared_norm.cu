@@ -10,9 +10,10 @@
 // The sum is made in two steps to fix the order of additions, which one atomic addition per block
 // would not. Blocks are a multiple of 32 threads; shared: 32 floats. Grid and block: `squared_norm`
 // in gpu_gpt2/ops/kernels.py, where the number of blocks follows from n alone, not from the GPU, so
-// that every GPU gives the same bits. 1. squared_norm_partial reads x, which begins at a multiple
-// of 16 bytes, as float4 vectors. Thread
-//    i of the T threads of the grid reads vectors i, i + T, i + 2T ... and keeps four partial sums,
+// that every GPU gives the same bits.
+//
+// 1. squared_norm_partial reads x, which begins at a multiple of 16 bytes, as float4 vectors.
+//    Thread i of the T threads of the grid reads vectors i, i + T, i + 2T ... and keeps four sums,
 //    one per component, which it then adds as (x + y) + (z + w). If i < n % 4, it also adds one of
 //    the last n % 4 elements. Then block_sum adds the threads of a block.
 // 2. squared_norm_total has one block: thread i adds the partial sums i, i + threads ...; then
