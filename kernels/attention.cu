@@ -3,7 +3,7 @@
 //     s[i, j] = q[i] . k[j] / sqrt(D)  for j <= i,    p[i, j] = exp(s[i, j] - lse[i])
 //     lse[i] = log(sum over j of exp(s[i, j])),       y[i] = sum over j of p[i, j] v[j]
 //
-// for each head of each sequence; i is a query's position in time, j a key's.
+// for each head of each sequence; i is the position of a query, j the position of a key.
 //
 // kernel               outputs                          inputs
 // attention_fwd        y (B, T, H, D) X =               qkv (B, T, 3, H, D) X
@@ -14,83 +14,71 @@
 //
 // qkv holds q, k and v as the projection leaves them, and dqkv their gradients in the same places.
 //
-// Who does what. Compile-time names: HEAD_SIZE = D, LANES, TILE, THREADS; `attention_defines` in
-// gpu_gpt2/ops/kernels.py chooses them. A block has THREADS threads, LANES neighbouring ones for
-// each of its ROWS = THREADS / LANES positions: queries in attention_fwd and attention_bwd_dq, keys
-// in attention_bwd_dkv. The lanes of a position share its D numbers: lane l has d = l, l + LANES,
-// l + 2 LANES ..., DIMS of them, in registers (beyond D they are zero). The block walks over the
-// other side's positions TILE at a time: all threads copy a tile into shared memory as float32,
-// then every position meets every row of the tile. There all positions of a warp read the same row,
-// LANES neighbouring words of it at a time: one broadcast, no bank conflict.
-//     grid (B H, ceil(T / ROWS)), block THREADS; shared: 2 tiles of TILE x LANES x DIMS floats, and
-//     2 TILE floats in attention_bwd_dkv. Tiles wholly above the diagonal are skipped.
-// attention_delta: one warp per (b, t, h). grid (ceil(B T H / warps in a block)), no shared memory.
+// Who does what. A block of attention_fwd, attention_bwd_dq or attention_bwd_dkv works on one head
+// and owns ROWS = THREADS / LANES of its positions: queries in _fwd and _bwd_dq, keys in _bwd_dkv.
+// LANES neighbouring threads, the lanes of a position, share the D elements of a position: lane l
+// has elements l, l + LANES, l + 2 LANES ..., DIMS of them, in registers (zeros beyond D). The
+// block walks over the positions of the other side TILE at a time: all threads copy a tile into
+// shared memory as float32, then every position meets every row of the tile. All positions of a
+// warp read the same row at the same time, LANES neighbouring words of it at once: one broadcast,
+// no bank conflict. Tiles that lie wholly above the diagonal are skipped. Shared: 2 tiles of TILE x
+// LANES x DIMS floats, and 2 TILE floats in attention_bwd_dkv.
+//
+// attention_delta has one warp per (b, t, h) and no shared memory.
+//
+// Compile-time names (HEAD_SIZE = D, LANES, TILE, THREADS), grid and block: `attention_defines`,
+// `attention_fwd` and `attention_bwd` in gpu_gpt2/ops/kernels.py.
 //
 // Forward, the online softmax: each query keeps the largest score m met so far, the sum l of
-// exp(s - m), and the sum acc of exp(s - m) v. A tile that raises m first scales l and acc down by
-// exp(m_old - m_new). At the end y = acc / l, lse = m + log(l).
+// exp(s - m), and the sum acc of exp(s - m) v. A tile that raises m from m_prev first scales l and
+// acc down by exp(m_prev - m). At the end y = acc / l, lse = m + log(l).
 //
-// Backward, from p recomputed out of lse, with delta[i] = dy[i] . y[i]:
+// Backward, with p recomputed from lse, and with delta[i] = dy[i] . y[i]:
 //     dp[i, j] = dy[i] . v[j]                 ds[i, j] = p[i, j] (dp[i, j] - delta[i])
 //     dq[i] = sum over j of ds[i, j] k[j] / sqrt(D)
 //     dk[j] = sum over i of ds[i, j] q[i] / sqrt(D)         dv[j] = sum over i of p[i, j] dy[i]
-// dq sums over keys and dk, dv over queries, so each has a kernel whose rows own what they sum:
-// scores are computed twice, but no two threads add to one number and no atomics are needed.
+// dq is a sum over keys, dk and dv are sums over queries. Each has a kernel whose threads own the
+// positions of the result: scores are computed twice, but no two threads add to one element, and no
+// atomics are needed.
 //
-// Order of sums: a dot product adds each lane's numbers in rising d, then the lanes by group_sum's
+// Order of sums: a dot product adds each lane's elements in rising d, then the lanes by group_sum's
 // tree; sums over positions run in rising order of position.
 //
-// Cost, with N = B T and X = size of floatX. Each of the two products of the forward pass, over the
-// causal half of all pairs, is N T H D flops, and the backward pass has seven: s and dp twice, dq,
-// dk, dv. Bytes: forward N H D 4X, backward N H D 13X, and little more: tiles are read again and
-// again, but from cache. Arithmetic binds, and first the shared memory that feeds it: each
-// multiply-add reads a word from there, and a multiprocessor can read only a quarter as many words
-// as it can multiply. These kernels are meant to be read, and use no tensor cores.
+// Cost, with N = B T and X = size of floatX. The forward pass has two matmuls, of N T H D flops
+// each over the causal half of all pairs; the backward pass has seven: s and dp twice, dq, dk, dv.
+// Bytes: forward N H D 4X, backward N H D 13X; tiles are read many times, but from cache.
+// Arithmetic binds, and first of all the shared memory that feeds it: each multiply-add reads one
+// word from shared memory, and a multiprocessor reads only a quarter as many words as it can
+// multiply. These kernels are written to be read, and use no tensor cores.
 //
 // Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2.
 
-#define ROWS (THREADS / LANES)                  // positions of a block
-#define DIMS ((HEAD_SIZE + LANES - 1) / LANES)  // numbers of a head that each lane has
-#define TILE_ROW (DIMS * LANES)                 // numbers: HEAD_SIZE, up to full lanes
+#include "attention_head.cuh"
 
-// Where the numbers of one head of one sequence are: position t has them at first + t * stride.
-struct Head {
-    long long first;
-    long long stride;
-};
+#define ROWS (THREADS / LANES)                  // positions that a block owns
+#define DIMS ((HEAD_SIZE + LANES - 1) / LANES)  // elements of a position that each lane has
+#define TILE_ROW (DIMS * LANES)                 // floats of a tile's row: D rounded up
 
-__device__ inline Head head_in_qkv(int part, int T, int H) {  // part 0 is q, 1 is k, 2 is v
-    int b = blockIdx.x / H;
-    int h = blockIdx.x % H;
-    Head head;
-    head.stride = 3LL * H * HEAD_SIZE;
-    head.first = (long long)b * T * head.stride + ((long long)part * H + h) * HEAD_SIZE;
-    return head;
+__device__ inline Head head_in_qkv(int part, int T, int H) {
+    return head_at(blockIdx.x, part, 3, T, H);
 }
 
-__device__ inline Head head_in_y(int T, int H) {
-    int b = blockIdx.x / H;
-    int h = blockIdx.x % H;
-    Head head;
-    head.stride = (long long)H * HEAD_SIZE;
-    head.first = (long long)b * T * head.stride + (long long)h * HEAD_SIZE;
-    return head;
-}
+__device__ inline Head head_in_y(int T, int H) { return head_at(blockIdx.x, 0, 1, T, H); }
 
-// Number d of position t, or zero where there is none.
-__device__ inline float number_at(const floatX* x, Head head, int t, int d, int T) {
+// Returns element d of position t, or zero beyond T or D.
+__device__ inline float element_at(const floatX* x, Head head, int t, int d, int T) {
     return t < T && d < HEAD_SIZE ? to_float(x[head.first + t * head.stride + d]) : 0.0f;
 }
 
-// Copies positions first, first + 1, ... first + TILE - 1 into shared memory.
+// Copies positions first, first + 1, ... first + TILE - 1 into a tile in shared memory.
 __device__ inline void copy_tile(float* tile, const floatX* x, Head head, int first, int T) {
     for (int i = threadIdx.x; i < TILE * TILE_ROW; i += THREADS) {
-        tile[i] = number_at(x, head, first + i / TILE_ROW, i % TILE_ROW, T);
+        tile[i] = element_at(x, head, first + i / TILE_ROW, i % TILE_ROW, T);
     }
 }
 
-// The 1 below says that one block per multiprocessor is enough: ptxas takes the registers it
-// needs. Left to itself it aims at more blocks and, for some D, keeps a number in memory instead.
+// The second launch bound, 1, is the minimum of resident blocks per multiprocessor; it sets ptxas's
+// register budget. Without it ptxas aims at more blocks and, for some D, spills a register.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_fwd(floatX* y, float* lse, const floatX* qkv, int T, int H) {
     SHARED_ARRAY(float, k_tile, TILE * TILE_ROW);
@@ -100,16 +88,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Head v_head = head_in_qkv(2, T, H);
     Head y_head = head_in_y(T, H);
     int lane = threadIdx.x % LANES;
-    int first_query = (gridDim.y - 1 - blockIdx.y) * ROWS;  // late queries have most work: first
+    // Blocks start in rising order: the late queries, which see most keys, come first.
+    int first_query = (gridDim.y - 1 - blockIdx.y) * ROWS;
     int last_query = min(first_query + ROWS, T) - 1;
-    int query = first_query + threadIdx.x / LANES;  // from T on idle, but there for the barriers
+    int query = first_query + threadIdx.x / LANES;  // from T on it only takes part in barriers
 
     float q[DIMS];
     float acc[DIMS];
     float scale = 1.0f / sqrtf((float)HEAD_SIZE);
 #pragma unroll
     for (int d = 0; d < DIMS; d++) {
-        q[d] = scale * number_at(qkv, q_head, query, lane + d * LANES, T);
+        q[d] = scale * element_at(qkv, q_head, query, lane + d * LANES, T);
         acc[d] = 0.0f;
     }
     float m = -LARGEST_FLOAT;
@@ -121,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads();
 
         float s[TILE];
-        float m_new = m;
+        float m_prev = m;
 #pragma unroll
         for (int j = 0; j < TILE; j++) {
             float dot = 0.0f;
@@ -130,12 +119,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 dot += q[d] * k_tile[j * TILE_ROW + lane + d * LANES];
             }
             dot = group_sum(dot, LANES);
-            s[j] = first_key + j <= query ? dot : -LARGEST_FLOAT;  // exp of that is 0
-            m_new = fmaxf(m_new, s[j]);
+            s[j] = first_key + j <= query ? dot : -LARGEST_FLOAT;  // its exponential is 0
+            m = fmaxf(m, s[j]);
         }
 
-        float rescale = expf(m - m_new);
-        m = m_new;
+        float rescale = expf(m_prev - m);
         l *= rescale;
 #pragma unroll
         for (int d = 0; d < DIMS; d++) {
@@ -150,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 acc[d] += p * v_tile[j * TILE_ROW + lane + d * LANES];
             }
         }
-        __syncthreads();  // nobody may fill the tiles again while others still read them
+        __syncthreads();  // no thread may overwrite the tiles while others still read them
     }
 
     if (query >= T) {
@@ -170,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
 extern "C" __global__ void attention_delta(float* delta, const floatX* dy, const floatX* y, int B,
                                            int T, int H) {
-    int row = row_of_warp();  // of (b, t, h)
+    int row = row_of_warp();  // (b * T + t) * H + h
     if (row >= B * T * H) {
         return;
     }
@@ -208,8 +196,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float scale = 1.0f / sqrtf((float)HEAD_SIZE);
 #pragma unroll
     for (int d = 0; d < DIMS; d++) {
-        q[d] = scale * number_at(qkv, q_head, query, lane + d * LANES, T);
-        dout[d] = number_at(dy, y_head, query, lane + d * LANES, T);
+        q[d] = scale * element_at(qkv, q_head, query, lane + d * LANES, T);
+        dout[d] = element_at(dy, y_head, query, lane + d * LANES, T);
         dq[d] = 0.0f;
     }
     long long statistics = (long long)blockIdx.x * T + query;
@@ -265,7 +253,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Head v_head = head_in_qkv(2, T, H);
     Head y_head = head_in_y(T, H);
     int lane = threadIdx.x % LANES;
-    int first_key = blockIdx.y * ROWS;  // early keys have most work: first
+    // Blocks start in rising order: the early keys, which most queries see, come first.
+    int first_key = blockIdx.y * ROWS;
     int key = first_key + threadIdx.x / LANES;
 
     float k[DIMS];
@@ -275,13 +264,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float scale = 1.0f / sqrtf((float)HEAD_SIZE);
 #pragma unroll
     for (int d = 0; d < DIMS; d++) {
-        k[d] = scale * number_at(qkv, k_head, key, lane + d * LANES, T);
-        v[d] = number_at(qkv, v_head, key, lane + d * LANES, T);
+        k[d] = scale * element_at(qkv, k_head, key, lane + d * LANES, T);
+        v[d] = element_at(qkv, v_head, key, lane + d * LANES, T);
         dk[d] = 0.0f;
         dv[d] = 0.0f;
     }
 
-    // The first tile that has a query at or after the block's first key.
+    // Begins with the first tile that has a query at or after the block's first key.
     for (int first_query = first_key / TILE * TILE; first_query < T; first_query += TILE) {
         copy_tile(q_tile, qkv, q_head, first_query, T);
         copy_tile(dout_tile, dy, y_head, first_query, T);
@@ -293,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         __syncthreads();
 
-        for (int i = 0; i < TILE; i++) {  // a query from T on is all zeros and adds none
+        for (int i = 0; i < TILE; i++) {  // queries from T on are zeros and add nothing
             int query = first_query + i;
             float s = 0.0f;
             float dp = 0.0f;

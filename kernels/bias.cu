@@ -1,4 +1,4 @@
-// Bias: one number per column, added to every row; its gradient is the sum of the rows.
+// Bias: one element per column, added to every row. Its gradient is the sum of the rows.
 //
 //     y[n, :] += b[:]              db[:] += sum over n of dy[n, :]
 //
@@ -7,21 +7,25 @@
 // bias_bwd_partial     partial (chunks, O) float32 =      dy (N, O) X
 // bias_bwd_total       db (O) float32 +=                  partial (chunks, O) float32
 //
-// O is a multiple of WIDTH (see common.cuh).
-// bias_fwd: one block per row, whose threads stride over its pieces of WIDTH columns. grid (N), any
-// block.
-// The sums down the columns are made in two steps, because the number of columns alone is too small
-// to fill a GPU and because the order of additions must be fixed:
-// 1. `bias_bwd_partial` cuts the rows into chunks of rows_per_chunk and sums each chunk. A block is
-//    32 pieces wide and COLUMN_WARPS rows high: warp w adds rows w, w + COLUMN_WARPS ... of the
-//    chunk, then the warps' sums are added, warp 0's first.
-//    grid (ceil(O / (32 WIDTH)), chunks), block (32, COLUMN_WARPS), shared 32 WIDTH COLUMN_WARPS
+// O is a multiple of WIDTH (see common.cuh). Grid and block: `bias_fwd` and `bias_bwd` in
+// gpu_gpt2/ops/kernels.py.
+//
+// bias_fwd: one block per row, whose threads stride over pieces of WIDTH columns. Blocks may have
+// any size. No shared memory, no sums.
+//
+// The sums down the columns are made in two steps, because the columns alone are too few to fill a
+// GPU, and because the order of additions must be fixed:
+// 1. bias_bwd_partial cuts the rows into chunks of rows_per_chunk and adds the rows of each chunk.
+//    Block (i, j) takes columns 32 WIDTH i to 32 WIDTH (i + 1) of chunk j. It has 32 x COLUMN_WARPS
+//    threads: warp w adds rows w, w + COLUMN_WARPS ... of the chunk, then the sums of the warps are
+//    added, warp 0's first. Shared: 32 WIDTH COLUMN_WARPS floats.
+// 2. bias_bwd_total adds the sums of the chunks: see add_chunks in column_sum.cuh. Shared: 32 x 32
 //    floats.
-// 2. `bias_bwd_total` adds the chunks' sums: see add_chunks in common.cuh.
-//    grid (ceil(O / 32)), block (32, 32), shared 32 x 32 floats.
 //
 // Cost in bytes, X = size of floatX: forward N O 2X, backward N O X + chunks O 8; one flop per
 // element. Memory binds.
+
+#include "column_sum.cuh"
 
 extern "C" __global__ void bias_fwd(floatX* y, const floatX* b, int O) {
     long long row = (long long)blockIdx.x * O;
@@ -38,9 +42,10 @@ extern "C" __global__ void bias_fwd(floatX* y, const floatX* b, int O) {
     }
 }
 
-// out[c] for the columns c of this block: the sum over its COLUMN_WARPS warps of what their lane has
-// for that column, warp 0's first. Lane l of block b has the WIDTH columns from (32 b + l) WIDTH on.
-// `sums` is shared memory of COLUMN_WARPS x 32 WIDTH floats, still being read when the call returns.
+// out[c] = the sum over the warps of this block of their `sum` for column c, warp 0's first, for
+// each column c of this block. Thread (l, w) has in `sum` the sums of warp w for the WIDTH columns
+// from (32 blockIdx.x + l) WIDTH on. `sums` is shared memory of COLUMN_WARPS x 32 WIDTH floats;
+// other threads may still be reading it when the call returns.
 __device__ inline void store_sums_of_warps(float* out, const float* sum, float* sums, int columns) {
     int width = WARP * WIDTH;
 #pragma unroll

@@ -1,6 +1,6 @@
-// Casts between float32 and the 16-bit formats.
+// Casts between float32 and the two 16-bit formats.
 //
-//     y = x in y's type, rounded to nearest, ties to even
+//     y = x in the type of y, rounded to nearest, ties to even
 //
 // kernel           outputs       inputs
 // float_to_bf16    y bf16 =      x float32
@@ -8,10 +8,10 @@
 // bf16_to_float    y float32 =   x bf16      exact: every bfloat16 is a float32
 // fp16_to_float    y float32 =   x fp16      exact: every float16 is a float32
 //
-// All tensors have n elements in one row. Thread i of all threads in the grid makes element i.
-// Block: any number of threads; grid: enough blocks for n threads. No shared memory, no sums.
+// All tensors have n elements. Thread i of the grid casts element i. Blocks may have any size. No
+// shared memory, no sums. Grid and block: `cast` in gpu_gpt2/ops/kernels.py.
 //
-// Cost per element: 6 bytes moved, a few integer operations. Memory binds.
+// Cost per element: 6 bytes moved and a few integer operations. Memory binds.
 //
 // Source: IEEE 754 binary32 and binary16; bfloat16 is the upper half of binary32. The rounding is
 // explained at to_bf16 in common.cuh.

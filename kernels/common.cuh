@@ -1,18 +1,18 @@
-// What every kernel file builds on: the type floatX, sums and maxima over a warp or a block, and a
-// few names for what a GPU can do and a C++ compiler cannot.
+// The base of every kernel file: the type floatX, 16-byte loads and stores, sums and maxima over a
+// warp or a block. gpu_gpt2/device/source.py puts this text in front of each .cu file.
 //
-// No headers are included, neither CUDA's nor C++'s, here or in any kernel file: one text passes
-// through NVRTC, nvcc and, for the emulator, g++. The emulator defines GPU_GPT2_EMULATOR and puts
-// its own definitions of CUDA's words (__global__, threadIdx, __syncthreads, __shfl_xor_sync, expf
-// ...) in front of this text, so that no kernel knows which of the two it is running on.
+// No CUDA or C++ header is included here or in any kernel file, so that one text passes through
+// NVRTC, nvcc and, for the emulator, g++. The emulator defines GPU_GPT2_EMULATOR and puts its own
+// definitions of CUDA's names (__global__, threadIdx, __syncthreads, __shfl_xor_sync, expf ...) in
+// front of this text, so that no kernel depends on whether a GPU or the emulator runs it.
 //
-// README.md beside this file says in which order to read the kernels.
+// README.md beside this file gives an order to read the kernels in.
 
 // --- types ---
 
-// Formats to store in, 16 bits wide; all arithmetic is float32, or a tensor core's. bfloat16 is the
-// upper half of a float32; float16 has 5 bits of exponent (6.1e-5 to 65504 at full accuracy, and
-// down to 6.0e-8 at less) and 11 significant ones.
+// The two 16-bit formats. Values are only stored in them: arithmetic is done in float32, or by a
+// tensor core. bfloat16 is the upper half of a float32. float16 has 5 bits of exponent and 11
+// significant bits: 6.1e-5 to 65504 at full accuracy, down to 6.0e-8 at less.
 struct bf16 {
     unsigned short bits;
 };
@@ -20,7 +20,8 @@ struct fp16 {
     unsigned short bits;
 };
 
-// The type of activations and weights, chosen when the file is compiled: -DFLOATX=BF16.
+// floatX, the X of the tables in all kernel files, is the type of activations and weights: float32,
+// bfloat16 or float16. It is chosen when a file is compiled: -DFLOATX=FP32, BF16 or FP16.
 #define FP32 0
 #define BF16 1
 #define FP16 2
@@ -49,15 +50,17 @@ __device__ inline float to_float(fp16 value) {
     if (magnitude >= 0x7c00u) {  // infinity or NaN
         return __uint_as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
     }
-    // Moved into a float32's place the exponent is 127 - 15 too small. This product repairs it, for
-    // numbers below full accuracy too, and is exact.
+    // Shifted to where a float32 has its exponent and digits, the bits of a float16 mean a value
+    // that is 2^112 times too small, as the two exponents count from 15 and 127. The multiplication
+    // corrects this, for subnormal values too, and is exact.
     return __uint_as_float(sign | magnitude << 13) * __uint_as_float((127u + 112u) << 23);
 #endif
 }
 
-// Rounds to nearest, ties to even. Adding 0x7fff carries into the kept half when the dropped half
-// is above one half of its last place; adding that last bit too sends a tie to the even neighbour.
-// A NaN must not be rounded, or its carry would make it infinite: it is cut and kept quiet.
+// Rounds to nearest, ties to even. The upper 16 bits are kept. Adding 0x7fff carries into them when
+// the lower 16 bits are above one half of the last kept place; adding the last kept bit as well
+// rounds a tie to the even neighbour. A NaN is not rounded, because the carry could make it
+// infinite: its lower bits are dropped and its quiet bit is set.
 __device__ inline bf16 to_bf16(float value) {
     unsigned int bits = __float_as_uint(value);
     bf16 result;
@@ -69,7 +72,7 @@ __device__ inline bf16 to_bf16(float value) {
     return result;
 }
 
-// Rounds to nearest, ties to even; beyond 65519 to infinity.
+// Rounds to nearest, ties to even. Magnitudes of 65520 and more become infinite.
 __device__ inline fp16 to_fp16(float value) {
     fp16 result;
 #ifndef GPU_GPT2_EMULATOR
@@ -80,12 +83,12 @@ __device__ inline fp16 to_fp16(float value) {
     bits &= 0x7fffffffu;
     if (bits > 0x7f800000u) {
         result.bits = (unsigned short)(sign | 0x7e00u | (bits >> 13 & 0x3ffu));
-    } else if (bits >= 0x477ff000u) {  // 65520 and more
+    } else if (bits >= 0x477ff000u) {  // magnitude 65520 or more
         result.bits = (unsigned short)(sign | 0x7c00u);
-    } else if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 leaves units of 2^-24, rounded
+    } else if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
         bits = __float_as_uint(__uint_as_float(bits) + 0.5f) - 0x3f000000u;
         result.bits = (unsigned short)(sign | bits);
-    } else {  // as in to_bf16, with 13 bits dropped and the exponent made 112 smaller
+    } else {  // rounded as in to_bf16, but 13 bits are dropped and the exponent is 112 smaller
         bits = (bits - (112u << 23) + 0xfffu + (bits >> 13 & 1u)) >> 13;
         result.bits = (unsigned short)(sign | bits);
     }
@@ -105,15 +108,16 @@ __device__ inline floatX to_floatX(float value) {
 
 // --- 16 bytes at a time ---
 
-// Memory is fastest when each thread moves 16 bytes with one instruction. WIDTH is how many numbers
-// of floatX a kernel moves at a time: as many as 16 bytes hold, where the sizes of its tensors are
-// multiples of that and so all pieces begin at multiples of 16 bytes, else 1.
+// Memory is fastest when each thread moves 16 bytes with one instruction. WIDTH is the number of
+// floatX elements that a thread moves at a time: as many as 16 bytes hold if the sizes of the
+// kernel's tensors are multiples of that number, so that all pieces begin at multiples of 16 bytes;
+// otherwise 1.
 #ifndef WIDTH
 #define WIDTH 1
 #endif
 
 #if FLOATX != FP32
-// Two floats rounded to floatX in one 32-bit register, `low` in the lower half.
+// Returns two floats, rounded to floatX, in one 32-bit register, `low` in its lower half.
 __device__ inline unsigned int pack(float low, float high) {
 #if __CUDA_ARCH__ >= 800
     unsigned int result;
@@ -128,15 +132,15 @@ __device__ inline unsigned int pack(float low, float high) {
 #endif
 }
 
-// The two numbers in a register as floats.
+// Returns the lower floatX of a register as a float.
 __device__ inline float low(unsigned int pair) {
     floatX half;
     half.bits = (unsigned short)pair;
     return to_float(half);
 }
 
+// Returns the upper floatX of a register as a float.
 __device__ inline float high(unsigned int pair) { return low(pair >> 16); }
-
 #endif
 
 // values[0 ... WIDTH - 1] = x[0 ... WIDTH - 1]
@@ -158,7 +162,7 @@ __device__ inline void load(float* values, const floatX* x) {
 #endif
 }
 
-// y[0 ... WIDTH - 1] = values[0 ... WIDTH - 1], rounded
+// y[0 ... WIDTH - 1] = values[0 ... WIDTH - 1], rounded to floatX
 __device__ inline void store(floatX* y, const float* values) {
 #if WIDTH == 1
     y[0] = to_floatX(values[0]);
@@ -178,22 +182,23 @@ __device__ inline void store(floatX* y, const float* values) {
 
 // --- constants ---
 
-#define WARP 32                         // threads that run in step and can trade registers
-#define MAX_WARPS 32                    // a block has at most 1024 threads
+#define WARP 32                         // threads of a warp, which can exchange registers
+#define MAX_WARPS 32                    // warps of a block of 1024 threads, the largest there is
 #define LARGEST_FLOAT 3.402823466e+38f  // the largest finite float32
 
 // --- shared memory ---
 
-// An array that all threads of the block see, at a multiple of 16 bytes. Nothing is in it until a
-// thread writes it.
+// Declares an array in shared memory, which all threads of the block see. It begins at a multiple
+// of 16 bytes and is not initialized. (The emulator has its own definition.)
 #ifndef GPU_GPT2_EMULATOR
 #define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
 #endif
 
-// --- a warp together: all 32 threads must call these, or the hardware hangs ---
+// --- a warp together: all 32 threads must call these functions, or the GPU hangs ---
 
-// The sum of `value` over groups of `width` neighbouring threads, in each of them. Pairs at
-// distance width/2, then width/4, ... 1 are added: a fixed tree, the same bits in all threads.
+// Returns to each thread the sum of `value` over its group of `width` neighbouring threads. Pairs
+// at distance width / 2, then width / 4, ... 1 are added: a fixed tree, so that all threads of a
+// group get the same bits.
 __device__ inline float group_sum(float value, int width) {
     for (int distance = width / 2; distance > 0; distance /= 2) {
         value += __shfl_xor_sync(0xffffffffu, value, distance);
@@ -203,7 +208,7 @@ __device__ inline float group_sum(float value, int width) {
 
 __device__ inline float warp_sum(float value) { return group_sum(value, WARP); }
 
-// The row of a matrix that this thread's warp works on, with one warp per row.
+// Returns the row that this thread's warp works on, in kernels with one warp per row.
 __device__ inline int row_of_warp() {
     return blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
 }
@@ -215,10 +220,11 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
-// --- a block together: all its threads must call these; its size is a multiple of 32 ---
-// `scratch` is shared memory of MAX_WARPS floats, free again when the call returns.
-// One number per warp goes through shared memory; every thread then combines these in warp order.
-// First barrier: all are written before any is read. Second: all are read before the next use.
+// --- a block together: all threads must call these functions; blocks are a multiple of 32 ---
+// `scratch` is shared memory of MAX_WARPS floats, which may be used again when the call returns.
+// Each warp writes its result to shared memory; then every thread combines the results in the order
+// of the warps. The first barrier lets no thread read before all warps have written. The second
+// lets no thread use `scratch` again before all have read.
 
 __device__ inline float block_sum(float value, float* scratch) {
     value = warp_sum(value);
@@ -246,78 +252,4 @@ __device__ inline float block_max(float value, float* scratch) {
     }
     __syncthreads();
     return largest;
-}
-
-// --- sums down columns ---
-
-// out[c] += the sum over chunks of partial[chunk * stride + c] for the 32 columns of this block, by
-// 32 x 32 threads: warp w adds chunks w, w + 32 ..., then warp 0 adds the warps' sums, its own first.
-// `tile` is shared memory of 32 x 32 floats, still being read when the call returns.
-__device__ inline void add_chunks(float* out, const float* partial, int chunks, int columns,
-                                  int stride, float* tile) {
-    int c = blockIdx.x * WARP + threadIdx.x;
-    float sum = 0.0f;
-    if (c < columns) {
-#pragma unroll 4
-        for (int chunk = threadIdx.y; chunk < chunks; chunk += MAX_WARPS) {
-            sum += partial[(long long)chunk * stride + c];
-        }
-    }
-    tile[threadIdx.y * WARP + threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y == 0 && c < columns) {
-        float total = 0.0f;
-        for (int warp = 0; warp < MAX_WARPS; warp++) {
-            total += tile[warp * WARP + threadIdx.x];
-        }
-        out[c] += total;
-    }
-}
-
-// --- a row of softmax, by a block ---
-
-struct Softmax {
-    float max;  // of the row
-    float sum;  // of exp(x - max)
-};
-
-// Both numbers of the V values from x[row] on, in one read: each thread keeps the largest value it
-// has met and the sum of exponentials relative to that, and rescales the sum when it meets a larger
-// one (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3).
-// Starting from the lowest finite number, not from -infinity, keeps infinity - infinity away.
-// Rows begin at multiples of WIDTH numbers; the last V % WIDTH are read one by one.
-__device__ inline Softmax softmax_of_row(const floatX* x, long long row, int V, float* scratch) {
-    float max = -LARGEST_FLOAT;
-    float sum = 0.0f;
-    int whole = V / WIDTH * WIDTH;
-#pragma unroll 2
-    for (int c = threadIdx.x * WIDTH; c < whole; c += blockDim.x * WIDTH) {
-        float values[WIDTH];
-        load(values, x + row + c);
-        float largest = max;
-#pragma unroll
-        for (int k = 0; k < WIDTH; k++) {
-            largest = values[k] > largest ? values[k] : largest;
-        }
-        if (largest > max) {
-            sum *= expf(max - largest);
-            max = largest;
-        }
-#pragma unroll
-        for (int k = 0; k < WIDTH; k++) {
-            sum += expf(values[k] - max);
-        }
-    }
-    for (int c = whole + threadIdx.x; c < V; c += blockDim.x) {
-        float value = to_float(x[row + c]);
-        if (value > max) {
-            sum *= expf(max - value);
-            max = value;
-        }
-        sum += expf(value - max);
-    }
-    Softmax result;
-    result.max = block_max(max, scratch);
-    result.sum = block_sum(sum * expf(max - result.max), scratch);
-    return result;
 }

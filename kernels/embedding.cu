@@ -1,4 +1,4 @@
-// Token and position embedding: the first layer looks two rows up and adds them.
+// Token and position embedding: the first layer looks up two rows and adds them.
 //
 //     x[b, t, :] = wte[token[b, t], :] + wpe[t, :]
 //
@@ -7,27 +7,32 @@
 // embedding_bwd_wpe   dwpe (>=T, C) float32 +=   dx (B, T, C) X
 // embedding_bwd_wte   dwte (Vp, C) float32 +=    dx (B, T, C) X, tokens (B, T) int, order (B*T) int
 //
-// Neighbouring threads take neighbouring pieces of WIDTH channels, of which C is a multiple, so that
-// each warp reads and writes one unbroken piece of memory.
-// embedding_fwd: one block per row (b, t); its threads stride over the pieces.
-//     grid (B*T), any block.
-// embedding_bwd_wpe: one thread per piece of (t, :), which adds up the B rows of position t, b = 0
-//     first. grid (T, ceil(C / (block WIDTH))), any block.
-// embedding_bwd_wte: a token may stand in many rows, and all of them add to one row of dwte.
-//     Atomic additions would come in a different order on every run, so rows are grouped instead:
-//     `order` lists the rows sorted by their token, rows of one token in rising order. There is
-//     one block per place in `order`; only a block at the first place of its token goes on, and
-//     its threads, one per piece, add up all rows of the token in that order, then add to dwte.
-//     grid (B*T, ceil(C / (block WIDTH))), any block.
-// No shared memory.
+// Who does what. Neighbouring threads take neighbouring pieces of WIDTH channels (see common.cuh),
+// so that each read and write of a warp is one contiguous piece of memory; C is a multiple of
+// WIDTH. Blocks may have any size; the pieces of a row may need several blocks in the backward
+// kernels. No shared memory. Grid and block: `embedding_fwd` and `embedding_bwd` in
+// gpu_gpt2/ops/kernels.py.
+//
+// embedding_fwd: one block per row (b, t), whose threads stride over the pieces.
+//
+// embedding_bwd_wpe: one thread per piece of (t, :), which adds the B rows of position t, b = 0
+// first.
+//
+// embedding_bwd_wte: a token may stand in many rows, and all these rows add to one row of dwte.
+// Atomic additions would come in a different order on every run, so rows are grouped instead:
+// `order` lists the rows sorted by their token, rows of one token in rising order. Block (i, j)
+// looks at place i of `order` and returns unless place i is the first place of its token. Otherwise
+// each of its threads takes one piece, adds all rows of the token in the order of `order`, then
+// adds the sum to dwte.
 //
 // Cost in bytes, X = size of floatX, N = B*T: forward N C 3X (two reads, one write) at most, wpe
-// N C X + T C 8, wte N C X + (different tokens) C 8; flops: one per element. Memory binds; for wte
-// it can be the latency of one very frequent token's long chain of rows, hence ROWS_AT_ONCE.
+// N C X + T C 8, wte N C X + (different tokens) C 8. Flops: one per element. Memory binds; wte can
+// be bound by latency instead, if one token is so frequent that a thread adds a long chain of rows:
+// hence ROWS_AT_ONCE.
 //
 // Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
 
-#define ROWS_AT_ONCE 8  // rows whose loads are in flight together
+#define ROWS_AT_ONCE 8  // rows of one token that a thread loads before it adds any of them
 
 // out[0 ... WIDTH - 1] += sum, in float32
 __device__ inline void add(float* out, const float* sum) {
@@ -36,12 +41,12 @@ __device__ inline void add(float* out, const float* sum) {
 #else
 #pragma unroll
     for (int k = 0; k < WIDTH; k += 4) {
-        float4 four = *(const float4*)(out + k);
-        four.x += sum[k];
-        four.y += sum[k + 1];
-        four.z += sum[k + 2];
-        four.w += sum[k + 3];
-        *(float4*)(out + k) = four;
+        float4 vector = *(const float4*)(out + k);
+        vector.x += sum[k];
+        vector.y += sum[k + 1];
+        vector.z += sum[k + 2];
+        vector.w += sum[k + 3];
+        *(float4*)(out + k) = vector;
     }
 #endif
 }
@@ -98,8 +103,8 @@ extern "C" __global__ void embedding_bwd_wte(float* dwte, const floatX* dx, cons
     float sum[WIDTH] = {};
     bool more = true;
     for (int place = first; more; place += ROWS_AT_ONCE) {
-        // No branch stands between these loads, so that all of one loop are in flight together:
-        // where the rows of the token have ended, first_row is read again and not added.
+        // There is no branch between the loads of one loop, so that all of them are in flight
+        // together: after the last row of the token, first_row is loaded again and not added.
         int rows[ROWS_AT_ONCE];
         bool ours[ROWS_AT_ONCE];
         float values[ROWS_AT_ONCE][WIDTH];

@@ -1,4 +1,4 @@
-// GELU, the activation of the MLP, in GPT-2's tanh form, of a sum with a bias.
+// GELU, the activation of the MLP, in GPT-2's tanh form, applied to the sum of x and a bias.
 //
 //     y = 0.5 z (1 + tanh(u)),   z = x + b,   u = s (z + c z^3),   s = sqrt(2 / pi),  c = 0.044715
 //
@@ -6,33 +6,39 @@
 // gelu_fwd    y (N, O) X =    x (N, O), b (O) X
 // gelu_bwd    dx (N, O) X =   dy, x (N, O), b (O) X          dx may be dy
 //
-// The bias comes in here, and again in the backward pass, so that no pass over x is spent on adding
-// it. One block per row, whose threads stride over its pieces of WIDTH columns (see common.cuh), of
-// which O is a multiple. grid (N), any block. No shared memory, no sums.
+// Both kernels add the bias themselves, because a separate pass over x would double the bytes that
+// the forward pass moves.
 //
-// Because 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)) = sigmoid(2u), one exponential does for both
-// directions, and neither cancels where tanh comes close to -1:
+// Who does what. One block per row, whose threads stride over pieces of WIDTH columns (see
+// common.cuh); O is a multiple of WIDTH. Blocks may have any size. No shared memory, no sums. Grid
+// and block: `gelu_fwd` and `gelu_bwd` in gpu_gpt2/ops/kernels.py.
+//
+// Because 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u)) = sigmoid(2u), one exponential is enough in both
+// directions, and no digits cancel where tanh comes close to -1:
 //
 //     y = z sigmoid(2u)
-//     dy/dx = sigmoid(2u) + z sigmoid(2u) (1 - sigmoid(2u)) 2 u',   u' = s (1 + 3 c z^2)
+//     dy/dz = sigmoid(2u) + z sigmoid(2u) (1 - sigmoid(2u)) 2 u',   u' = s (1 + 3 c z^2)
 //
-// Cost per element in bytes of X: forward 2 moves (x, y), backward 3 (dy, x, dx); about 20 flops.
-// A GPU does tens of flops in the time it moves one byte: memory binds.
+// Cost per element, X = size of floatX: 2X bytes forward (x, y), 3X backward (dy, x, dx); about 20
+// flops. A GPU does tens of flops in the time it moves one byte, so memory binds.
 //
 // Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units", section 2.
 
 #define GELU_SCALE 0.7978845608028654f  // sqrt(2 / pi)
 #define GELU_CUBIC 0.044715f
-#define GELU_FLAT 10.0f  // beyond +-10 the slope is 0 or 1 to the last bit of float32
+#define GELU_FLAT 10.0f  // beyond +-10 the derivative is 0 or 1 to within 1e-35
 
+// GELU(x) = x sigmoid(2u)
 __device__ inline float gelu(float x) {
     float u = GELU_SCALE * (x + GELU_CUBIC * x * x * x);
     return x / (1.0f + expf(-2.0f * u));
 }
 
-__device__ inline float slope_of_gelu(float x) {
-    // Further out x^2 and the exponential overflow, and infinity times zero is not a number. The
-    // slope is flat there, so it is taken at the edge. (fminf would turn a NaN into a number.)
+// The derivative of GELU at x.
+__device__ inline float gelu_grad(float x) {
+    // Far from zero x^2 and the exponential overflow, and infinity times zero is a NaN. The
+    // derivative is constant there, so x is clamped first. (fminf would turn a NaN into a finite
+    // number.)
     x = x > GELU_FLAT ? GELU_FLAT : x < -GELU_FLAT ? -GELU_FLAT : x;
     float u = GELU_SCALE * (x + GELU_CUBIC * x * x * x);
     float du = GELU_SCALE * (1.0f + 3.0f * GELU_CUBIC * x * x);
@@ -68,7 +74,7 @@ extern "C" __global__ void gelu_bwd(floatX* dx, const floatX* dy, const floatX* 
         load(gradients, dy + row + c);
 #pragma unroll
         for (int k = 0; k < WIDTH; k++) {
-            gradients[k] *= slope_of_gelu(values[k] + bias[k]);
+            gradients[k] *= gelu_grad(values[k] + bias[k]);
         }
         store(dx + row + c, gradients);
     }

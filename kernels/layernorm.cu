@@ -6,61 +6,69 @@
 // kernel                   outputs                              inputs
 // layernorm_fwd            y (N, C) X =, mean, rstd (N) =       x (N, C), w, b (C) X
 // residual_layernorm_fwd   r (N, C) X = x1 + (x2 + bias),       x1, x2 (N, C), bias, w, b (C) X
-//                          and as layernorm_fwd of r
+//                          y, mean, rstd = layernorm of r
 // layernorm_bwd            dx (N, C) X +=                       dy, x (N, C), w (C) X, mean, rstd
 //                          partial (blocks, 2, C) =
 // layernorm_bwd_total      dw, db (C) +=                        partial (blocks, 2, C)
 //
 // mean, rstd, partial, dw and db are float32.
 //
-// Who does what. A team of TEAM neighbouring threads, whole warps, works on a row: each thread takes
-// PIECES pieces of WIDTH channels (see common.cuh), TEAM pieces apart, so that each read of a warp is
-// one unbroken piece of memory. `layernorm_defines` in gpu_gpt2/ops/kernels.py chooses TEAM so that
-// a thread has at most 32 channels: it reads them once and keeps them in registers. A block has
-// THREADS threads: as many teams as fit, or one.
-//     _fwd: one team per row. grid (ceil(N / teams in a block)), shared 32 floats.
-//     layernorm_bwd: block b takes the rows from b rows_per_block on, its teams in turn.
-//     grid (blocks), shared 32 floats and THREADS x WIDTH floats.
-//     layernorm_bwd_total: grid (ceil(C / 32), 2), block (32, 32), shared 32 x 32 floats.
+// Who does what. A row group works on a row: THREADS_PER_ROW neighbouring threads, which are one or
+// several whole warps. Each thread takes PIECES pieces of WIDTH channels (see common.cuh) that lie
+// THREADS_PER_ROW pieces apart, so that each read of a warp is one contiguous piece of memory. A
+// thread reads its channels, at most 32, once and keeps them in registers. A block has THREADS
+// threads: several row groups of one warp each, or one larger row group. Compile-time names, grid
+// and block: `layernorm_defines` and the methods named like the ops in gpu_gpt2/ops/kernels.py.
+//     layernorm_fwd, residual_layernorm_fwd: one row group per row; shared: 32 floats.
+//     layernorm_bwd: block b takes rows_per_block rows from row b rows_per_block on, its row groups
+//     in turn; shared: 32 floats and THREADS x WIDTH floats.
+//     layernorm_bwd_total: blocks (i, 0) make dw, blocks (i, 1) make db, for 32 channels each;
+//     shared: 32 x 32 floats.
 //
-// The variance is taken around the mean. (The shorter E[x^2] - mean^2 loses its digits where the mean
-// is large against the spread.) residual_layernorm_fwd takes its statistics from r as stored,
-// rounded to X, because that is what the backward pass will read.
+// The variance is taken around the mean. (The shorter E[x^2] - mean^2 loses its digits where the
+// mean is large compared with the spread.) residual_layernorm_fwd takes its statistics from r as
+// stored, rounded to X, because the backward pass reads r in this form.
 //
 // Backward, with z = (x - mean) rstd and g = dy w:
 //     dx += rstd (g - mean(g) - z mean(g z))
 //     dw += sum over rows of dy z            db += sum over rows of dy
-// Both come from one read of dy and x: a thread adds the dw and db of its channels over the rows of
-// its team; then the block adds its teams' sums, team 0 first, into one row of `partial`, and
-// layernorm_bwd_total adds the blocks' rows: see add_chunks in common.cuh.
+// All three come from one read of dy and x: each thread adds up dw and db of its channels over the
+// rows of its row group. Then the block adds the sums of its row groups, group 0 first, and writes
+// them to one row of `partial`. layernorm_bwd_total adds the rows of `partial`: see add_chunks in
+// column_sum.cuh.
 //
-// Sums along a row: each thread over its channels in rising order, then team_sum.
+// Order of sums along a row: each thread adds its channels in rising order, then row_sum adds the
+// threads of the row group.
 //
 // Cost in bytes, X = size of floatX: forward N C 2X, with residual N C 4X, backward N C 4X and
 // blocks C 16; about 8 flops per element. Memory binds.
 //
 // Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 3 and 4.
 
-#define LAYERNORM_EPS 1e-5f
-#define TEAMS (THREADS / TEAM)  // in a block
+#include "column_sum.cuh"
 
-// The first channel of this thread's piece i; from C on there are none.
-#define CHANNEL(i) ((((i) * TEAM) + (int)threadIdx.x % TEAM) * WIDTH)
+#define LAYERNORM_EPS 1e-5f                     // what GPT-2 adds to the variance
+#define ROW_GROUPS (THREADS / THREADS_PER_ROW)  // row groups of a block
 
-// The sum of `value` over the threads of a team, in each of them.
-__device__ inline float team_sum(float value, float* scratch) {
-#if TEAM == WARP
+// The first channel of this thread's piece i. The row has no such piece if this is C or more.
+#define CHANNEL(i) ((((i) * THREADS_PER_ROW) + (int)threadIdx.x % THREADS_PER_ROW) * WIDTH)
+
+// Returns the sum of `value` over the threads of a row group to each of them.
+__device__ inline float row_sum(float value, float* scratch) {
+#if THREADS_PER_ROW == WARP
     return warp_sum(value);
 #else
     return block_sum(value, scratch);
 #endif
 }
 
-// The row of this thread's team, in kernels with one team per row. A block of several teams needs no
-// barriers, so that teams without a row may leave.
-__device__ inline int row_of_team() { return blockIdx.x * TEAMS + threadIdx.x / TEAM; }
+// Returns the row of this thread's row group, in kernels with one row group per row. A row group
+// without a row may return early: if a block has several row groups, they need no barriers.
+__device__ inline int row_of_group() {
+    return blockIdx.x * ROW_GROUPS + threadIdx.x / THREADS_PER_ROW;
+}
 
-// mean, rstd and y of row n, whose channels this thread has in x.
+// Writes mean, rstd and y of row n, of which this thread has its channels in x.
 __device__ inline void normalize_row(floatX* y, float* mean, float* rstd, float (*x)[WIDTH],
                                      const floatX* w, const floatX* b, int n, int C,
                                      float* scratch) {
@@ -69,10 +77,10 @@ __device__ inline void normalize_row(floatX* y, float* mean, float* rstd, float 
     for (int i = 0; i < PIECES; i++) {
 #pragma unroll
         for (int k = 0; k < WIDTH; k++) {
-            sum += x[i][k];  // 0 beyond the row
+            sum += x[i][k];  // 0 beyond the end of the row
         }
     }
-    float m = team_sum(sum, scratch) / C;
+    float m = row_sum(sum, scratch) / C;
 
     float squares = 0.0f;
 #pragma unroll
@@ -83,7 +91,7 @@ __device__ inline void normalize_row(floatX* y, float* mean, float* rstd, float 
             squares += CHANNEL(i) < C ? centred * centred : 0.0f;
         }
     }
-    float s = 1.0f / sqrtf(team_sum(squares, scratch) / C + LAYERNORM_EPS);
+    float s = 1.0f / sqrtf(row_sum(squares, scratch) / C + LAYERNORM_EPS);
 
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
@@ -100,12 +108,13 @@ __device__ inline void normalize_row(floatX* y, float* mean, float* rstd, float 
             store(y + (long long)n * C + c, x[i]);
         }
     }
-    if (threadIdx.x % TEAM == 0) {
+    if (threadIdx.x % THREADS_PER_ROW == 0) {
         mean[n] = m;
         rstd[n] = s;
     }
 }
 
+// Loads this thread's channels of row n, and zeros for pieces beyond the end of the row.
 __device__ inline void load_row(float (*values)[WIDTH], const floatX* x, int n, int C) {
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
@@ -125,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     layernorm_fwd(floatX* y, float* mean, float* rstd, const floatX* x, const floatX* w,
                   const floatX* b, int N, int C) {
     SHARED_ARRAY(float, scratch, MAX_WARPS);
-    int n = row_of_team();
+    int n = row_of_group();
     if (n >= N) {
         return;
     }
@@ -139,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                            const floatX* x2, const floatX* bias, const floatX* w,
                            const floatX* b, int N, int C) {
     SHARED_ARRAY(float, scratch, MAX_WARPS);
-    int n = row_of_team();
+    int n = row_of_group();
     if (n >= N) {
         return;
     }
@@ -170,11 +179,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     SHARED_ARRAY(float, sums, THREADS * WIDTH);
     int start = blockIdx.x * rows_per_block;
     int stop = min(start + rows_per_block, N);
-    int team = threadIdx.x / TEAM;
+    int group = threadIdx.x / THREADS_PER_ROW;  // row group within the block
     float dw[PIECES][WIDTH] = {};
     float db[PIECES][WIDTH] = {};
 
-    for (int n = start + team; n < stop; n += TEAMS) {
+    for (int n = start + group; n < stop; n += ROW_GROUPS) {
         float m = mean[n];
         float s = rstd[n];
         float z[PIECES][WIDTH];
@@ -200,8 +209,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 }
             }
         }
-        float g_mean = team_sum(g_sum, scratch) / C;
-        float gz_mean = team_sum(gz_sum, scratch) / C;
+        float g_mean = row_sum(g_sum, scratch) / C;
+        float gz_mean = row_sum(gz_sum, scratch) / C;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             int c = CHANNEL(i);
@@ -218,6 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
 
+    // Each pass adds one piece of dw or db over the row groups, through shared memory.
     float* out = partial + (long long)blockIdx.x * 2 * C;
 #pragma unroll
     for (int i = 0; i < 2 * PIECES; i++) {
@@ -229,12 +239,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             sums[threadIdx.x * WIDTH + k] = sum[k];
         }
         __syncthreads();
-        for (int j = threadIdx.x; j < TEAM * WIDTH; j += THREADS) {
-            int c = i % PIECES * TEAM * WIDTH + j;
+        for (int j = threadIdx.x; j < THREADS_PER_ROW * WIDTH; j += THREADS) {
+            int c = i % PIECES * THREADS_PER_ROW * WIDTH + j;
             if (c < C) {
                 float total = 0.0f;
-                for (int t = 0; t < TEAMS; t++) {
-                    total += sums[t * TEAM * WIDTH + j];
+                for (int t = 0; t < ROW_GROUPS; t++) {
+                    total += sums[t * THREADS_PER_ROW * WIDTH + j];
                 }
                 out[(of_dw ? 0 : C) + c] = total;
             }

@@ -1,4 +1,4 @@
-// Softmax along each row of V numbers.
+// Softmax along each row of V elements.
 //
 //     y = exp(x - max) / sum(exp(x - max))
 //     dx = y (dy - sum(dy y))
@@ -7,18 +7,23 @@
 // softmax_fwd   y (N, V) X =     x (N, V) X                y may be x
 // softmax_bwd   dx (N, V) X =    dy, y (N, V) X            dx may be dy
 //
-// One block per row; its threads stride over pieces of WIDTH columns, of which V is a multiple, so
-// that each read of a warp is one unbroken piece of memory. grid (N), block a multiple of 32, shared
-// 32 floats.
-// Sums: each thread over its columns in rising order, then block_sum. Working in place is safe: all
-// reads that need the whole row are over before the barriers in block_sum, and after them each
-// thread reads a column only to overwrite that same column.
+// Who does what. One block per row, whose threads stride over pieces of WIDTH columns (see
+// common.cuh), so that each read of a warp is one contiguous piece of memory; V is a multiple of
+// WIDTH. Blocks are a multiple of 32 threads; shared: 32 floats. Grid and block: `softmax_fwd` and
+// `softmax_bwd` in gpu_gpt2/ops/kernels.py.
 //
-// Cost in bytes, X = size of floatX: forward N V 3X (read twice), backward N V 5X (dy and y twice);
-// the second read comes from cache while rows are short. About 20 flops per element, half of them
-// in exp. Memory binds.
+// Order of sums: each thread adds its columns in rising order, then block_sum adds the threads.
 //
-// Source: see softmax_of_row in common.cuh.
+// Outputs may overwrite inputs: all reads that need the whole row come before the barriers in
+// block_sum, and after these barriers a thread reads a column only to overwrite the same column.
+//
+// Cost in bytes, X = size of floatX: forward N V 3X (x is read twice), backward N V 5X (dy and y
+// are read twice); the second read comes from cache while rows are short. About 20 flops per
+// element, half of them in exp. Memory binds.
+//
+// Source: see softmax_of_row in softmax_row.cuh.
+
+#include "softmax_row.cuh"
 
 extern "C" __global__ void softmax_fwd(floatX* y, const floatX* x, int V) {
     SHARED_ARRAY(float, scratch, MAX_WARPS);

@@ -1,4 +1,5 @@
-// The squared norm of all gradients, from which AdamW decides whether to scale them down.
+// The squared norm of all gradients: AdamW clips the gradient to a norm, and leaves out an update
+// whose gradient is not finite (see adamw.cu).
 //
 //     out = sum over i of x[i]^2
 //
@@ -6,13 +7,17 @@
 // squared_norm_partial   partial (blocks) float32 =    x (n) float32
 // squared_norm_total     out (1) float32 =             partial (count) float32
 //
-// The two steps keep the order of additions fixed; one atomic addition per block would not.
-// 1. x is read 16 bytes at a time, so it begins at a multiple of 16 bytes. Thread i of T in the whole
-//    grid takes the fours i, i + T, i + 2T ... and has one sum for each place in a four; it adds the
-//    first and second, the third and fourth, and these. Of the last n % 4 elements thread i adds the
-//    i-th. Then block_sum makes one number per block. The number of blocks follows from n alone, not
-//    from the GPU: the same bits on any. grid (blocks), block a multiple of 32, shared 32 floats.
-// 2. One block sums the partial sums: thread i adds i, i + threads ...; then block_sum. grid (1).
+// The sum is made in two steps to fix the order of additions, which one atomic addition per block
+// would not. Blocks are a multiple of 32 threads; shared: 32 floats. Grid and block: `squared_norm`
+// in gpu_gpt2/ops/kernels.py, where the number of blocks follows from n alone, not from the GPU, so
+// that every GPU gives the same bits.
+//
+// 1. squared_norm_partial reads x, which begins at a multiple of 16 bytes, as float4 vectors.
+//    Thread i of the T threads of the grid reads vectors i, i + T, i + 2T ... and keeps four sums,
+//    one per component, which it then adds as (x + y) + (z + w). If i < n % 4, it also adds one of
+//    the last n % 4 elements. Then block_sum adds the threads of a block.
+// 2. squared_norm_total has one block: thread i adds the partial sums i, i + threads ...; then
+//    block_sum.
 //
 // Cost: 4 bytes and 2 flops per element. Memory binds.
 
@@ -23,11 +28,11 @@ extern "C" __global__ void squared_norm_partial(float* partial, const float* x, 
     float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
     for (long long i = thread; i < n / 4; i += threads) {
-        float4 four = ((const float4*)x)[i];
-        sums.x += four.x * four.x;
-        sums.y += four.y * four.y;
-        sums.z += four.z * four.z;
-        sums.w += four.w * four.w;
+        float4 v = ((const float4*)x)[i];
+        sums.x += v.x * v.x;
+        sums.y += v.y * v.y;
+        sums.z += v.z * v.z;
+        sums.w += v.w * v.w;
     }
     float sum = (sums.x + sums.y) + (sums.z + sums.w);
     if (thread < n % 4) {

@@ -1,24 +1,27 @@
-// Tensor cores, and the copies that feed them, as small functions: one PTX instruction each on a
-// GPU of Ampere or later, a call of the emulator elsewhere. floatX is bf16 or fp16 here.
+// The instructions of tensor cores, and of the copies that feed them, as small functions named like
+// the PTX instructions: one instruction each on a GPU of Ampere or later, a call of the emulator
+// elsewhere. floatX is bf16 or fp16 here.
 //
-// A warp multiplies tiles together: c (16 x 8) += a (16 x 16) b (16 x 8), with c in float32. Each
-// number of a tile is in the registers of one of the 32 lanes. With lane = 4 r + q:
+// A warp multiplies tiles together: c (16 x 8) += a (16 x 16) b (16 x 8), with c in float32. The
+// elements of a tile are distributed over the registers of the 32 lanes. The registers of one lane
+// are its fragment of the tile. With lane = 4 r + q:
 //
-//     of        lane has                                    in registers
+//     tile      elements of this lane                       registers
 //     c         rows r and r + 8, columns 2q and 2q + 1     c[0], c[1] (row r), c[2], c[3]
 //     a         rows r and r + 8, columns 2q, 2q + 1        a[0] (row r), a[1]
 //               and 2q + 8, 2q + 9                          a[2] (row r), a[3]
 //     b         column r, rows 2q, 2q + 1                   b[0]
 //               and 2q + 8, 2q + 9                          b[1]
 //
-// A register of a or b holds two numbers, the one of lower index in its lower half. So the four
-// numbers of c in two neighbouring tiles are, once rounded, exactly a lane's numbers of an a: a
-// product can go on into the next without leaving its registers.
+// A register of a or b holds two elements, the one of lower index in its lower half. So a lane's
+// four elements of each of two neighbouring tiles c are, once rounded, exactly its fragment of a
+// tile a: the result of one matmul becomes the left operand of the next without leaving its
+// registers.
 //
 // Source: NVIDIA, "PTX ISA", sections on mma.m16n8k16, ldmatrix and cp.async.
 
-// c += a b, by the whole warp.
-__device__ inline void multiply_add(float* c, const unsigned int* a, const unsigned int* b) {
+// c += a b. The whole warp must call it.
+__device__ inline void mma(float* c, const unsigned int* a, const unsigned int* b) {
 #ifndef GPU_GPT2_EMULATOR
 #if FLOATX == BF16
     asm volatile(
@@ -38,7 +41,7 @@ __device__ inline void multiply_add(float* c, const unsigned int* a, const unsig
 #endif
 }
 
-// A generic pointer into shared memory as the number of bytes that PTX wants.
+// Returns a generic pointer into shared memory as the 32-bit shared address that PTX needs.
 #ifndef GPU_GPT2_EMULATOR
 __device__ inline unsigned int shared_address(const void* pointer) {
     unsigned int address;
@@ -49,10 +52,11 @@ __device__ inline unsigned int shared_address(const void* pointer) {
 }
 #endif
 
-// Four 8 x 8 matrices from shared memory, by the whole warp: lane 8 m + i gives the address of row i
-// of matrix m, row + offset, a multiple of 16 bytes. (The offset is apart so that it can be part of
-// the instruction.) words[m] of lane 4 r + q becomes numbers 2q and 2q + 1 of row r of matrix m ...
-__device__ inline void load_matrices(unsigned int* words, const floatX* row, int offset) {
+// Loads four 8 x 8 matrices from shared memory. The whole warp must call it: lane 8 m + i gives the
+// address of row i of matrix m, row + offset, a multiple of 16 bytes. (`offset` is a parameter of
+// its own so that it becomes part of the instruction.) words[m] of lane 4 r + q receives elements
+// 2q and 2q + 1 of row r of matrix m.
+__device__ inline void ldmatrix(unsigned int* words, const floatX* row, int offset) {
 #ifndef GPU_GPT2_EMULATOR
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -63,9 +67,9 @@ __device__ inline void load_matrices(unsigned int* words, const floatX* row, int
 #endif
 }
 
-// ... or of column r of matrix m.
-__device__ inline void load_matrices_transposed(unsigned int* words, const floatX* row,
-                                                int offset) {
+// Like ldmatrix, but words[m] of lane 4 r + q receives elements 2q and 2q + 1 of column r of matrix
+// m.
+__device__ inline void ldmatrix_transposed(unsigned int* words, const floatX* row, int offset) {
 #ifndef GPU_GPT2_EMULATOR
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -76,37 +80,38 @@ __device__ inline void load_matrices_transposed(unsigned int* words, const float
 #endif
 }
 
-// Starts a copy of 16 bytes from global to shared memory, both at multiples of 16, or of as many
-// zeros if not `exists`. The thread goes on at once; the bytes are there after wait_for_copies.
-__device__ inline void copy_async(floatX* to, const floatX* from, bool exists) {
+// Starts a copy of 16 bytes from global to shared memory, both at multiples of 16 bytes, or of 16
+// zero bytes if not `exists`. The thread continues at once; the bytes are there after
+// cp_async_wait_all.
+__device__ inline void cp_async(floatX* to, const floatX* from, bool exists) {
 #ifndef GPU_GPT2_EMULATOR
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
                  : "r"(shared_address(to)), "l"(from), "r"(exists ? 16 : 0)
                  : "memory");
 #else
-    emulator_copy_async(to, from, 16, exists);
+    emulator_cp_async(to, from, 16, exists);
 #endif
 }
 
-// The same for one float.
-__device__ inline void copy_async(float* to, const float* from, bool exists) {
+// Starts a copy of one float from global to shared memory, or of zero if not `exists`.
+__device__ inline void cp_async(float* to, const float* from, bool exists) {
 #ifndef GPU_GPT2_EMULATOR
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                  :
                  : "r"(shared_address(to)), "l"(from), "r"(exists ? 4 : 0)
                  : "memory");
 #else
-    emulator_copy_async(to, from, 4, exists);
+    emulator_cp_async(to, from, 4, exists);
 #endif
 }
 
-// Waits until all copies that this thread has started have arrived. Other threads see the bytes only
-// after a __syncthreads that follows.
-__device__ inline void wait_for_copies() {
+// Waits until all copies that this thread has started have arrived. Other threads see the bytes
+// only after the next __syncthreads.
+__device__ inline void cp_async_wait_all() {
 #ifndef GPU_GPT2_EMULATOR
     asm volatile("cp.async.wait_all;" ::: "memory");
 #else
-    emulator_wait_for_copies();
+    emulator_cp_async_wait_all();
 #endif
 }

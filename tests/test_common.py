@@ -1,4 +1,4 @@
-"""kernels/common.cuh beyond what today's kernels ask of it: its sums, several in one kernel."""
+"""Sums and maxima of kernels/common.cuh, several in one kernel, and sums of groups of lanes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kernels/tensor_core.cuh in the emulator: lane layouts against matrix products, and faults."""
+"""kernels/tensor_core.cuh in the emulator: fragments against NumPy's matmul, and faults."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ pytestmark = pytest.mark.emulator
 KERNELS = """
 #include "tensor_core.cuh"
 
-// c (16, 16) = a (16, 16) times b (16, 16), or times its transpose.
-extern "C" __global__ void product(float* c, const floatX* a, const floatX* b, int transposed) {
+// c (16, 16) = a (16, 16) times b (16, 16), or times the transpose of b.
+extern "C" __global__ void matmul(float* c, const floatX* a, const floatX* b, int transposed) {
     SHARED_ARRAY(floatX, a_rows, 16 * 24);
     SHARED_ARRAY(floatX, b_rows, 16 * 24);
     int lane = threadIdx.x;
-    copy_async(a_rows + lane / 2 * 24 + lane % 2 * 8, a + lane * 8, true);
-    copy_async(b_rows + lane / 2 * 24 + lane % 2 * 8, b + lane * 8, true);
-    wait_for_copies();
+    cp_async(a_rows + lane / 2 * 24 + lane % 2 * 8, a + lane * 8, true);
+    cp_async(b_rows + lane / 2 * 24 + lane % 2 * 8, b + lane * 8, true);
+    cp_async_wait_all();
     __syncthreads();
     unsigned int left[4], right[4];
-    load_matrices(left, a_rows + lane % 16 * 24, lane / 16 * 8);
+    ldmatrix(left, a_rows + lane % 16 * 24, lane / 16 * 8);
     if (transposed) {
-        load_matrices(right, b_rows + (lane % 8 + lane / 16 * 8) * 24, lane / 8 % 2 * 8);
+        ldmatrix(right, b_rows + (lane % 8 + lane / 16 * 8) * 24, lane / 8 % 2 * 8);
     } else {
-        load_matrices_transposed(right, b_rows + lane % 16 * 24 + lane / 16 * 8, 0);
+        ldmatrix_transposed(right, b_rows + lane % 16 * 24 + lane / 16 * 8, 0);
     }
     float sum[2][4] = {};
-    multiply_add(sum[0], left, right);
-    multiply_add(sum[1], left, right + 2);
+    mma(sum[0], left, right);
+    mma(sum[1], left, right + 2);
     for (int i = 0; i < 8; i++) {
         int row = lane / 4 + i / 2 % 2 * 8;
         int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -47,20 +47,21 @@ extern "C" __global__ void product(float* c, const floatX* a, const floatX* b, i
     }
 }
 
-// Each lane's pair of numbers through a register.
+// y = x, two elements of each lane packed into a register and unpacked.
 extern "C" __global__ void pairs(float* y, const float* x) {
     unsigned int pair = pack(x[2 * threadIdx.x], x[2 * threadIdx.x + 1]);
     y[2 * threadIdx.x] = low(pair);
     y[2 * threadIdx.x + 1] = high(pair);
 }
 
-// y = x through shared memory; the last thread's copy is of zeros. FAULT leaves something out.
+// y = x, rotated by 256 elements, through shared memory; the last thread copies zeros instead.
+// FAULT 1 leaves out the wait, FAULT 2 the barrier; FAULT 3 adds a copy that comes too early.
 extern "C" __global__ void copies(floatX* y, const floatX* x) {
     SHARED_ARRAY(floatX, tile, 8 * 64);
     int from = threadIdx.x * 8;
-    copy_async(tile + from, x + from, threadIdx.x < 63);
+    cp_async(tile + from, x + from, threadIdx.x < 63);
 #if FAULT != 1
-    wait_for_copies();
+    cp_async_wait_all();
 #endif
 #if FAULT != 2
     __syncthreads();
@@ -69,8 +70,8 @@ extern "C" __global__ void copies(floatX* y, const floatX* x) {
         y[from + i] = tile[(from + 256 + i) % 512];
     }
 #if FAULT == 3
-    copy_async(tile + from, x + from, true);
-    wait_for_copies();
+    cp_async(tile + from, x + from, true);
+    cp_async_wait_all();
 #endif
 }
 
@@ -78,7 +79,7 @@ extern "C" __global__ void half_a_warp(float* c, const floatX* a) {
     float sum[4] = {};
     unsigned int left[4] = {};
     if (threadIdx.x < 16) {
-        multiply_add(sum, left, left);
+        mma(sum, left, left);
     }
     c[threadIdx.x] = sum[0] + to_float(a[0]);
 }
@@ -90,7 +91,7 @@ extern "C" __global__ void odd_row(float* c, const floatX* a) {
     }
     __syncthreads();
     unsigned int words[4];
-    load_matrices(words, rows + threadIdx.x * 9, 0);
+    ldmatrix(words, rows + threadIdx.x * 9, 0);
     c[threadIdx.x] = low(words[0]);
 }
 """
@@ -115,11 +116,11 @@ half_types = pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @half_types
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("transposed", [0, 1])
-def test_product(transposed: int, order: str, dtype: str) -> None:
+def test_matmul(transposed: int, order: str, dtype: str) -> None:
     rng = np.random.default_rng(0)
     a, b = rng.integers(-9, 10, (2, 16, 16)).astype(X_DTYPES[dtype])
     c = EmulatorDevice().empty((16, 16), np.float32)
-    launch("product", dtype, c, a, b, transposed, order=order)
+    launch("matmul", dtype, c, a, b, transposed, order=order)
     right = b.astype(np.float32)
     np.testing.assert_array_equal(c, a.astype(np.float32) @ (right.T if transposed else right))
 
@@ -146,7 +147,7 @@ def test_copies_arrive(order: str, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "report"),
     [
-        (1, "ended without writing y"),  # what is read there is still poison
+        (1, "ended without writing y"),  # y receives poison from where no copy has arrived
         (2, "at byte 512 of shared 'tile' .* which no thread of the block has written yet"),
         (3, "race on byte 0 of shared 'tile'"),
     ],
@@ -159,7 +160,7 @@ def test_reports_copies_in_a_wrong_order(fault: int, report: str) -> None:
         launch("copies", "bf16", y, x, threads=64, fault=fault)
 
 
-def test_a_product_needs_the_whole_warp() -> None:
+def test_an_mma_needs_the_whole_warp() -> None:
     c, a = np.zeros(32, np.float32), np.ones(1, X_DTYPES["bf16"])
     with pytest.raises(
         KernelError, match=r"mma.sync at .* is not reached by all lanes of its mask"
@@ -167,7 +168,7 @@ def test_a_product_needs_the_whole_warp() -> None:
         launch("half_a_warp", "bf16", c, a)
 
 
-def test_rows_of_matrices_start_at_16_bytes() -> None:
+def test_rows_of_ldmatrix_start_at_16_bytes() -> None:
     c, a = np.zeros(32, np.float32), np.ones(1, X_DTYPES["bf16"])
     with pytest.raises(KernelError, match="odd_row ldmatrix reads a row that does not start at"):
         launch("odd_row", "bf16", c, a)

@@ -80,16 +80,16 @@ def flash_attention_defines(head_size: int) -> dict[str, int]:
 
 def layernorm_defines(C: int, width: int) -> dict[str, int]:
     """The compile-time names of kernels/layernorm.cu for rows of C channels, WIDTH included."""
-    team = WARP
-    while team * CHANNELS_PER_THREAD < C:
-        team *= 2
-    if team > MAX_THREADS:
+    threads_per_row = WARP
+    while threads_per_row * CHANNELS_PER_THREAD < C:
+        threads_per_row *= 2
+    if threads_per_row > MAX_THREADS:
         raise ConfigError(f"layernorm of {C} channels: at most {MAX_THREADS * CHANNELS_PER_THREAD}")
     return {
         "WIDTH": width,
-        "TEAM": team,
-        "PIECES": _blocks(C, team * width),
-        "THREADS": max(team, THREADS if team == WARP else team),
+        "THREADS_PER_ROW": threads_per_row,
+        "PIECES": _blocks(C, threads_per_row * width),
+        "THREADS": max(threads_per_row, THREADS if threads_per_row == WARP else threads_per_row),
     }
 
 
@@ -163,7 +163,7 @@ class KernelOps(Ops):
             w=(w, "C"),
             b=(b, "C"),
         )
-        self._launch_by_teams("layernorm_fwd", N, C, (y, mean, rstd, x, w, b))
+        self._launch_by_row_groups("layernorm_fwd", N, C, (y, mean, rstd, x, w, b))
 
     def residual_layernorm_fwd(
         self,
@@ -191,7 +191,7 @@ class KernelOps(Ops):
             b=(b, "C"),
         )
         tensors = (r, y, mean, rstd, x1, x2, bias, w, b)
-        self._launch_by_teams("residual_layernorm_fwd", N, C, tensors)
+        self._launch_by_row_groups("residual_layernorm_fwd", N, C, tensors)
 
     def layernorm_bwd(
         self,
@@ -428,11 +428,11 @@ class KernelOps(Ops):
         threads = _row_threads(O // width, ROW_THREADS)
         self._launch(name, (N,), (threads,), (*tensors, b, O), WIDTH=width, **defines)
 
-    def _launch_by_teams(self, name: str, N: int, C: int, tensors: tuple[Array, ...]) -> None:
-        """One team of threads per row: see kernels/layernorm.cu."""
+    def _launch_by_row_groups(self, name: str, N: int, C: int, tensors: tuple[Array, ...]) -> None:
+        """One group of THREADS_PER_ROW threads per row: see kernels/layernorm.cu."""
         defines = layernorm_defines(C, self._width(C))
         threads = defines["THREADS"]
-        grid = (_blocks(N, threads // defines["TEAM"]),)
+        grid = (_blocks(N, threads // defines["THREADS_PER_ROW"]),)
         self._launch(name, grid, (threads,), (*tensors, N, C), **defines)
 
     def _launch_by_warps(self, name: str, rows: int, args: tuple[Any, ...], **defines: int) -> None:

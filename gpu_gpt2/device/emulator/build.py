@@ -1,6 +1,6 @@
-"""Builds the runtime and the kernels with the host's C++ compiler, and keeps the results on disk.
+"""Builds the runtime and the kernels with the host's C++ compiler, and caches the results on disk.
 
-A file in the cache is named by the hash of all that went into it, so it never needs refreshing.
+The name of a cached file is the hash of everything it was built from, so no file is ever stale.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SHIM: Final = HERE / "shim.h"
 RUNTIME: Final = HERE / "runtime"
 CALL_PREFIX: Final = "emulator_call_"
 
-# Optimisation stops short of anything that adds, moves or widens memory accesses: every access
-# that is judged is one that the text makes.
+# No optimisation that adds, moves or widens memory accesses is allowed, so that the emulator judges
+# exactly the accesses that the kernel's text makes.
 KERNEL_FLAGS: Final = (
     "-std=c++17",
     "-O1",
@@ -50,9 +50,9 @@ GCC_FLAGS: Final = (
 )
 CHECKED_FLAGS: Final = "-fsanitize=thread,alignment,integer-divide-by-zero"
 GCC_BOUNDS: Final = ",bounds"
-CLANG_BOUNDS: Final = ",array-bounds"  # its "bounds" also has checks that cannot be answered
+CLANG_BOUNDS: Final = ",array-bounds"  # clang's "bounds" has checks that the runtime lacks
 LINK_FLAGS: Final = ("-shared", "-nostartfiles", "-Wl,-Bsymbolic,-z,now")
-# The thread sanitizer's library is not linked: the runtime answers instead.
+# ThreadSanitizer's library is not linked: the runtime has the functions that it would define.
 CHECKED_LINK_FLAGS: Final = ("-Wl,-z,defs,--wrap=memcpy,--wrap=memset",)
 SANITIZED_FLAGS: Final = (
     "-fsanitize=address,undefined",
@@ -71,7 +71,10 @@ RUNTIME_FLAGS: Final = (
 
 
 class Compiler:
-    """The host's C++ compiler: $CXX, else g++, else clang++. Raises DeviceError without one."""
+    """The host's C++ compiler: $CXX, or else g++, or else clang++.
+
+    Raises DeviceError if there is none.
+    """
 
     def __init__(self) -> None:
         if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "aarch64"):
@@ -92,12 +95,12 @@ class Compiler:
         self.version = self.run("--version").stdout
 
     def run(self, *arguments: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
-        """Runs the compiler with `text` on its standard input."""
+        """Runs the compiler with `text` as its standard input; a failure is in the result."""
         command = [*self.words, *map(str, arguments)]
         return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
 
     def runtime(self) -> Path:
-        """The shared library of runtime/."""
+        """Returns the shared library of runtime/, and builds it if needed."""
         text = "".join(file.read_text() for file in sorted(RUNTIME.iterdir()))
         path = built_dir() / f"runtime-{_digest(self.version, *RUNTIME_FLAGS, text)}.so"
         if not path.exists():
@@ -110,9 +113,10 @@ class Compiler:
         return path
 
     def kernels(self, source: KernelSource, *, sanitize: bool) -> Path:
-        """The shared library of a kernel file, with one emulator_call_<kernel> for each kernel.
+        """Returns the shared library of a kernel file, and builds it if needed.
 
-        Raises KernelError with the compiler's lines, which name the .cu file, if it does not build.
+        It has a function emulator_call_<kernel> for each kernel. Raises KernelError with the
+        compiler's messages, which name the .cu file, if the file does not compile.
         """
         clang = "clang" in self.version
         checked = (CHECKED_FLAGS + (CLANG_BOUNDS if clang else GCC_BOUNDS),)
@@ -141,12 +145,15 @@ class Compiler:
         return path
 
     def library_file(self, name: str) -> str:
-        """Where the compiler keeps one of its own libraries."""
+        """Returns the path of one of the compiler's own libraries."""
         return self.run(f"-print-file-name={name}").stdout.strip()
 
 
 def built_dir() -> Path:
-    """The folder of built libraries."""
+    """Returns the folder of built libraries, and makes it if needed.
+
+    Raises DeviceError if it cannot be made.
+    """
     folder = cache_dir("emulator")
     if folder is None:
         raise DeviceError("no folder for built kernels: set XDG_CACHE_HOME to one")
@@ -165,7 +172,7 @@ def _digest(*parts: str) -> str:
 
 
 def _call(kernel: str, parameters: tuple[Parameter, ...]) -> str:
-    """A function that calls the kernel with arguments from an array of their addresses."""
+    """Returns C++ text: a function that calls the kernel, given the addresses of its arguments."""
     arguments = ", ".join(
         f"*({'const ' if p.const else ''}{p.ctype}{'*' if p.pointer else ''}*)arguments[{i}]"
         for i, p in enumerate(parameters)

@@ -25,14 +25,14 @@ from gpu_gpt2.errors import DeviceError, KernelError
 Order: TypeAlias = Literal["ascending", "descending", "random"]
 
 ORDERS: Final = ("ascending", "descending", "random")  # numbered as in runtime/state.h
-POISON: Final = 0x7FFB  # of runtime/state.h, which says why
+POISON: Final = 0x7FFB  # the pattern of untouched memory: see runtime/state.h
 ALIGNMENT: Final = 256  # bytes; what cudaMalloc gives
-ACCESS_LIMIT: Final = 1 << 30  # of one thread between two barriers: ten seconds and more
+ACCESS_LIMIT: Final = 1 << 30  # accesses of a thread between two barriers: ten seconds or more
 FINE, FAULT, FINER_GRANULE = range(3)  # results of emulator_launch
 MESSAGE_BYTES: Final = 4096
 FLOAT_GRANULE: Final = 2  # log2 of the bytes of shared memory that one record covers, at first
 
-# The runtime has one launch in progress, and ctypes lets other threads run meanwhile.
+# The runtime can have one launch in progress, and ctypes lets other Python threads run meanwhile.
 _launching: Final = threading.Lock()
 
 
@@ -128,9 +128,9 @@ class EmulatorDevice(CpuDevice):
         self._runtime = ctypes.CDLL(str(self._compiler.runtime()))
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """As on every device, and every element is a NaN (a whole number: a large one).
+        """Like `empty` of every device; every element is a NaN, or a large integer.
 
-        A kernel that reads it before somebody has written it is reported.
+        A kernel that reads an element before it has been written is reported.
         """
         array, words = _aligned(shape, np.dtype(dtype))
         words.fill(POISON)
@@ -151,8 +151,8 @@ class EmulatorDevice(CpuDevice):
         shared_bytes: int,
     ) -> None:
         library = self._libraries.get(source) or self._load(source)
-        arguments = (ctypes.c_void_p * len(args))()  # where each argument's value is
-        pointers = (ctypes.c_void_p * len(args))()  # the values that are pointers: the runtime's
+        arguments = (ctypes.c_void_p * len(args))()  # addresses of the arguments' values
+        pointers = (ctypes.c_void_p * len(args))()  # pointers to the arrays' copies, of the runtime
         scalars = []
         parameters = []
         for i, (parameter, value) in enumerate(zip(source.parameters(name), args, strict=True)):
@@ -224,8 +224,9 @@ class EmulatorDevice(CpuDevice):
 def sanitizer_environment() -> dict[str, str]:
     """The environment variables that a process with EmulatorDevice(sanitize=True) must start with.
 
-    They load AddressSanitizer's library first, and make every finding of it and of the undefined
-    behaviour sanitizer end the process with a report. Leaks are not looked for: Python has its own.
+    They load AddressSanitizer's library first, and make every finding of the address and undefined
+    behaviour sanitizers end the process with a report. Leaks are not checked, because Python itself
+    leaks memory.
     """
     compiler = Compiler()
     library = Path(compiler.library_file("libasan.so"))

@@ -28,7 +28,7 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """What the emulator must know of a shared library, in addresses before loading."""
+    """The layout of a shared library, in addresses before loading."""
 
     size: int
     bss: tuple[int, int]  # first byte, and the one after the last
@@ -37,7 +37,10 @@ class Image:
 
 
 def read_image(path: Path) -> Image:
-    """The layout of a 64-bit little-endian shared library that was not stripped."""
+    """Returns the layout of a 64-bit little-endian shared library that was not stripped.
+
+    Raises ValueError for any other file.
+    """
     data = path.read_bytes()
     if data[:6] != b"\x7fELF\x02\x01":
         raise ValueError(f"{path} is not a 64-bit little-endian ELF file")

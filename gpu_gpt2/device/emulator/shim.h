@@ -1,7 +1,7 @@
-// CUDA's words in plain C++, put in front of a kernel's text so that a host compiler takes it as it
-// is. Only what the language itself offers on a GPU is here, and no header is included, so that a
-// kernel which needs more fails here as it would in NVRTC. The functions named emulator_* are in
-// runtime/runtime.cpp.
+// CUDA's built-in names in plain C++. build.py puts this text in front of a kernel's text, so that
+// a host compiler accepts the kernel unchanged. Only what CUDA C offers without any header is here,
+// and no header is included, so that a kernel which needs more fails here as it would in NVRTC. The
+// functions named emulator_* are in runtime/runtime.cpp.
 
 #define GPU_GPT2_EMULATOR 1
 
@@ -21,8 +21,9 @@
 
 // --- shared memory ---
 
-// Blocks run one after another, so a static variable is shared memory. The array before each one
-// belongs to nobody: an index past an end or before a start lands there and is seen.
+// Blocks run one after another, so a static variable can serve as shared memory. Before each shared
+// variable lies a guard array that no kernel may touch: an index past the end of one variable, or
+// before the start of the next, lands in the guard and is reported.
 #define EMULATOR_JOIN_(a, b) a##b
 #define EMULATOR_JOIN(a, b) EMULATOR_JOIN_(a, b)
 #define __shared__                                                                        \
@@ -58,8 +59,9 @@ EMULATOR_INLINE float4 make_float4(float x, float y, float z, float w) { return 
 // --- the runtime ---
 
 extern "C" {
-// The runtime changes these when it changes threads. One thread never sees a change, so they may
-// be const here, which also keeps the compiler from reporting reads of them as memory accesses.
+// The runtime changes these variables when it switches threads. No thread ever sees them change, so
+// they can be const here, which also keeps the compiler from reporting reads of them as memory
+// accesses.
 extern const uint3 threadIdx __asm__("emulator_thread_index");
 extern const uint3 blockIdx __asm__("emulator_block_index");
 extern const uint3 blockDim __asm__("emulator_block_size");
@@ -74,18 +76,18 @@ void emulator_mma(float* c, const unsigned int* a, const unsigned int* b, int bf
                   const char* file, int line);
 void emulator_ldmatrix(unsigned int* words, const void* row, int transposed, const char* file,
                        int line);
-void emulator_copy_async(void* to, const void* from, int bytes, int exists);
-void emulator_wait_for_copies(void);
+void emulator_cp_async(void* to, const void* from, int bytes, int exists);
+void emulator_cp_async_wait_all(void);
 [[noreturn]] void emulator_trap(const char* file, int line);
 }
 
-// The caller's place in the kernel file, as default arguments of the functions below.
+// File and line of the call, as default arguments of the functions below.
 #define EMULATOR_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 EMULATOR_INLINE void __syncthreads(EMULATOR_PLACE) { emulator_syncthreads(file, line); }
 [[noreturn]] EMULATOR_INLINE void __trap(EMULATOR_PLACE) { emulator_trap(file, line); }
 
-// --- a warp together; the numbers are enum Kind of runtime/state.h ---
+// --- a warp together; the first argument of each call is enum Kind of runtime/state.h ---
 
 template <typename T>
 EMULATOR_INLINE T emulator_shuffle(int kind, unsigned int mask, T value, int operand, int width,
@@ -131,7 +133,7 @@ EMULATOR_INLINE void __syncwarp(unsigned int mask = 0xffffffffu, EMULATOR_PLACE)
     emulator_collective(7, mask, 0, 0, 32, file, line);
 }
 
-// --- atomics: whole numbers only, as sums of floats in no fixed order are not repeatable ---
+// --- atomics: integers only, because a sum of floats in no fixed order is not reproducible ---
 
 EMULATOR_INLINE int atomicAdd(int* address, int value) {
     return emulator_atomic_add(address, value);
@@ -188,7 +190,7 @@ EMULATOR_MIN_MAX(long long)
 EMULATOR_MIN_MAX(unsigned long long)
 EMULATOR_INLINE float min(float a, float b) { return fminf(a, b); }
 EMULATOR_INLINE float max(float a, float b) { return fmaxf(a, b); }
-// CUDA lets one of two be unsigned, and then compares both as unsigned.
+// CUDA accepts one signed and one unsigned argument, and compares both as unsigned.
 EMULATOR_INLINE unsigned int min(int a, unsigned int b) { return min((unsigned int)a, b); }
 EMULATOR_INLINE unsigned int min(unsigned int a, int b) { return min(a, (unsigned int)b); }
 EMULATOR_INLINE unsigned int max(int a, unsigned int b) { return max((unsigned int)a, b); }

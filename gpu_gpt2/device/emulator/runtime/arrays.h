@@ -5,7 +5,7 @@
 
 namespace {
 
-// Memory that AddressSanitizer watches at both ends.
+// Allocates memory whose two ends AddressSanitizer watches.
 void* allocate_sanitized(size_t bytes) {
     void* memory = nullptr;
     if (posix_memalign(&memory, ALIGNMENT, std::max(bytes, size_t{1}))) abort();
@@ -18,6 +18,8 @@ void free_sanitized() {
     sanitized_memory.clear();
 }
 
+// Makes a region for each array, or for each group of overlapping arrays, and points the kernel's
+// arguments into the copies. Returns false, with a message, if there is not enough memory.
 bool make_regions() {
     region_list.clear();
     chunk_table.clear();

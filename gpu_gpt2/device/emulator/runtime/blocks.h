@@ -1,11 +1,11 @@
-// Runs threads as fibers, lets them meet at barriers and collectives, and blocks one by one.
+// Runs blocks one by one, their threads as fibers that meet at barriers and collectives.
 #pragma once
 
 #include "report.h"
 
 namespace {
 
-// A copy under way: its bytes, and where they will be.
+// A copy that cp.async has started: its bytes and their destination.
 struct Copy {
     uint8_t data[16];
     uint32_t bytes;
@@ -20,7 +20,7 @@ uint64_t next_random() {  // splitmix64
     return z ^ z >> 31;
 }
 
-// Puts numbers 0 to count - 1 into the launch's order.
+// Fills `numbers` with 0 to count - 1 in the launch's order.
 void arrange(uint32_t* numbers, uint32_t count) {
     for (uint32_t i = 0; i < count; i++) {
         numbers[i] = launch->order == DESCENDING ? count - 1 - i : i;
@@ -59,7 +59,7 @@ void start_fiber(uint32_t number) {
     fiber.thread = static_cast<uint16_t>(number);
     fiber.exchanges = 0;
     fiber.index = thread_index(number);
-    // Stacks that begin at equal offsets would fight for the same lines of the cache.
+    // Stacks that begin at equal offsets would compete for the same cache lines.
     uintptr_t top = reinterpret_cast<uintptr_t>(stack_of(number)) + STACK - 64 - number % 16 * 256;
     uintptr_t* frame = reinterpret_cast<uintptr_t*>(top);
 #if defined(__x86_64__)
@@ -97,8 +97,8 @@ uint32_t lanes_in_warp(uint32_t warp) {
     return lanes == WARP ? 0xffffffffu : (1u << lanes) - 1;
 }
 
-// The lane whose value a shuffle of `lane` takes, as in the CUDA C++ Programming Guide, "Warp
-// Shuffle Functions".
+// Returns the lane whose value a shuffle gives to `lane`, as in the CUDA C++ Programming Guide,
+// "Warp Shuffle Functions".
 uint32_t shuffle_source(const Fiber& fiber, uint32_t lane) {
     int width = fiber.width;
     int self = static_cast<int>(lane);
@@ -145,7 +145,7 @@ void try_collective(uint32_t warp, const Fiber& caller) {
     warp_stamps[warp] = ++last_stamp;
 }
 
-// --- a block that cannot go on ---
+// --- a block that cannot continue ---
 
 bool same_situation(const Fiber& a, const Fiber& b) {
     if (a.state != b.state) return false;
@@ -154,7 +154,7 @@ bool same_situation(const Fiber& a, const Fiber& b) {
            (a.state == AT_BARRIER || (a.kind == b.kind && a.mask == b.mask));
 }
 
-// Says where threads first to last - 1 are, each place once.
+// Adds to the message where threads first to last - 1 are, naming each place once.
 void say_situations(uint32_t first, uint32_t last) {
     bool any = false;
     for (uint32_t i = first; i < last; i++) {
@@ -218,7 +218,7 @@ void run_warp(uint32_t warp) {
     }
 }
 
-// Whether all threads wait in one __syncthreads, which then lets them go.
+// Returns true if all threads wait in one __syncthreads, and makes them ready again.
 bool pass_barrier() {
     for (uint32_t i = 0; i < thread_count; i++) {
         if (fibers[i].state != AT_BARRIER || !same_situation(fibers[i], fibers[0])) return false;

@@ -5,16 +5,16 @@
 
 namespace {
 
-// Whether an earlier access of this block is in no order with this thread's access now.
+// Returns true if nothing orders this thread's access after an earlier access of this block.
 ALWAYS_INLINE bool unordered(const Touch& earlier) {
     return earlier.stamp >= phase_stamp && earlier.thread != thread &&
            ((earlier.thread ^ thread) >= WARP || earlier.stamp >= warp_stamp);
 }
 
-// Of all reads of an element one is enough to find a conflict with any later write, because warps
-// run one after another between two barriers, and a thread runs until it waits: whoever writes
-// later is of this thread's warp, or of one that has not run yet. `origin` is the last stamp that
-// no longer matters.
+// One remembered read of an element is enough to find a race with any later write, because warps
+// run one after another between two barriers, and a thread runs until it waits: a thread that
+// writes later belongs to this thread's warp, or to a warp that has not run yet. Accesses up to the
+// stamp `origin` no longer matter.
 ALWAYS_INLINE void remember_read(Touch& read, uint32_t origin, uint32_t place) {
     bool other_block = read.stamp > origin && read.stamp < block_stamp;
     if (!other_block && !unordered(read)) read = {warp_stamp, place, thread};
@@ -56,8 +56,8 @@ bool holds_poison(uintptr_t address, size_t element) {
     return element == 2 && *reinterpret_cast<const uint16_t*>(address) == POISON;
 }
 
-// Whether the element still holds what `empty` put there and nobody wrote it in this launch. (What
-// a kernel writes can be that pattern only if it computed with it.)
+// Reports an element that still holds the pattern that `empty` put there, unless this launch wrote
+// it. (A kernel can write the pattern only if it computed with the pattern.)
 COLD void check_poison(const Region& region, uintptr_t address, uint32_t place) {
     uintptr_t inside = address - region.start;
     if (region.one_type && region.records[inside >> region.granule].write.stamp <= launch_stamp) {
@@ -79,7 +79,7 @@ ALWAYS_INLINE void judge_global(uintptr_t address, size_t size, uint32_t place) 
                 check_poison(region, address + done, place);
             }
         }
-        if (!region.writable) return;  // nobody can write it, so there are no races to find
+        if (!region.writable) return;  // no thread can write this region, so it has no races
     } else if (UNLIKELY(!region.writable || region.mixed) &&
                !covered_by_output(region, address, size)) {
         report_global(region, address, size, access, place);
@@ -94,7 +94,8 @@ template <Access access>
 ALWAYS_INLINE void judge_shared(Record* records, uintptr_t start, uintptr_t address, size_t size,
                                 uint32_t place) {
     if (UNLIKELY(size >> shared_granule == 0)) {
-        // Two threads may own parts of what one record covers: start again with finer records.
+        // Two threads may own parts of the bytes of one record: the launch starts again with finer
+        // records.
         shared_granule = size == 2 ? 1 : 0;
         leave(FINER_GRANULE);
     }
@@ -109,8 +110,8 @@ ALWAYS_INLINE void judge_shared(Record* records, uintptr_t start, uintptr_t addr
     }
 }
 
-// Whether the address is in the program's read-only data, or threadIdx and its like: clang reports
-// reads of those.
+// Returns true for the program's read-only data and for threadIdx, blockIdx, blockDim and gridDim,
+// whose reads clang reports too.
 bool is_constant(uintptr_t address) {
     if (address - image_start < launch->image->end - image_start) return true;
     for (const Index3* index : {&emulator_thread_index, &emulator_block_index,
@@ -150,7 +151,8 @@ ALWAYS_INLINE void judge(uintptr_t address, size_t size, uint32_t place) {
     }
 }
 
-// An output that nobody wrote still holds what the device's `empty` put there, in every element.
+// Reports an output that no thread wrote: all its elements still hold the pattern that `empty` put
+// there.
 void find_unwritten_output() {
     for (uint32_t i = 0; i < launch->parameter_count; i++) {
         const Parameter& p = launch->parameters[i];

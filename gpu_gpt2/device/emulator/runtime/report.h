@@ -1,4 +1,4 @@
-// What is said about a fault, and the way out of the kernel that made it.
+// Writes the message about a fault, and leaves the kernel that made it.
 #pragma once
 
 #include "state.h"
@@ -58,7 +58,7 @@ const char* verb(Access access) {
     return access == READ ? "reads" : access == WRITE ? "writes" : "atomically changes";
 }
 
-// The parameter of the region whose array is nearest to an address of the copy.
+// Returns the parameter of the region whose array is nearest to an address in the copy.
 const Parameter& nearest_parameter(const Region& region, uintptr_t address) {
     const Parameter* best = nullptr;
     uint64_t best_distance = UINT64_MAX;

@@ -39,16 +39,17 @@ uint64_t emulator_collective(int kind, uint32_t mask, uint64_t value, int operan
     return meet(static_cast<Kind>(kind), mask, value, operand, width, file, line);
 }
 
-// c (16 x 8) += a (16 x 16) b (16 x 8): each lane has 4, 8 and 4 numbers of them, and adds the
-// products to its own numbers of c in rising order of the inner index. Of its numbers in c, lane
-// 4 r + q has columns 2q and 2q + 1 of rows r and r + 8.
+// c (16 x 8) += a (16 x 16) b (16 x 8), where each lane has 4, 8 and 4 elements of them. A lane
+// adds to its own elements of c in rising order of the inner index k. Lane 4 r + q has columns 2q
+// and 2q + 1 of rows r and r + 8 of c.
 void emulator_mma(float* c, const uint32_t* a, const uint32_t* b, int bf16, const char* file,
                   int line) {
     const Words* lanes = exchange(MMA, {{a[0], a[1], a[2], a[3], b[0], b[1]}}, file, line);
     uint32_t row = current->thread % WARP / 4, column = current->thread % 4 * 2;
     for (int k = 0; k < 16; k++) {
-        // Of row r, lane 4 r + q has k = 2q, 2q + 1 in word 0 and 8 more in word 2; of row r + 8 in
-        // words 1 and 3. Of column n of b, lane 4 n + q has the same k in words 4 and 5.
+        // Lane 4 r + q has, of row r of a, k = 2q, 2q + 1 in word 0 and k = 2q + 8, 2q + 9 in word
+        // 2; of row r + 8 the same k in words 1 and 3. Lane 4 n + q has, of column n of b, the same
+        // k in words 4 and 5.
         int q = k % 8 / 2, odd = k % 2, upper = k / 8;
         for (int i = 0; i < 4; i++) {
             const uint32_t* of_a = lanes[4 * row + q].word + i / 2 + 2 * upper;
@@ -58,8 +59,9 @@ void emulator_mma(float* c, const uint32_t* a, const uint32_t* b, int bf16, cons
     }
 }
 
-// Four matrices of 8 rows of 8 halves; lane 8 m + i says where row i of matrix m is. Word m of
-// lane 4 r + q becomes halves 2q and 2q + 1 of row r of matrix m, or, transposed, of its column r.
+// Loads four matrices of 8 x 8 elements of 16 bits; `row` of lane 8 m + i is the address of row i
+// of matrix m. Word m of lane 4 r + q receives elements 2q and 2q + 1 of row r of matrix m or,
+// transposed, of column r of matrix m.
 void emulator_ldmatrix(uint32_t* words, const void* row, int transposed, const char* file,
                        int line) {
     uintptr_t from = reinterpret_cast<uintptr_t>(row);
@@ -85,9 +87,9 @@ void emulator_ldmatrix(uint32_t* words, const void* row, int transposed, const c
     }
 }
 
-// Bytes of global memory, or zeros, that arrive in shared memory when the thread waits for them. Until
-// then whoever reads there races with the copy, or finds poison.
-void emulator_copy_async(void* to, const void* from, int bytes, int exists) {
+// Notes a copy from global memory, or of zeros, whose bytes arrive in shared memory when the thread
+// waits for its copies. Until then a read of these bytes is a race with the copy, or finds poison.
+void emulator_cp_async(void* to, const void* from, int bytes, int exists) {
     Copy copy{{}, static_cast<uint32_t>(bytes), reinterpret_cast<uintptr_t>(to)};
     if (!launch->sanitized) {
         judge<WRITE>(copy.to, copy.bytes, PLACE);
@@ -98,7 +100,7 @@ void emulator_copy_async(void* to, const void* from, int bytes, int exists) {
     copies[current->thread].push_back(copy);
 }
 
-void emulator_wait_for_copies() {
+void emulator_cp_async_wait_all() {
     for (const Copy& copy : copies[current->thread]) {
         if (!launch->sanitized) judge<WRITE>(copy.to, copy.bytes, PLACE);
         memcpy(reinterpret_cast<void*>(copy.to), copy.data, copy.bytes);
@@ -119,8 +121,8 @@ int emulator_atomic_add(int* address, int value) {
     leave(FAULT);
 }
 
-// Runs a kernel. Returns an Outcome; for a FAULT the message, without the kernel's name, says what
-// happened, with {offset} for places in the code.
+// Runs a kernel and returns an Outcome. After a FAULT, `text` says what happened, without the
+// kernel's name and with {offset} for each place in the code.
 int emulator_launch(Launch* request, char* text, uint64_t text_size) {
     launch = request;
     message = text;
@@ -162,7 +164,8 @@ HOOKS(16)
 void __tsan_read_range(void* address, size_t size) { judge<READ>(ADDRESS, size, PLACE); }
 void __tsan_write_range(void* address, size_t size) { judge<WRITE>(ADDRESS, size, PLACE); }
 
-// clang copies structures with memcpy; the linker turns the kernel's calls of it into these.
+// clang copies structures with memcpy; the linker redirects the kernel's calls of memcpy and memset
+// to the next two functions.
 void* __wrap_memcpy(void* to, const void* from, size_t size) {
     judge<READ>(reinterpret_cast<uintptr_t>(from), size, PLACE);
     judge<WRITE>(reinterpret_cast<uintptr_t>(to), size, PLACE);
@@ -187,7 +190,8 @@ void __tsan_func_entry(void*) {
     }
 }
 
-// -fsanitize=alignment,bounds,integer-divide-by-zero call these; the structures are the compilers'.
+// Code compiled with -fsanitize=alignment,bounds,integer-divide-by-zero calls the functions below.
+// The structures are those that gcc and clang pass.
 
 struct SourcePlace {
     const char* file;

@@ -1,4 +1,4 @@
-// What a launch is made of, and the one launch in progress.
+// The data structures of a launch, and the one launch in progress.
 #pragma once
 
 #include <sys/mman.h>
@@ -32,10 +32,10 @@ Index3 emulator_thread_index, emulator_block_index, emulator_block_size, emulato
 
 struct Parameter {      // a pointer parameter of the kernel
     const char* name;
-    const char* type;   // of an element
+    const char* type;   // name of an element's type
     uint8_t* data;      // the caller's array
     uint64_t bytes;
-    void** argument;    // where the kernel finds the pointer
+    void** argument;    // address of the pointer that the kernel receives
     uint32_t itemsize;
     uint32_t constant;  // 1 for `const T*`
 };
@@ -48,7 +48,7 @@ struct Variable {  // a __shared__ variable
 
 struct Image {  // the kernel's shared library in memory
     uintptr_t start, end;
-    uintptr_t bss_start, bss_end;  // holds the shared variables and the gaps between them
+    uintptr_t bss_start, bss_end;  // memory of the shared variables and of the guards between them
     const Variable* variables;
     uint32_t variable_count;
 };
@@ -63,8 +63,8 @@ struct Launch {
     uint32_t grid[3], block[3];
     uint32_t shared_bytes;
     uint32_t order;           // enum Order
-    uint32_t access_limit;    // of one thread without a barrier
-    uint32_t sanitized;       // the accesses are judged by AddressSanitizer instead
+    uint32_t access_limit;    // most accesses that a thread may make without a barrier
+    uint32_t sanitized;       // 1 if AddressSanitizer judges the accesses instead
     uint32_t shared_granule;  // in and out: log2 of the bytes of shared memory that a record covers
 };
 
@@ -91,17 +91,18 @@ enum Access { READ, WRITE, ATOMIC };
 
 constexpr uint32_t WARP = 32;
 constexpr uint32_t MAX_THREADS = 1024;
-constexpr uint16_t ATOMIC_THREAD = 0xffff;  // as the writer of a record: any number of threads
+constexpr uint16_t ATOMIC_THREAD = 0xffff;  // writer of a record if atomics of any threads wrote it
 constexpr size_t STACK = 256 << 10;
-constexpr size_t STACK_RESERVE = 32 << 10;  // left for the calls that nobody counts
+constexpr size_t STACK_RESERVE = 32 << 10;  // left for functions that do not check the stack
 constexpr size_t PAGE = 4096;
 constexpr size_t GUARD = 16 << 20;  // address space, not memory, between two arrays
-constexpr size_t CHUNK = 64 << 10;  // of the table that finds the region of an address
+constexpr size_t CHUNK = 64 << 10;  // bytes per entry of the table from addresses to regions
 constexpr size_t ALIGNMENT = 256;   // what cudaMalloc gives
 constexpr uint32_t MANY_STAMPS = 1u << 31;
 
-// What an untouched array or shared variable holds: as float32, bfloat16 or float64 a NaN, and as
-// int32 an unlikely number. Also in device.py.
+// The 16-bit pattern that fills arrays and shared variables before anything is written to them: a
+// NaN as float32, bfloat16, float16 or float64, and an unlikely value as int32. device.py has it
+// too.
 constexpr uint16_t POISON = 0x7ffb;
 
 struct Touch {
@@ -110,13 +111,13 @@ struct Touch {
     uint16_t thread;
 };
 
-// The last write of an element and the one read that matters; see remember_read.
+// The last write of an element, and the one read of it that must be remembered (see remember_read).
 struct Record {
     Touch write, read;
 };
 
 struct Region {
-    uintptr_t start;  // of the copy
+    uintptr_t start;  // address of the copy
     uint64_t bytes;
     uint8_t* original;
     Record* records;
@@ -136,7 +137,7 @@ struct Fiber {
     uint32_t mask;
     int32_t operand, width;
     int32_t line;
-    uint32_t exchanges;  // of words with the rest of the warp, so far
+    uint32_t exchanges;  // number of exchanges of words with the rest of the warp so far
     const char* file;
     uint64_t value, result;
 };
@@ -146,7 +147,7 @@ struct BlockStart {
     uint64_t block;
 };
 
-// Grows, and is all zeros after growing.
+// Memory that can grow, and is all zeros after growing.
 struct ZeroedMemory {
     uint8_t* data = nullptr;
     size_t size = 0;
@@ -171,7 +172,7 @@ struct ZeroedMemory {
 
 // --- the one launch in progress ---
 
-// What the hooks need at every access, together.
+// Variables that the hooks need at every access stand together, for the cache.
 uintptr_t arena_start;
 size_t arena_bytes;
 Region* regions;
@@ -179,19 +180,19 @@ const uint16_t* region_of_chunk;
 uintptr_t bss_start;
 size_t bss_bytes;
 uintptr_t dynamic_start;
-size_t dynamic_bytes;  // with the guard after it
+size_t dynamic_bytes;  // size of the dynamic shared memory and the guard after it
 uintptr_t stack_start;
 uint32_t launch_stamp;  // the last stamp of earlier launches
-uint32_t block_stamp;   // the first of this block
-uint32_t phase_stamp;   // the first since the last __syncthreads
-uint32_t warp_stamp;    // the first since the last collective of this warp
+uint32_t block_stamp;   // the first stamp of this block
+uint32_t phase_stamp;   // the first stamp since the last __syncthreads
+uint32_t warp_stamp;    // the first stamp since the last collective of this warp
 uint32_t budget;
 uint16_t thread;
 uint32_t shared_granule;
 Record* shared_records;
 Record* dynamic_records;
 uintptr_t image_start;
-const uint16_t* variable_of_byte;  // of the bss: number of the shared variable, from 1
+const uint16_t* variable_of_byte;  // for each byte of the bss: number of its shared variable, or 0
 
 Launch* launch;
 std::vector<Region> region_list;

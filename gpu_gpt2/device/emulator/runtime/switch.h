@@ -1,7 +1,7 @@
 #pragma once
 
-// void emulator_switch(void** save, void* load): keeps the registers that a call must keep on the
-// stack, stores the stack pointer at `save`, and goes on where the stack `load` was left.
+// void emulator_switch(void** save, void* load): pushes the callee-saved registers, stores the
+// stack pointer at `save`, and continues where the stack `load` was left.
 #if defined(__x86_64__)
 asm(R"(
 .text

@@ -1,5 +1,6 @@
-// What a warp does with the tensor cores, and copies that arrive later. The lane layouts are those
-// of the PTX ISA, sections "Matrix fragments for mma.m16n8k16" and "ldmatrix".
+// How the lanes of a warp meet in a collective, and exchange words for mma and ldmatrix. The
+// layouts of the words are those of the PTX ISA, sections "Matrix fragments for mma.m16n8k16" and
+// "ldmatrix".
 #pragma once
 
 #include "blocks.h"
@@ -34,8 +35,9 @@ uint64_t meet(Kind kind, uint32_t mask, uint64_t value, int operand, int width, 
     return self.result;
 }
 
-// What each lane of a warp lays on the table for all others. There are two tables in turn: a lane
-// may lay out its next words while others still read the last ones, but cannot be further ahead.
+// The words that a lane gives to all other lanes of its warp. A warp has two tables of words and
+// uses them in turn: a lane may write its next words while other lanes still read the previous
+// ones, but cannot be further ahead.
 struct Words {
     uint32_t word[6];
 };
@@ -55,7 +57,7 @@ float bits_as_float(uint32_t bits) {
     return value;
 }
 
-// Half `i` of a lane's words as a float.
+// Returns 16-bit element `i` of a lane's words as a float.
 float half_of(const uint32_t* words, int i, bool bf16) {
     uint32_t bits = words[i / 2] >> (i % 2 * 16) & 0xffffu;
     if (bf16) return bits_as_float(bits << 16);
