@@ -62,7 +62,7 @@ def test_graphs_give_what_single_launches_give(
 
 
 class GraphDevice(CpuDevice):
-    """A CPU that plays a device with graphs: it notes which are made, and in what order they run."""
+    """A CPU that plays a device with graphs, and notes which are made and launched."""
 
     def __init__(self) -> None:
         self.made: list[Callable[[], None]] = []
