@@ -1,4 +1,4 @@
-"""Where files lie that can be made again: tokens, and kernels built for the emulator."""
+"""The cache folder, for files that can be made again: tokens, kernels built for the emulator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_dir(name: str) -> Path | None:
-    """$XDG_CACHE_HOME/gpu-gpt2/NAME, else in ~/.cache; None for a user without a home."""
+    """Returns $XDG_CACHE_HOME/gpu-gpt2/NAME, else one in ~/.cache; None if there is no home folder."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):
         try:

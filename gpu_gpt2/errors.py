@@ -1,12 +1,12 @@
-"""The exceptions a user can meet: each says in one line what is wrong and what to do next."""
+"""The package's exceptions. Each message says in one line what is wrong and what to do next."""
 
 
 class UserError(Exception):
-    """A mistake a user can mend: the command line prints it as one line and exits with 1."""
+    """An error that a user can correct: the command line prints one line and exits with 1."""
 
 
 class ConfigError(UserError):
-    """An option or a model size that cannot work."""
+    """An option or a model size that is not possible."""
 
 
 class DataError(UserError):
@@ -14,7 +14,7 @@ class DataError(UserError):
 
 
 class DeviceError(UserError):
-    """A device that is not here, or cannot do what was asked."""
+    """A device that this machine does not have, or that cannot do what was asked."""
 
 
 class CheckpointError(UserError):
@@ -22,12 +22,12 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """Training went somewhere it cannot come back from, such as a loss that is not a number."""
+    """Training diverged: a loss, a gradient or a weight is no longer a finite number."""
 
 
 class LaunchError(TypeError):
-    """A kernel was called with arguments its signature does not allow: a bug in the caller."""
+    """A kernel was launched with arguments that its signature does not allow: a caller's bug."""
 
 
 class KernelError(RuntimeError):
-    """The emulator caught a kernel doing what the hardware would not forgive."""
+    """The emulator found a bug in a kernel: out of bounds, race, missing barrier and so on."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gpu_gpt2.device.launch import Dim3, check_launch
 from gpu_gpt2.device.source import KernelSource
 
-# A NumPy array on the CPU and in the emulator, a CuPy array on a GPU; both slice and reshape alike.
+# A NumPy array on the CPU and in the emulator, a CuPy array on a GPU. Both have the same methods.
 Array: TypeAlias = Any
 
 FLOAT32: Final = np.dtype(np.float32)

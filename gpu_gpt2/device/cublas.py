@@ -1,10 +1,9 @@
-"""Matrix products by cuBLAS's own function, for what cupy.matmul does not do.
+"""Calls cuBLAS's GEMM directly, for the matmuls that `cupy.matmul` does not compute.
 
-That is to add into the output, to write float32 from 16-bit inputs, to multiply float32 numbers as
-such, and to be recorded into a CUDA graph: CuPy refuses to call cuBLAS while a stream is captured.
-CuPy also sets the stream before every call, which takes a handle's own workspace away, so the
-handle here is one that CuPy never sees. Names and numbers are those of cublas_api.h and
-library_types.h of CUDA 12 and 13.
+It adds into the output, writes float32 from 16-bit inputs, multiplies float32 in full precision,
+and can be captured in a CUDA graph; see cuda.py for the rule. CuPy sets the stream before every
+call, which takes a handle's own workspace away, so the handle here is one that CuPy never sees.
+Names and values of the constants are those of cublas_api.h and library_types.h of CUDA 12 and 13.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ SIGNATURES: Final = {
 
 
 def math_mode(*, tf32: bool) -> int:
-    """A cublasMath_t: sums of split products in float32 too; `tf32` for products of float32."""
+    """Returns a cublasMath_t in which split sums stay float32; `tf32` rounds float32 inputs."""
     return DISALLOW_REDUCED_PRECISION_REDUCTION | (TF32_TENSOR_OP_MATH if tf32 else 0)
 
 
 def workspace_bytes(compute_capability: int) -> int:
-    """The workspace that NVIDIA recommends: 32 MiB from Hopper on, 4 MiB before."""
+    """Returns the size of workspace that NVIDIA recommends: 32 MiB from Hopper on, else 4 MiB."""
     return (32 if compute_capability >= 90 else 4) << 20
 
 
 class Cublas:
     """One cuBLAS handle on one stream, with a workspace of its own.
 
-    `library` is a shared library that is linked to cuBLAS: its copy of cuBLAS is the one used.
+    `library` is the path of a shared library that is linked to cuBLAS; its copy of cuBLAS is used.
     """
 
     def __init__(self, library: str, *, stream: int, workspace: Array, tf32: bool) -> None:
@@ -62,15 +61,16 @@ class Cublas:
         self._handle = ctypes.c_void_p()
         self._call("cublasCreate_v2", ctypes.byref(self._handle))
         self._call("cublasSetStream_v2", self._handle, stream)
-        # After the stream, for setting a stream goes back to cuBLAS's own workspace.
+        # This must follow the stream: setting a stream resets the workspace to cuBLAS's own.
         self._call("cublasSetWorkspace_v2", self._handle, workspace.data.ptr, workspace.nbytes)
         self._call("cublasSetMathMode", self._handle, math_mode(tf32=tf32))
 
     def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool) -> None:
-        """As Device.matmul.
+        """Computes out = a @ b, or += with `accumulate`: see Device.matmul.
 
-        cuBLAS counts in columns, so it is asked for out^T = b^T a^T, for which row-major memory
-        is already in the right order. Its factors 1 and 0 are host numbers: a graph keeps them.
+        cuBLAS's matrices are column-major, so it is asked for out^T = b^T a^T, for which row-major
+        memory is already in the right order. The factors alpha and beta lie in host memory, whose
+        values a captured graph keeps.
         """
         (M, K), N = a.shape, b.shape[1]
         b_op, ldb = _operand(b)
@@ -92,7 +92,7 @@ class Cublas:
 
 
 def _operand(x: Array) -> tuple[int, int]:
-    """cuBLAS operation and leading dimension of a row-major matrix, or of its transposed view."""
+    """Returns cuBLAS's operation and leading dimension of a row-major or transposed matrix."""
     if x.flags.c_contiguous:
         return OP_N, x.shape[1]
     if x.flags.f_contiguous:

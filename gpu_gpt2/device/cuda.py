@@ -48,7 +48,7 @@ def _import_cupy() -> Any:
 
 
 def gpu_count() -> int:
-    """How many NVIDIA GPUs there are; raises DeviceError with the driver's reason if none."""
+    """Returns the number of NVIDIA GPUs; raises DeviceError with the driver's reason if 0."""
     cupy = _import_cupy()
     try:
         count: int = cupy.cuda.runtime.getDeviceCount()
@@ -64,7 +64,7 @@ def gpu_count() -> int:
 
 @functools.cache
 def _work_stream(index: int) -> Any:
-    """The stream of all work on GPU `index`; graphs cannot be captured on the default stream."""
+    """Returns the stream of all work on GPU `index`: a default stream cannot be captured."""
     return _import_cupy().cuda.Stream(non_blocking=True)
 
 
@@ -96,7 +96,7 @@ class CudaDevice(Device):
 
     @property
     def compute_capability(self) -> int:
-        """Ten times the capability: 75 is Turing, 80 Ampere, 90 Hopper."""
+        """Ten times the compute capability: 75 is Turing, 80 Ampere, 90 Hopper."""
         return int(self._cupy.cuda.Device().compute_capability)
 
     @property
@@ -223,7 +223,7 @@ class CudaDevice(Device):
         return self._graph_error
 
     def _captured(self, work: Callable[[], None]) -> Any:
-        """The graph of what `work` enqueues, without running it."""
+        """Returns the graph of what `work` enqueues, without running it."""
         self._stream.begin_capture()
         try:
             with self._graph_matmuls():
@@ -340,7 +340,7 @@ def _dtypes(compute_capability: int) -> tuple[str, ...]:
 
 
 def _pinned(like: Array) -> npt.NDArray[Any]:
-    """A host array of the same shape and dtype whose memory the GPU can copy by itself."""
+    """Returns a host array of the same shape and dtype in pinned memory, which the GPU can copy."""
     import cupyx
 
     array: npt.NDArray[Any] = cupyx.empty_pinned(like.shape, like.dtype)
@@ -360,8 +360,8 @@ class _Stager:
 
     def __call__(self, *arrays: npt.NDArray[Any]) -> None:
         slot = next(self._slots)
-        slot.copied.synchronize()  # of the last but one call: its pinned memory is free again
-        self._stream.wait_event(slot.taken)  # and so is its device memory, when this happens
+        slot.copied.synchronize()  # the copy before last has left the pinned memory
+        self._stream.wait_event(slot.taken)  # and has left the device memory
         for pinned, staged, array in zip(slot.pinned, slot.staged, arrays, strict=True):
             if array.shape != pinned.shape or array.dtype != pinned.dtype:
                 raise ValueError(
@@ -382,14 +382,14 @@ class _Slot:
         self.pinned = [_pinned(buffer) for buffer in buffers]
         self.staged = [cupy.empty_like(buffer) for buffer in buffers]
         self.copied = cupy.cuda.Event(block=True, disable_timing=True)
-        # Recorded at once: earlier work may still use the memory that `staged` was given.
+        # Recorded at once, because earlier work may still use the memory that `staged` was given.
         self.taken = cupy.cuda.get_current_stream().record(cupy.cuda.Event(disable_timing=True))
 
 
 def cuda_versions() -> dict[str, str]:
-    """Versions of CuPy and of the CUDA libraries it opens, by name; a missing one says why.
+    """Returns the versions of CuPy and the CUDA libraries it opens; a missing one says why.
 
-    The driver comes first: it is the newest CUDA the machine can run.
+    The driver's version is that of the newest CUDA it can run.
     """
     cupy = _import_cupy()
 

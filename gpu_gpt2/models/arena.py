@@ -17,7 +17,7 @@ import numpy as np
 
 from gpu_gpt2.device.base import Array
 
-ALIGNMENT: Final = 256  # bytes; what cudaMalloc gives, and more than any vector access needs
+ALIGNMENT: Final = 256  # bytes, as of cudaMalloc; a vector load or store needs 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def element_count(specs: Iterable[TensorSpec]) -> int:
 
 
 def bytes_of(specs: Iterable[TensorSpec], x_dtype: np.dtype[np.generic]) -> int:
-    """Bytes of an arena that holds `specs` with X = x_dtype, alignment included."""
+    """Returns the bytes of an arena that holds `specs` with X = x_dtype, alignment included."""
     return sum(
         _aligned(spec.size * _dtype(spec, x_dtype).itemsize) for spec in specs if not spec.shares
     )
@@ -53,7 +53,7 @@ def bytes_of(specs: Iterable[TensorSpec], x_dtype: np.dtype[np.generic]) -> int:
 def views(
     specs: Iterable[TensorSpec], x_dtype: np.dtype[np.generic], arena: Array
 ) -> SimpleNamespace:
-    """The tensors as named views of a byte arena: `views(...).qkv` has the shape in its spec."""
+    """Returns the tensors as views of a byte arena: `views(...).qkv` has the shape in its spec."""
     named = SimpleNamespace()
     offset = 0
     for spec in specs:
@@ -71,7 +71,7 @@ def views(
 
 
 def flat_views(specs: Iterable[TensorSpec], arena: Array) -> SimpleNamespace:
-    """The tensors as named views of an arena of one dtype, without gaps: for parameters."""
+    """Returns the tensors as named views of an arena of one dtype without gaps."""
     named = SimpleNamespace()
     for spec, start in offsets(specs):
         setattr(named, spec.name, arena[start : start + spec.size].reshape(spec.shape))
@@ -81,7 +81,7 @@ def flat_views(specs: Iterable[TensorSpec], arena: Array) -> SimpleNamespace:
 def by_layer(
     specs: Iterable[TensorSpec], named: SimpleNamespace, n_layer: int
 ) -> list[SimpleNamespace]:
-    """The stacked tensors of each layer, without the first dimension, under the same names."""
+    """Returns the stacked tensors of each layer, by name and without the first dimension."""
     stacked = [(spec.name, getattr(named, spec.name)) for spec in specs if spec.stacked]
     return [
         SimpleNamespace(**{name: tensor[l % tensor.shape[0]] for name, tensor in stacked})
@@ -90,7 +90,7 @@ def by_layer(
 
 
 def offsets(specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, int]]:
-    """Each tensor with its first element's index in an arena without gaps."""
+    """Yields each tensor with the index of its first element in an arena without gaps."""
     start = 0
     for spec in specs:
         yield spec, start

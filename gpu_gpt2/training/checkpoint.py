@@ -1,8 +1,8 @@
-"""Checkpoints of a run: written whole or not at all, the newest two kept.
+"""Checkpoints of a run. Each is written whole or not at all, and the newest two are kept.
 
 A checkpoint is the folder RUN/step_00000500: a Hugging Face GPT-2 folder with its tokenizer, plus
 optimizer.safetensors (m.* and v.* of every parameter) and training.json. It is written under a
-hidden name and renamed when every byte is on the disk, so what bears the final name is complete.
+hidden name and renamed when every byte is on the disk, so a folder with the final name is complete.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from gpu_gpt2.training.optimizer import UpdateState
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 TRAINING_FILE: Final = "training.json"
 FORMAT_VERSION: Final = 2
-KEPT: Final = 2  # the newest, and one to fall back on
+KEPT: Final = 2  # checkpoints of a run: the newest, and one to fall back on
 
 _STEP_FOLDER: Final = re.compile(r"step_(\d{8,})")
-_REPLACED_FOLDER: Final = re.compile(r"\.(step_\d{8,})\.old")  # while a step is saved again
-_SMALL_FILES: Final = 4 << 20  # bytes: JSON and headers; GPT-2's tokenizer.json is most of it
+# The old checkpoint of a step, under a hidden name while the step is saved again.
+_REPLACED_FOLDER: Final = re.compile(r"\.(step_\d{8,})\.old")
+_SMALL_FILES: Final = 4 << 20  # bytes for JSON and headers; GPT-2's tokenizer.json takes most
 _ADVICE: Final[Mapping[int | None, str]] = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -48,21 +49,21 @@ _ADVICE: Final[Mapping[int | None, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """All that survives a restart; arrays are parameter arenas (n,) float32 on the host."""
+    """Everything that survives a restart; arrays are parameter arenas (n,) float32 on the host."""
 
     model: ModelConfig
     train: TrainConfig
     step: int  # optimizer steps taken
-    tokens: int  # trained on so far
-    loader: Mapping[str, Any]  # where the data loader stands, as JSON can hold it
-    weights: FloatArray  # the masters; the padding rows of wte come back as zeros
+    tokens: int  # tokens trained on so far
+    loader: Mapping[str, Any]  # the state of the data loader, as JSON can hold it
+    weights: FloatArray  # master weights; the padding rows of wte are loaded as zeros
     m: FloatArray
     v: FloatArray
     update: UpdateState
 
 
 class Tokenizer(Protocol):
-    """What a checkpoint asks of the tokenizer it carries."""
+    """The part of a tokenizer that a checkpoint needs: one that can be saved beside the model."""
 
     @property
     def eot(self) -> int: ...
@@ -71,10 +72,10 @@ class Tokenizer(Protocol):
 
 
 def save(run_dir: Path, state: TrainingState, tokenizer: Tokenizer) -> Path:
-    """Writes the state as a new checkpoint of the run, drops the oldest, returns its folder.
+    """Writes the state as a new checkpoint of the run, removes the oldest, returns its folder.
 
-    A checkpoint of the same step is replaced. On any failure earlier checkpoints stay and nothing
-    half-written is left. Raises CheckpointError when the disk does not take it.
+    A checkpoint of the same step is replaced. After any failure earlier checkpoints are intact, and
+    nothing half-written is left. Raises CheckpointError if the disk refuses it.
     """
     folder = run_dir / f"step_{state.step:08d}"
     temporary = run_dir / f".{folder.name}.tmp"
@@ -93,7 +94,7 @@ def save(run_dir: Path, state: TrainingState, tokenizer: Tokenizer) -> Path:
 
 
 def load(folder: Path) -> TrainingState:
-    """The state saved in a checkpoint folder, all of it checked.
+    """Returns the state saved in a checkpoint folder, all of it checked.
 
     Raises CheckpointError, or DataError where a file is damaged.
     """
@@ -146,7 +147,7 @@ def _from_version_1(training: dict[str, Any]) -> dict[str, Any]:
 
 
 def latest(path: Path) -> Path:
-    """The newest complete checkpoint of a run folder, or `path` itself if it holds a model.
+    """Returns the newest complete checkpoint of a run, or `path` itself if it holds a model.
 
     Raises CheckpointError.
     """
@@ -161,9 +162,10 @@ def latest(path: Path) -> Path:
 
 
 def trained_seq_len(folder: Path | None, model: ModelConfig) -> int:
-    """The longest text the model has seen: beyond it, its position embeddings are untrained.
+    """Returns the length of the sequences that a model was trained on.
 
-    Where there is no checkpoint of ours to tell, it is the model's whole context.
+    Position embeddings beyond it are untrained. Where there is no checkpoint of ours, it is the
+    whole context of the model.
     """
     if folder is None or not os.path.isfile(folder / TRAINING_FILE):
         return model.n_positions
@@ -175,10 +177,10 @@ def trained_seq_len(folder: Path | None, model: ModelConfig) -> int:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest step first."""
+    """Returns the complete checkpoints of a run, oldest step first."""
     found: dict[int, Path] = {}
     try:
-        # Hidden names sort first: a replaced checkpoint counts only where its successor is missing.
+        # Hidden names sort first, so a replaced checkpoint counts only if its successor is missing.
         for entry in sorted(run_dir.iterdir()):
             name = _REPLACED_FOLDER.sub(r"\1", entry.name)
             if (match := _STEP_FOLDER.fullmatch(name)) and _is_complete(entry):
@@ -191,7 +193,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def bytes_needed(model: ModelConfig) -> int:
-    """An upper bound of the bytes of one checkpoint; while one is saved, three exist."""
+    """Returns an upper bound of the bytes of one checkpoint; during a save there are three."""
     return 3 * np.dtype(np.float32).itemsize * parameter_count(model) + _SMALL_FILES
 
 
@@ -219,7 +221,7 @@ def _write(folder: Path, state: TrainingState, tokenizer: Tokenizer) -> None:
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """Gives a complete folder its final name; at every moment one complete checkpoint has one."""
+    """Renames a complete folder to its final name; at all times one checkpoint is complete."""
     replaced = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         folder.rename(replaced)
@@ -229,7 +231,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _clear_leftovers(run_dir: Path) -> None:
-    """Removes what a crash left behind, after bringing back a checkpoint it had put aside."""
+    """Removes incomplete folders that a crash left, and restores a checkpoint put aside."""
     for entry in list(run_dir.iterdir()):
         if match := _REPLACED_FOLDER.fullmatch(entry.name):
             folder = run_dir / match.group(1)
@@ -242,18 +244,18 @@ def _clear_leftovers(run_dir: Path) -> None:
 
 
 def _prune(run_dir: Path, written: Path) -> None:
-    """Removes all but the newest checkpoints, never the one just written."""
+    """Removes all but the newest KEPT checkpoints, but never the one just written."""
     older = [folder for folder in checkpoints(run_dir) if folder != written]
     for folder in older[: len(older) - (KEPT - 1)]:
-        # Hidden first: a folder that is half removed must not pass for a checkpoint.
+        # Renamed first, because a folder that is half removed must not look like a checkpoint.
         hidden = folder.with_name(f".{folder.name}.tmp")
-        with contextlib.suppress(OSError):  # a checkpoint too many is no reason to stop training
+        with contextlib.suppress(OSError):  # one checkpoint too many must not stop training
             folder.rename(hidden)
             shutil.rmtree(hidden)
 
 
 def _moments(model: ModelConfig, m: FloatArray, v: FloatArray) -> dict[str, FloatArray]:
-    """Views of both arenas by the names they have on disk: m.wte, v.wte and so on."""
+    """Returns views of both arenas by their names on disk: m.wte, v.wte and so on."""
     arenas = {"m": m, "v": v}
     return {
         f"{kind}.{name}": tensor
@@ -282,7 +284,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _not_written(folder: Path, error: OSError, model: ModelConfig) -> str:
-    """What the user reads when a checkpoint could not be written."""
+    """Returns the error message for a checkpoint that could not be written."""
     run_dir = folder.parent
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     free = shutil.disk_usage(existing).free

@@ -1,4 +1,4 @@
-"""What a run says: one line a step on the terminal and the same numbers in metrics.jsonl."""
+"""The log of a run: progress on the terminal, and one record for each step in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from gpu_gpt2.errors import CheckpointError, ConfigError
 
 METRICS_FILE: Final = "metrics.jsonl"
-PLAIN_EVERY_S: Final = 5.0  # between lines where there is no terminal to draw a bar on
-SMOOTHING: Final = 0.9  # of the loss on the bar
+LINE_EVERY_S: Final = 5.0  # seconds between lines of progress where output is not a terminal
+SMOOTHING: Final = 0.9  # weight of the past in the displayed loss, an exponential moving average
 
 
 class RunLog:
-    """Progress of one run, used as a context manager.
+    """The progress of one run, as a context manager that locks the run folder.
 
-    metrics.jsonl gets one JSON object a line: step (steps done), loss (nats per token), lr,
-    grad_norm (before clipping; null if there was no update), step_ms, tokens_per_s; or step,
-    val_loss, val_bits_per_byte.
+    metrics.jsonl gets one JSON object a line. A training step has step (steps done), loss (nats per
+    token), lr, grad_norm (before clipping; null if there was no update), step_ms and tokens_per_s.
+    A validation has step, val_loss (nats per token) and val_bits_per_byte.
     """
 
     def __init__(self, run_dir: Path, console: Console, *, first_step: int, steps: int) -> None:
@@ -81,7 +81,7 @@ class RunLog:
         step_ms: float,
         tokens: int,
     ) -> None:
-        """One step over `tokens` tokens; without a grad_norm there was no update."""
+        """Logs a step over `tokens` tokens; a grad_norm of None says that there was no update."""
         speed = tokens / step_ms * 1000
         self._write(
             step=step, loss=loss, lr=lr, grad_norm=grad_norm, step_ms=step_ms, tokens_per_s=speed
@@ -90,7 +90,7 @@ class RunLog:
         self._loss = smooth
         self._progress.update(self._task, completed=step, loss=smooth, speed=speed)
         if not self.console.is_terminal and (
-            step == self._steps or time.monotonic() - self._last_line > PLAIN_EVERY_S
+            step == self._steps or time.monotonic() - self._last_line > LINE_EVERY_S
         ):
             self._last_line = time.monotonic()
             left = (self._steps - step) * step_ms / 1000
@@ -100,17 +100,18 @@ class RunLog:
             )
 
     def doing(self, what: str) -> None:
-        """Says on the bar what else than a step is being done; "" when it is over."""
+        """Shows on the progress bar what is being done besides training; "" ends it."""
         self._progress.update(self._task, description=f"{what}, " if what else "")
 
     def validation(self, step: int, *, loss: float, bits_per_byte: float) -> None:
+        """Logs the mean loss, in nats per token, on the held-out text after `step` steps."""
         self._write(step=step, val_loss=loss, val_bits_per_byte=bits_per_byte)
         self.console.print(
             f"step {step}  validation loss {loss:.4f}  {bits_per_byte:.3f} bits per byte"
         )
 
     def sample(self, text: str) -> None:
-        """A piece of generated text."""
+        """Prints a generated text between two rules."""
         self.console.rule("sample", style="dim")
         self.console.print(text, markup=False, highlight=False, emoji=False)
         self.console.rule(style="dim")
@@ -121,13 +122,13 @@ class RunLog:
             self._file.flush()
         except OSError as error:
             raise CheckpointError(
-                f"cannot write {self._path}: {error.strerror}; free some space, then go on with "
-                f"--resume"
+                f"cannot write {self._path}: {error.strerror}; free some space, then continue "
+                f"with --resume"
             ) from error
 
 
 def _locked(run_dir: Path) -> int | None:
-    """A descriptor that keeps other processes out of the run until it is closed, or we end."""
+    """Locks the run folder and returns the lock's descriptor; closing it, or our end, unlocks."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock
@@ -140,15 +141,15 @@ def _locked(run_dir: Path) -> int | None:
         raise ConfigError(
             f"{run_dir} is in use by another training; wait for it or choose another --run-dir"
         ) from None
-    except OSError:  # nor have some network file systems
+    except OSError:  # some network file systems have no locks either
         pass
     return lock
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Drops the records after a step, for what came after the checkpoint is done again.
+    """Drops the records after `step`: a resumed run repeats the steps after its checkpoint.
 
-    The file is replaced as a whole: a crash leaves the old one or the new one.
+    The file is replaced as a whole, so that a crash leaves the old one or the new one.
     """
     if not path.exists():
         return
@@ -159,7 +160,7 @@ def _cut_after(path: Path, step: int) -> None:
 
 
 def _step_of(line: str) -> float:
-    """The step of a record; infinity if the line is damaged, as by a crash while writing it."""
+    """Returns the step of a record, or infinity for a line that a crash left incomplete."""
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):

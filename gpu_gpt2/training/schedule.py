@@ -1,4 +1,4 @@
-"""Learning-rate curves as pure functions of the step."""
+"""Learning-rate schedules, as pure functions of the step."""
 
 import math
 
@@ -6,7 +6,7 @@ import math
 def warmup_cosine(
     step: int, *, lr: float, warmup_steps: int, steps: int, final_lr_fraction: float
 ) -> float:
-    """Learning rate of update `step` (counted from 0): linear warm-up, then half a cosine.
+    """Returns the learning rate of step `step`, from 0 on: linear warm-up, then half a cosine.
 
     Warm-up ends at `lr` on step `warmup_steps - 1`; the cosine would reach `lr *
     final_lr_fraction` on step `steps`. Source: llm.c's "cosine" schedule.
