@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_dir(name: str) -> Path | None:
-    """Returns $XDG_CACHE_HOME/gpu-gpt2/NAME, else one in ~/.cache; None if there is no home folder."""
+    """Returns $XDG_CACHE_HOME/gpu-gpt2/NAME or one in ~/.cache; None if there is no home folder."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):
         try:
