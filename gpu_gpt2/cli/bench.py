@@ -17,6 +17,7 @@ from gpu_gpt2.device.base import Device as Place
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.tools.bench import kernels, results, static, step
+from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 
@@ -107,7 +108,7 @@ def bench_peers(
     """Time our training step beside PyTorch's, eager and compiled, in one run."""
     place = _timed_device(device)
     dtype = choose_dtype(dtype, place)
-    logs = [step.read_llmc_log(path) for path in llmc_log or ()]
+    logs = [read_llmc_log(path) for path in llmc_log or ()]
     sizes = tuple(map(step.parse_size, size)) if size else step.SIZES[place.name]
     names = (step.OURS, *(step.PEERS if place.name == "cuda" else step.PEERS[:1]))
     rows: list[step.StepTime] = []
