@@ -19,9 +19,9 @@ from gpu_gpt2.errors import ConfigError, DataError, DeviceError
 from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.tools.bench import kernels, results, static, step
-from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
 from gpu_gpt2.tools.bench.cases import BenchCase, cases
 from gpu_gpt2.tools.bench.kernels import Limits
+from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
 
 CONFIG = ModelConfig(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=2)
 SMALL = step.Size(model="nano", batch_size=2, seq_len=8)
