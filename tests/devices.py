@@ -14,9 +14,9 @@ from gpu_gpt2.device.cuda import CudaDevice
 from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.ops.cases import CASES, LARGE_CASES, Case
-from gpu_gpt2.ops.interface import Ops
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.ops.table import Ops
 from gpu_gpt2.tools.check import run_case
 
 ORDERS = ("ascending", "descending", "random")

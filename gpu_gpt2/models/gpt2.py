@@ -15,7 +15,7 @@ from gpu_gpt2.config import MAX_RECOMPUTE, ModelConfig
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.arena import TensorSpec, by_layer, bytes_of, element_count, flat_views, views
-from gpu_gpt2.ops.interface import Ops
+from gpu_gpt2.ops.table import Ops
 
 
 def parameters(c: ModelConfig) -> tuple[TensorSpec, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.cpu import CpuDevice
-from gpu_gpt2.ops.interface import Ops
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.ops.table import Ops
 
 
 def ops_for(device: Device, dtype: str) -> Ops:

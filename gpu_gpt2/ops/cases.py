@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
-from gpu_gpt2.ops.interface import AdamWSettings
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.ops.table import AdamWSettings
 
 NDArray = npt.NDArray[Any]
 

@@ -29,8 +29,8 @@ from rich.table import Table
 
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array
 from gpu_gpt2.ops.cases import CASES, Call, Case, Maker
-from gpu_gpt2.ops.interface import Ops
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.ops.table import Ops
 
 NDArray = npt.NDArray[Any]
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gpu_gpt2.device.base import FLOAT16, FLOAT32, Array
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.gpt2 import GPT2, decayed_count, parameter_count
-from gpu_gpt2.ops.interface import MIN_LOSS_SCALE, AdamWSettings
+from gpu_gpt2.ops.table import MIN_LOSS_SCALE, AdamWSettings
 
 FIRST_LOSS_SCALE: Final = 2.0**16  # of float16, whose largest number is just below it
 MAX_LOSS_SCALE: Final = 2.0**24

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array
 from gpu_gpt2.models.gpt2 import parameter_count
-from gpu_gpt2.ops.interface import AdamWSettings, Ops
+from gpu_gpt2.ops.table import AdamWSettings, Ops
 
 BLOCK: Final = 1 << 20  # random numbers made for an array
 

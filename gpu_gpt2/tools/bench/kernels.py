@@ -11,7 +11,7 @@ from rich.table import Table
 
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.device.base import FLOAT32
-from gpu_gpt2.ops.interface import Ops
+from gpu_gpt2.ops.table import Ops
 from gpu_gpt2.tools.bench.cases import BenchCase, Tensors, cases
 
 COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}  # far more than caches hold
