@@ -78,7 +78,7 @@ def assert_case(case: Case, dtype: str, device: str) -> None:
     In the emulator these are its three thread orders: work that depends on which thread comes
     first, for want of a barrier or otherwise, gives different bits.
     """
-    runs = [run_case(case, make_ops(device, dtype, order), dtype) for order in ORDERS]
+    runs = [run_case(case, make_ops(device, dtype, order)) for order in ORDERS]
     for order, results in zip(ORDERS, runs, strict=True):
         for result in results:
             assert result.passed, f"{order}: {result}"
