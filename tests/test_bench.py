@@ -28,7 +28,7 @@ SMALL = step.Size(model="nano", batch_size=2, seq_len=8)
 
 def case(name: str) -> BenchCase:
     """A case for 2 x 8 tokens, in float32."""
-    return next(c for c in cases(ReferenceOps(), "fp32", CONFIG, 2, 8) if c.name == name)
+    return next(c for c in cases(ReferenceOps(), CONFIG, 2, 8) if c.name == name)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_share_is_of_the_limit_that_binds() -> None:
 
 def test_every_op_is_timed_on_the_cpu() -> None:
     limits = Limits(copy_gb_s=1.0, matmul_tflops=1.0)
-    times = list(kernels.measure(ReferenceOps(), "fp32", CONFIG, 1, 8, limits, repeat=1))
+    times = list(kernels.measure(ReferenceOps(), CONFIG, 1, 8, limits, repeat=1))
     assert {"embedding_bwd", "softmax_bwd", "squared_norm", "adamw"} <= {t.name for t in times}
     assert all(time.ms > 0 and time.share > 0 for time in times)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.device.base import FLOAT32
-from gpu_gpt2.ops.interface import Ops
+from gpu_gpt2.ops.table import Ops
 from gpu_gpt2.tools.bench.cases import BenchCase, Tensors, cases
 
 COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}  # far more than caches hold
@@ -38,41 +38,39 @@ class KernelTime:
     share: float  # 1 = as fast as the device's limit
 
 
-def measure_limits(ops: Ops, dtype: str) -> Limits:
+def measure_limits(ops: Ops) -> Limits:
     """Copies and multiplies random numbers on the device of `ops`."""
     copied = 2 * COPY_BYTES[ops.device.name]
-    return Limits(
-        copy_gb_s=copied / _copy_ms(ops, dtype) / 1e6, matmul_tflops=product_tflops(ops, dtype)
-    )
+    return Limits(copy_gb_s=copied / _copy_ms(ops) / 1e6, matmul_tflops=product_tflops(ops))
 
 
-def product_tflops(ops: Ops, dtype: str) -> float:
+def product_tflops(ops: Ops) -> float:
     """What a large square product of random numbers reaches."""
-    size, new = PRODUCT_SIZE[ops.device.name], Tensors(ops, dtype)
+    size, new = PRODUCT_SIZE[ops.device.name], Tensors(ops)
     a, b, out = new(size, size), new(size, size), new(size, size)
     ms = statistics.median(ops.device.time_ms(lambda: ops.matmul(out, a, b), repeat=10))
     return 2 * size**3 / ms / 1e9
 
 
-def _copy_ms(ops: Ops, dtype: str) -> float:
-    device, new = ops.device, Tensors(ops, dtype)
+def _copy_ms(ops: Ops) -> float:
+    device, new = ops.device, Tensors(ops)
     count = COPY_BYTES[device.name] // FLOAT32.itemsize
     src, dst = new.float32(count), new.float32(count)
     return statistics.median(device.time_ms(lambda: device.copy(dst, src), repeat=10))
 
 
 def measure(
-    ops: Ops, dtype: str, config: ModelConfig, B: int, T: int, limits: Limits, repeat: int
+    ops: Ops, config: ModelConfig, B: int, T: int, limits: Limits, repeat: int
 ) -> Iterator[KernelTime]:
     """The time of every op in bench.cases; on a GPU in caches that hold nothing of it.
 
     On a GPU that PyTorch can use too, its flash attention follows ours.
     """
-    for case in cases(ops, dtype, config, B, T):
+    for case in cases(ops, config, B, T):
         yield _result(case, statistics.median(ops.device.time_ms(case.run, repeat=repeat)), limits)
-        if case.name.startswith("attention") and ops.device.is_gpu and dtype != "fp32":
+        if case.name.startswith("attention") and ops.device.is_gpu and ops.dtype != "fp32":
             backward = case.name == "attention_bwd"
-            if ms := _torch_attention_ms(dtype, config, B, T, repeat, backward=backward):
+            if ms := _torch_attention_ms(ops.dtype, config, B, T, repeat, backward=backward):
                 peer = replace(case, name=f"{case.name} of PyTorch")
                 yield _result(peer, ms, limits)
 

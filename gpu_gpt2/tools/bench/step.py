@@ -170,7 +170,7 @@ def measure_all(
     device: Device, dtype: str, sizes: Sequence[Size], names: Sequence[str], steps: int
 ) -> Iterator[StepTime]:
     """Every program at every size; one that fails becomes a row that says why."""
-    products = product_tflops(ops_for(device, dtype), dtype)
+    products = product_tflops(ops_for(device, dtype))
     for size in sizes:
         for name in names:
             try:
