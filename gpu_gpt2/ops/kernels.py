@@ -13,8 +13,8 @@ import math
 from typing import Any, Final
 
 from gpu_gpt2.config import MAX_HEAD_SIZE
-from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, X_DTYPES, Array, Device
-from gpu_gpt2.device.launch import MAX_GRID, MAX_THREADS, Dim3
+from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array, Device
+from gpu_gpt2.device.launch import ELEMENT_DTYPES, MAX_GRID, MAX_THREADS, Dim3
 from gpu_gpt2.device.source import DTYPES, KernelSource, kernel_files, kernel_source
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops.table import GROWTH_INTERVAL, MAX_SIZE, AdamWSettings, Ops, at_most, sizes
@@ -414,8 +414,8 @@ def _source(kernel: str, dtype: str, **defines: int) -> KernelSource:
 
 
 def _c_name(array: Array) -> str:
-    """The name that common.cuh gives to the dtype of an array."""
-    return {FLOAT32: "float", BFLOAT16: "bf16", FLOAT16: "fp16"}[array.dtype]
+    """The name of the array's dtype in kernels/cast.cu: "float", "bf16" or "fp16"."""
+    return next(name for name, dtype in ELEMENT_DTYPES.items() if dtype == array.dtype)
 
 
 @functools.cache

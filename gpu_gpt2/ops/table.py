@@ -37,8 +37,8 @@ import numpy as np
 from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array, Device
 from gpu_gpt2.errors import ConfigError, LaunchError
 
-MAX_SIZE: Final = 2**30  # largest size of a dimension: products by 2 must fit a kernel's int
-MAX_ELEMENTS: Final = 2**63 - 1  # largest n: kernels count the elements of a flat array in 64 bits
+MAX_SIZE: Final = 2**30  # largest dimension and most rows, so that no int counter overflows
+MAX_ELEMENTS: Final = 2**63 - 1  # largest n: kernels count elements of flat arrays in 64 bits
 GROWTH_INTERVAL: Final = 2000  # good steps after which the loss scale doubles, as PyTorch's does
 MIN_LOSS_SCALE: Final = 1.0
 ANY: Final = tuple(X_DTYPES.values())  # the dtypes that "any" stands for
