@@ -86,7 +86,7 @@ def tensors(*texts: str) -> Callable[[Method], Method]:
 
 @functools.lru_cache(maxsize=4096)  # a training step asks the same about 300 times
 def sizes(op: str, letters: str, X: np.dtype[Any], layout: Layout) -> tuple[int, ...]:
-    """Returns the sizes that `letters` ("B T C") name in a call of `op` with tensors of this layout.
+    """Returns the sizes that `letters` ("B T C") name in a call of `op` with this layout.
 
     Raises ValueError if a shape, LaunchError if a dtype and ConfigError if a size does not fit the
     row; the message names the op and the tensor or letter.
