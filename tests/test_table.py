@@ -140,14 +140,14 @@ def test_launches_and_signatures_fit_the_table() -> None:
 # --- what the launches refuse ---
 
 
-def smallest_case(op: str) -> Case:
+def first_case(op: str) -> Case:
     return next(case for case in CASES if case.op == op)
 
 
 @pytest.mark.parametrize("op", LAUNCHED_OPS)
 def test_every_tensor_of_another_shape_or_dtype_is_refused(op: str) -> None:
     ops = KernelOps(Recorder(), "bf16")
-    case = smallest_case(op)
+    case = first_case(op)
     arrays, scalars = arrays_of(case, "bf16"), scalars_of(case)
     for name, array in arrays.items():
         deeper = arrays | {name: array[..., None]}

@@ -74,7 +74,11 @@ class Case:
 
 
 class Maker:
-    """Makes the call of a case from random numbers, seeded by the case's name."""
+    """Makes the call of a case from random numbers, seeded by the case's name.
+
+    Each draw moves the generator on: values given to `call` are drawn first, in the order in which
+    they are written, then all others in the order of the row.
+    """
 
     def __init__(self, case: Case, x_dtype: np.dtype[Any]) -> None:
         self.case = case

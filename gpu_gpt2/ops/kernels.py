@@ -13,8 +13,8 @@ import math
 from typing import Any, Final
 
 from gpu_gpt2.config import MAX_HEAD_SIZE
-from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, X_DTYPES, Array, Device
-from gpu_gpt2.device.launch import MAX_GRID, MAX_THREADS, Dim3
+from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array, Device
+from gpu_gpt2.device.launch import ELEMENT_DTYPES, MAX_GRID, MAX_THREADS, Dim3
 from gpu_gpt2.device.source import DTYPES, KernelSource, kernel_files, kernel_source
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops.table import GROWTH_INTERVAL, MAX_SIZE, AdamWSettings, Ops, at_most, sizes
@@ -25,15 +25,16 @@ ROW_THREADS: Final = 512  # most threads of a row with a bias: enough for 4 C of
 VECTOR_BYTES: Final = 16  # widest load or store of one thread
 
 # Column sums (kernels/bias.cu, kernels/layernorm.cu) cut the rows into chunks and sum each chunk
-# by itself. There are as many chunks as make about CHUNK_BLOCKS blocks, which fill any GPU, unless
-# chunks would have fewer than MIN_CHUNK_ROWS rows or their sums would not fit into scratch memory.
+# by itself. There are as many chunks as make about CHUNK_BLOCKS blocks, several for each
+# multiprocessor of the largest GPUs, unless chunks would have fewer than MIN_CHUNK_ROWS rows or
+# their sums would not fit into scratch memory.
 MIN_CHUNK_ROWS: Final = 32
 CHUNK_BLOCKS: Final = 1024
 COLUMN_WARPS: Final = 8  # warps of a block of column sums: 256 threads
 SCRATCH_FLOATS: Final = 1 << 21  # float32 elements of scratch memory for partial sums: 8 MiB
 
 # Most channels of a layernorm's row that one thread keeps in registers; the backward pass keeps
-# four such sets (x, dy and the sums for dw and db).
+# four such sets (z, g, dw and db).
 CHANNELS_PER_THREAD: Final = 32
 
 NORM_BLOCKS: Final = 1024  # most blocks, and so partial sums, of squared_norm
@@ -332,7 +333,7 @@ class KernelOps(Ops):
         self.device.launch(source, name, grid, block, args)
 
     def _sizes(self, op: str, letters: str, *tensors: Array) -> tuple[int, ...]:
-        """The sizes that `letters` name, after a check of all tensors against the row of `op`."""
+        """Checks all tensors against the row of `op` and returns the sizes that `letters` name."""
         layout = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         return sizes(op, letters, X_DTYPES[self.dtype], layout)
 
@@ -414,8 +415,8 @@ def _source(kernel: str, dtype: str, **defines: int) -> KernelSource:
 
 
 def _c_name(array: Array) -> str:
-    """The name that common.cuh gives to the dtype of an array."""
-    return {FLOAT32: "float", BFLOAT16: "bf16", FLOAT16: "fp16"}[array.dtype]
+    """The name of the array's dtype in kernels/cast.cu: "float", "bf16" or "fp16"."""
+    return next(name for name, dtype in ELEMENT_DTYPES.items() if dtype == array.dtype)
 
 
 @functools.cache

@@ -37,10 +37,10 @@ import numpy as np
 from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array, Device
 from gpu_gpt2.errors import ConfigError, LaunchError
 
-MAX_SIZE: Final = 2**30  # largest size of a dimension: products by 2 must fit a kernel's int
-MAX_ELEMENTS: Final = 2**63 - 1  # largest n: kernels count the elements of a flat array in 64 bits
+MAX_SIZE: Final = 2**30  # largest dimension and most rows, so that no int counter overflows
+MAX_ELEMENTS: Final = 2**63 - 1  # largest n: kernels count elements of flat arrays in 64 bits
 GROWTH_INTERVAL: Final = 2000  # good steps after which the loss scale doubles, as PyTorch's does
-MIN_LOSS_SCALE: Final = 1.0
+MIN_LOSS_SCALE: Final = 1.0  # the scale keeps small gradients; below 1 it would lose them
 ANY: Final = tuple(X_DTYPES.values())  # the dtypes that "any" stands for
 
 ROW_TEXT: Final = re.compile(r"(\w+(?:, \w+)*) \(([^)]+)\) (X|float32|int32|any)(?: (\+?=))?")
@@ -86,10 +86,10 @@ def tensors(*texts: str) -> Callable[[Method], Method]:
 
 @functools.lru_cache(maxsize=4096)  # a training step asks the same about 300 times
 def sizes(op: str, letters: str, X: np.dtype[Any], layout: Layout) -> tuple[int, ...]:
-    """The sizes that `letters` ("B T C") name, in a call of `op` with tensors of this layout.
+    """Returns the sizes that `letters` ("B T C") name in a call of `op` with this layout.
 
     Raises ValueError if a shape, LaunchError if a dtype and ConfigError if a size does not fit the
-    row; each names op and tensor.
+    row; the message names the op and the tensor or letter.
     """
     row = TABLE[op]
     found: dict[str, int] = {}
@@ -120,7 +120,7 @@ def _wrong_shape(
 
 
 def _fits(item: str, size: int, found: dict[str, int]) -> bool:
-    """Whether `size` is what an item of a shape allows, given the sizes of all letters."""
+    """True if an item of a shape allows `size`, given the sizes of all letters."""
     if item.isdigit():
         return size == int(item)
     if item.startswith(">= "):
@@ -129,7 +129,7 @@ def _fits(item: str, size: int, found: dict[str, int]) -> bool:
 
 
 def at_most(op: str, name: str, size: int, limit: int) -> int:
-    """`size`, if it is from 1 to `limit`; else raises ConfigError naming both."""
+    """Returns `size`; raises ConfigError, naming both, unless it is from 1 to `limit`."""
     if not 1 <= size <= limit:
         raise ConfigError(f"{op}: {name} = {size} must be 1 to {limit}")
     return size

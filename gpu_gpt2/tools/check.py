@@ -75,7 +75,7 @@ class CheckResult:
 class RoundingReference(ReferenceOps):
     """ReferenceOps that stores the residual sum in X before its statistics are taken.
 
-    That rounding is part of the op's definition, not an error of whoever computes it.
+    That rounding is part of the op's definition, so it does not count as an error.
     """
 
     def __init__(self, x_dtype: np.dtype[Any]) -> None:
