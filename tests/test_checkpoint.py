@@ -146,7 +146,7 @@ def test_latest_takes_a_run_a_checkpoint_or_any_hugging_face_folder(
     run_dir: Path, tmp_path: Path
 ) -> None:
     folder = run_dir / "step_00000010"
-    hf.write_model(tmp_path / "plain", Arena(MODEL, state_at(1).weights), eot=256)
+    hf.write_model(tmp_path / "plain", Arena(MODEL, state_at(1).weights, 256))
     assert checkpoint.latest(run_dir) == folder
     assert checkpoint.latest(folder) == folder
     assert checkpoint.latest(tmp_path / "plain") == tmp_path / "plain"
@@ -401,7 +401,7 @@ def truncate_optimizer(folder: Path) -> None:
 def other_model(folder: Path) -> None:
     model = replace(MODEL, n_positions=18)
     weights = np.zeros(parameter_count(model), np.float32)
-    hf.write_model(folder, Arena(model, weights), eot=256)
+    hf.write_model(folder, Arena(model, weights, 256))
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_damage_and_contradictions_are_refused(
 
 
 def test_a_plain_hugging_face_folder_cannot_be_resumed(tmp_path: Path) -> None:
-    hf.write_model(tmp_path, Arena(MODEL, state_at(1).weights), eot=256)
+    hf.write_model(tmp_path, Arena(MODEL, state_at(1).weights, 256))
     with pytest.raises(DataError) as caught:
         checkpoint.load(tmp_path)
     assert str(caught.value) == f"{tmp_path}/training.json: no such file"

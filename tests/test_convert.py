@@ -356,7 +356,7 @@ def test_a_models_own_vocabulary_goes_to_llm_c_and_is_found_there(tmp_path: Path
     """Written beside the file, used only by a model of its size, and never written over."""
     config = ModelConfig(vocab_size=257, n_positions=8, n_embd=8, n_layer=1, n_head=1)
     folder = tmp_path / "hf"
-    hf.write_model(folder, InitialWeights(config=config, seed=1), 256)
+    hf.write_model(folder, InitialWeights(config=config, seed=1))
     Tokenizer.of_bytes().save(folder)
     convert.convert(open_model(folder), tmp_path / "a.bin", "llmc-fp32", lambda _: None)
     written = (tmp_path / "gpt2_tokenizer.bin").read_bytes()

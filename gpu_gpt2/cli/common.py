@@ -1,4 +1,4 @@
-"""What all commands share: the terminal, its one way of saying things, and common options."""
+"""Shared by all commands: the terminal, its progress bars, and common options."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from typing import Annotated, Final
 
 import typer
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from gpu_gpt2.device import DEVICES, choose_dtype, open_device
@@ -25,6 +32,17 @@ Dtype = Annotated[str, typer.Option(help="auto | fp32 | bf16 | fp16")]
 def say(text: str) -> None:
     """One line, never wrapped, so that a path or a command in it can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def bytes_progress(*columns: ProgressColumn) -> Progress:
+    """A progress bar of bytes with more `columns`; on a terminal only, and gone at the end."""
+    time_left = TimeRemainingColumn(compact=True)
+    return progress(BarColumn(bar_width=24), DownloadColumn(), *columns, time_left)
+
+
+def progress(*columns: ProgressColumn) -> Progress:
+    """A progress bar of `columns`, or of rich's own; on a terminal only, and gone at the end."""
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 def show_table(table: Table) -> None:

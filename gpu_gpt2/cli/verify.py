@@ -16,8 +16,9 @@ from gpu_gpt2.data.corpus import python_docs
 from gpu_gpt2.device import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.debug_state import read_debug_state
+from gpu_gpt2.formats.tokenizer_bin import TOKENIZER_BIN
 from gpu_gpt2.models.weights import load_arena
-from gpu_gpt2.open_model import TOKENIZER_BIN, open_model
+from gpu_gpt2.open_model import open_model
 from gpu_gpt2.tokenizer import Tokenizer
 from gpu_gpt2.tools.verify.judge import expected_losses, verify
 

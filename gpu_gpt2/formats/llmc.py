@@ -8,15 +8,16 @@ without padding rows, is read but not written. Source: llm.c's train_gpt2.py and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.formats import tokenizer_bin
 from gpu_gpt2.formats.files import BLOCK_BYTES, read_array, whole, write_array
 from gpu_gpt2.formats.llmc_header import (
     HEADER_BYTES,
@@ -28,7 +29,7 @@ from gpu_gpt2.formats.llmc_header import (
     read_header,
 )
 from gpu_gpt2.models.gpt2 import parameters
-from gpu_gpt2.models.weights import BFLOAT16, Piece, Weights, WeightSource, pieces
+from gpu_gpt2.models.weights import BFLOAT16, Piece, Weights, WeightSource, gpt2_eot, pieces
 
 TENSORS: Final = (
     "wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
@@ -54,6 +55,19 @@ class LlmcModel:
     config: ModelConfig
     dtype: np.dtype[Any]
     starts: Mapping[str, int]  # the first element of each tensor
+    folder: ClassVar[Path | None] = None  # none of its own: other models may lie beside the file
+
+    @property
+    def eot(self) -> int | None:
+        return gpt2_eot(self.config)
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """llm.c's tokenizer file beside the model, unless it is of another model."""
+        path = self.path.parent / tokenizer_bin.TOKENIZER_BIN
+        if path.exists() and tokenizer_bin.read_token_count(path) == self.config.vocab_size:
+            return path
+        return None
 
     def read(self) -> Iterator[tuple[Piece, Weights]]:
         for piece in pieces(self.config):
@@ -99,8 +113,16 @@ def open_model(path: Path) -> LlmcModel:
     return model
 
 
-def write_model(path: Path, source: WeightSource, dtype: str) -> None:
-    """Writes version 3 (`dtype` "fp32") or 5 ("bf16"), whole or not at all. Raises OSError."""
+def write_model(
+    path: Path,
+    source: WeightSource,
+    dtype: str,
+    watch: Callable[[Weights], None] = lambda values: None,
+) -> None:
+    """Writes version 3 (`dtype` "fp32") or 5 ("bf16"), whole or not at all. Raises OSError.
+
+    watch: called with each piece that has been written.
+    """
     c = source.config
     starts, _ = _layout(c, c.padded_vocab_size)
     with whole(path) as temporary, temporary.open("wb") as file:
@@ -109,6 +131,7 @@ def write_model(path: Path, source: WeightSource, dtype: str) -> None:
         for piece, values in source.read():
             offset = _offset(starts, piece, DTYPES[dtype])
             write_array(file, offset, values, DTYPES[dtype])  # skipped padding rows read as zero
+            watch(values)
 
 
 def _layout(config: ModelConfig, rows: int) -> tuple[dict[str, int], int]:

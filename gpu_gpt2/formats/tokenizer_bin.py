@@ -23,7 +23,7 @@ from gpu_gpt2.formats.llmc_header import (
     read_header,
 )
 
-FILE_NAME: Final = "gpt2_tokenizer.bin"  # llm.c's programs look for this name beside the model
+TOKENIZER_BIN: Final = "gpt2_tokenizer.bin"  # llm.c's programs look for this name beside the model
 MAX_TOKEN_BYTES: Final = 255  # a token's length is stored in one byte
 GPT2_VERSION: Final = 1  # whose header has no id of <|endoftext|>
 VERSION: Final = 2

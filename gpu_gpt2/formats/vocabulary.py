@@ -29,7 +29,7 @@ MAX_TOKEN_BYTES: Final = tokenizer_bin.MAX_TOKEN_BYTES  # so llm.c's file can ho
 MAX_FILE_BYTES: Final = 64 << 20  # some thirty times GPT-2's; what is longer is no tokenizer
 
 # In a folder, the first of these is its tokenizer.
-_FILES: Final = ("tokenizer.json", "vocab.json", tokenizer_bin.FILE_NAME)
+_FILES: Final = ("tokenizer.json", "vocab.json", tokenizer_bin.TOKENIZER_BIN)
 _PAIR: Final = ("vocab.json", "merges.txt")
 
 _GPT2_URL: Final = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"

@@ -40,7 +40,7 @@ STARTER_PACK_FILES: Final[Mapping[str, tuple[Callable[[Path], object], int | Non
     "gpt2_124M.bin": (llmc.open_model, 497_904_640),
     "gpt2_124M_bf16.bin": (llmc.open_model, 248_952_832),
     "gpt2_124M_debug_state.bin": (debug_state.read_debug_header, 549_369_860),
-    tokenizer_bin.FILE_NAME: (tokenizer_bin.read_tokenizer_bin, None),
+    tokenizer_bin.TOKENIZER_BIN: (tokenizer_bin.read_tokenizer_bin, None),
     shard_name("tiny_shakespeare", "train"): (read_tokens, 611_544),
     shard_name("tiny_shakespeare", "val"): (read_tokens, 66_560),
     "hellaswag_val.bin": (multiple_choice.read_choices, None),
