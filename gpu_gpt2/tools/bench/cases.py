@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import DEFAULTS, ModelConfig
 from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array
 from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.ops.interface import AdamWSettings, Ops
@@ -230,7 +230,13 @@ def _optimizer(ops: Ops, dtype: str, c: ModelConfig) -> Iterator[BenchCase]:
     separate = new.X != FLOAT32
     param = new(n) if separate else master
     factors = new.positive(5)
-    settings = AdamWSettings(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+    settings = AdamWSettings(
+        beta1=DEFAULTS["beta1"],
+        beta2=DEFAULTS["beta2"],
+        eps=DEFAULTS["eps"],
+        weight_decay=0.1,
+        max_grad_norm=DEFAULTS["max_grad_norm"],
+    )
     yield BenchCase(
         name="adamw",
         run=lambda: ops.adamw(master, m, v, param, grad, factors, n // 2, settings),
