@@ -6,15 +6,13 @@ import re
 from pathlib import Path
 from typing import Final
 
-from gpu_gpt2.config import GPT2_VOCAB_SIZE, MODELS, model_config
+from gpu_gpt2.config import DEFAULTS, GPT2_VOCAB_SIZE, MODELS, model_config
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import hf, llmc, tokenizer_bin
 from gpu_gpt2.models.init import InitialWeights
 from gpu_gpt2.models.weights import WeightSource
 from gpu_gpt2.tokenizer import Tokenizer
 from gpu_gpt2.training import checkpoint
-
-SEED: Final = 42  # of a new model's weights, as in llm.c
 
 _SUFFIXES: Final = (".safetensors", ".bin")
 _NAME: Final = re.compile(r"d\d+|gpt[23]:.*")
@@ -30,7 +28,7 @@ def open_model(name: str | Path) -> WeightSource:
     if path.is_file() or path.suffix in _SUFFIXES:
         return _open_file(path)
     if not path.exists() and (str(name) in MODELS or _NAME.fullmatch(str(name))):
-        return InitialWeights(config=model_config(str(name)), seed=SEED)
+        return InitialWeights(config=model_config(str(name)), seed=DEFAULTS["seed"])
     files = sorted(file.name for file in path.glob("*") if file.suffix in _SUFFIXES)
     if files and not hf.holds_model(path) and not checkpoint.checkpoints(path):
         raise DataError(

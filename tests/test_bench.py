@@ -194,6 +194,7 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "README.md").write_text(marks("steps", "cpu steps"))
     (tmp_path / "kernels/README.md").write_text(marks("kernels", "static", "counts"))
+    (tmp_path / "docs/training-options.md").write_text(marks("options"))
     return tmp_path
 
 

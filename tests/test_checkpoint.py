@@ -428,15 +428,15 @@ def other_model(folder: Path) -> None:
         ),
         (
             edit_training(train=TRAIN.to_dict() | {"steps": "ten"}),
-            "training.json: steps must be int, not 'ten'",
+            "training.json: --steps must be a whole number >= 1, not 'ten'",
         ),
         (
             edit_training(train=TRAIN.to_dict() | {"total_batch_tokens": float("nan")}),
-            "training.json: total_batch_tokens must be int, not nan",
+            "training.json: --total-batch-tokens must be a whole number >= 1, not nan",
         ),
         (
             edit_training(train=TRAIN.to_dict() | {"total_batch_tokens": float("inf")}),
-            "training.json: total_batch_tokens must be int, not inf",
+            "training.json: --total-batch-tokens must be a whole number >= 1, not inf",
         ),
         (truncate_optimizer, "optimizer.safetensors: not a whole safetensors file"),
         (

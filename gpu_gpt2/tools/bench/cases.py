@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import DEFAULTS, ModelConfig
 from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array
 from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.ops.table import TABLE, AdamWSettings, Ops
@@ -220,7 +220,13 @@ def _optimizer(ops: Ops, c: ModelConfig) -> Iterator[BenchCase]:
     separate = new.X != FLOAT32
     param = new(n) if separate else master
     factors = new.positive(5)
-    settings = AdamWSettings(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+    settings = AdamWSettings(
+        beta1=DEFAULTS["beta1"],
+        beta2=DEFAULTS["beta2"],
+        eps=DEFAULTS["eps"],
+        weight_decay=0.1,
+        max_grad_norm=DEFAULTS["max_grad_norm"],
+    )
     yield _case(ops, "adamw", master, m, v, param, grad, factors, n // 2, settings)
     if separate:
         yield _case(ops, "cast", param, master)
