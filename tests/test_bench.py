@@ -21,6 +21,7 @@ from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.tools.bench import kernels, results, static, step
 from gpu_gpt2.tools.bench.cases import BenchCase, cases
 from gpu_gpt2.tools.bench.kernels import Limits
+from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
 
 CONFIG = ModelConfig(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=2)
 SMALL = step.Size(model="nano", batch_size=2, seq_len=8)
@@ -88,7 +89,7 @@ def test_flops_are_llm_c_s() -> None:
 @pytest.fixture
 def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setitem(kernels.PRODUCT_SIZE, "cpu", 64)
+    monkeypatch.setitem(kernels.MATMUL_SIZE, "cpu", 64)
 
 
 @pytest.mark.usefixtures("_small_products")
@@ -137,11 +138,11 @@ def llmc_log(steps: int = 10, **changed: object) -> str:
 def test_reads_a_log_of_llm_c(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(llmc_log())
-    row = step.read_llmc_log(log)
+    row = read_llmc_log(log)
     assert (row.name, row.size, row.step_ms, row.fastest_ms) == ("llm.c", "d12:4x32", 164.0, 136.0)
     assert row.tokens_per_s == 128_000 / 164.0
     log.write_text(llmc_log(precision="FP32"))
-    assert step.read_llmc_log(log).name == "llm.c FP32"
+    assert read_llmc_log(log).name == "llm.c FP32"
 
 
 @pytest.mark.parametrize(
@@ -164,9 +165,9 @@ def test_refuses_other_logs(tmp_path: Path, text: str, problem: str) -> None:
     log = tmp_path / "log"
     log.write_text(text)
     with pytest.raises(DataError, match=problem):
-        step.read_llmc_log(log)
+        read_llmc_log(log)
     with pytest.raises(DataError, match=r"cannot read .*gone: No such file"):
-        step.read_llmc_log(tmp_path / "gone")
+        read_llmc_log(tmp_path / "gone")
 
 
 @pytest.mark.parametrize("text", ["d12", "d12:4", "d12:4x", "d12:0x64", ":4x64", "d12:1x1025"])
@@ -307,7 +308,7 @@ def test_a_failure_of_ours_is_no_success(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*args: object) -> float:
         raise DeviceError("out of GPU memory")
 
-    monkeypatch.setattr(step, "product_tflops", lambda *args: 1.0)
+    monkeypatch.setattr(step, "large_matmul_tflops", lambda *args: 1.0)
     monkeypatch.setattr(step, "measure_ours", fail)
     monkeypatch.setitem(sys.modules, "torch", None)  # not installed
     shown = CliRunner().invoke(app, ["bench", "peers", "--device", "cpu", "--size", "nano:2x8"])

@@ -26,6 +26,7 @@ from gpu_gpt2.device import base, choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.tools.bench import kernels, results, static, step
+from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
 
 bench_app = typer.Typer(no_args_is_help=True, help="Time ops and training steps on this machine.")
 
@@ -101,7 +102,7 @@ def bench_step(
     device = _timed_device(device_name)
     dtype = choose_dtype(dtype, device)
     size = step.Size(model=model, batch_size=batch_size, seq_len=seq_len)
-    products = kernels.product_tflops(ops_for(device, dtype))
+    products = kernels.large_matmul_tflops(ops_for(device, dtype))
     row = step.measure_ours(device, dtype, size, steps, products, recompute)
     say(f"{dtype} on {device.name}, medians of {steps}")
     show_table(step.table([row]))
@@ -136,7 +137,7 @@ def bench_peers(
     """Time training steps of gpu-gpt2 and of PyTorch, eager and compiled, in one run."""
     device = _timed_device(device_name)
     dtype = choose_dtype(dtype, device)
-    logs = [step.read_llmc_log(path) for path in llmc_log or ()]
+    logs = [read_llmc_log(path) for path in llmc_log or ()]
     sizes = tuple(map(step.parse_size, size)) if size else step.SIZES[device.name]
     names = (step.OURS, *(step.PEERS if device.is_gpu else step.PEERS[:1]))
     rows: list[step.StepTime] = []

@@ -38,7 +38,7 @@ def check_ops(
     if device_name == AUTO:  # never the CPU, which runs no kernels
         device_name = "cuda" if has_gpu() else "emulator"
     device = open_device(device_name)
-    dtypes = [name for name in DTYPES if name in device.dtypes]
+    dtypes: list[str] = [name for name in DTYPES if name in device.dtypes]
     if dtype != AUTO:
         dtypes = [choose_dtype(dtype, device)]
     cases = (*CASES, *LARGE_CASES) if device.is_gpu else CASES

@@ -21,7 +21,7 @@ from gpu_gpt2.formats.tokenizer_bin import TOKENIZER_BIN
 from gpu_gpt2.models.weights import load_arena
 from gpu_gpt2.open_model import open_model
 from gpu_gpt2.tokenizer import Tokenizer
-from gpu_gpt2.tools.verify.judge import expected_losses, verify
+from gpu_gpt2.tools.verify.compare import expected_losses, verify
 
 BATCH: Final = (4, 64)  # (B, T) of the pairs that --make makes, as in llm.c's debug state
 
@@ -82,7 +82,7 @@ def verify_model(
 def _make(model: str, folder: Path) -> None:
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("verify --make needs PyTorch: pip install torch")
-    from gpu_gpt2.tools.verify.pair import make_pair, stirred
+    from gpu_gpt2.tools.verify.make import with_noise, write_debug_files
 
     source = open_model(model)
     B, T = BATCH[0], min(BATCH[1], source.config.n_positions)
@@ -93,7 +93,7 @@ def _make(model: str, folder: Path) -> None:
     name = Path(model).stem
     if not Path(model).exists():  # a name: initial weights
         name = "gpt2_" + model.replace(":", "_")
-        weights = stirred(source.config, weights)
+        weights = with_noise(source.config, weights)
     text = "\n\n".join(python_docs().val)
     ids = tokenizer.encode(text[: 64 * B * T])[: B * T + 1]
     tokens, targets = (np.ascontiguousarray(a.reshape(B, T)) for a in (ids[:-1], ids[1:]))
@@ -101,7 +101,7 @@ def _make(model: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save_bin(folder / TOKENIZER_BIN)  # llm.c's programs want it there
-        for path in make_pair(folder, name, source.config, weights, tokens, targets):
+        for path in write_debug_files(folder, name, source.config, weights, tokens, targets):
             say(f"{time.monotonic() - started:5.1f} s  {path}  {path.stat().st_size:,} bytes")
     except OSError as e:
         raise DataError(f"{folder}: cannot be written: {e.strerror or e}") from e

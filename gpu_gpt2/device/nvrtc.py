@@ -1,4 +1,4 @@
-"""Compiles kernels for any GPU on a machine without one, and says what ptxas made of them."""
+"""Compiles kernels for any GPU architecture, without a GPU, and reports what ptxas says of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Final
 from gpu_gpt2.device.source import KernelSource
 from gpu_gpt2.errors import DeviceError, KernelError
 
-# Beside -D: what CuPy passes when it compiles a RawModule (cupy/cuda/compiler.py).
+# Compiler options besides -D: those that CuPy passes to NVRTC for a RawModule (see
+# cupy/cuda/compiler.py), so that the same code is compiled, and -v for ptxas's report.
 OPTIONS: Final = (
     "--std=c++17",
     "-ftz=true",
     "--device-as-default-execution-space",
     "--ptxas-options=-v",
 )
+# What ptxas -v prints about one kernel.
 ENTRY: Final = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -27,20 +29,20 @@ ENTRY: Final = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelResources:
-    """What one compiled kernel needs."""
+    """The registers and memory that one compiled kernel needs."""
 
     kernel: str
-    registers: int  # of each thread
-    shared_bytes: int  # of each block, static
-    stack_bytes: int  # of each thread: arrays that did not fit into registers
-    spill_bytes: int  # of each thread: loads and stores for want of registers
+    registers: int  # per thread
+    shared_bytes: int  # static shared memory per block
+    stack_bytes: int  # local memory per thread, which arrays with dynamic indices need
+    spill_bytes: int  # loads and stores per thread of values that did not fit into registers
 
 
 def compile_for(source: KernelSource, architecture: str) -> tuple[KernelResources, ...]:
     """Compiles all kernels of `source` for an architecture such as "sm_90".
 
-    Raises KernelError with the compiler's message if it does not compile without a warning, and
-    DeviceError without NVRTC.
+    Raises KernelError with the compiler's message for an error or a warning, and DeviceError if
+    NVRTC is not installed.
     """
     try:
         from cupy_backends.cuda.libs import nvrtc

@@ -1,4 +1,4 @@
-"""The text of a kernel file as every compiler gets it, and the signatures found in it.
+"""The text of a kernel file as every compiler gets it, and the signatures of its kernels.
 
 A source is `common.cuh`, the headers of ours that the `.cu` file includes, and that file, joined
 with `#line` marks: compile errors name the real file and line, and a compiler cache keyed by the
@@ -15,11 +15,11 @@ from typing import Final
 
 from gpu_gpt2.errors import LaunchError
 
-HEADER: Final = "common.cuh"
+HEADER: Final = "common.cuh"  # stands in front of every kernel file, which need not include it
 INCLUDE: Final = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
-SCALARS: Final = ("int", "long long", "float")
-POINTEES: Final = ("float", "floatX", "bf16", "fp16", "int")
-DTYPES: Final = ("fp32", "bf16", "fp16")  # what floatX can be
+SCALARS: Final = ("int", "long long", "float")  # types of parameters that are not pointers
+POINTEES: Final = ("float", "floatX", "bf16", "fp16", "int")  # types that pointers may point to
+DTYPES: Final = ("fp32", "bf16", "fp16")  # types that floatX can stand for
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class KernelSource:
-    """One kernel file with the values of its compile-time names.
+    """One kernel file with the values of its compile-time names, `defines`.
 
-    `dtype` is what `floatX` means: "fp32", "bf16" or "fp16".
+    `dtype` is the type that `floatX` stands for: "fp32", "bf16" or "fp16".
     """
 
     file: str
@@ -49,13 +49,16 @@ class KernelSource:
 
     @property
     def text(self) -> str:
+        """The joined text of headers and file."""
         return _joined_text(self.file)
 
     @property
     def signatures(self) -> dict[str, tuple[Parameter, ...]]:
+        """The parameters of every kernel in the file, by the kernel's name."""
         return _signatures(self.file)
 
     def parameters(self, kernel: str) -> tuple[Parameter, ...]:
+        """Returns the parameters of a kernel. Raises LaunchError if the file does not have it."""
         if kernel not in self.signatures:
             raise LaunchError(
                 f"{self.file} has no kernel {kernel!r}; it has {', '.join(self.signatures)}"
@@ -63,20 +66,20 @@ class KernelSource:
         return self.signatures[kernel]
 
     def options(self) -> tuple[str, ...]:
-        """The -D options for any compiler."""
+        """Returns the -D options, which every compiler takes."""
         floatx = ("FLOATX", self.dtype.upper())
         return tuple(f"-D{name}={value}" for name, value in (floatx, *self.defines))
 
 
 def kernel_source(file: str, dtype: str, **defines: int) -> KernelSource:
-    """The kernels of `file` with activations in `dtype`, one of DTYPES."""
+    """Returns the source of `file` with activations in `dtype`, one of DTYPES."""
     assert dtype in DTYPES, dtype
     return KernelSource(file, dtype, tuple(sorted(defines.items())))
 
 
 @functools.cache
 def kernels_dir() -> Path:
-    """Where the .cu files are: inside the installed package, else beside it in a source tree."""
+    """Returns the folder of the .cu files: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     for candidate in (package / "kernels", package.parent / "kernels"):
         if (candidate / HEADER).is_file():
@@ -88,7 +91,7 @@ def kernels_dir() -> Path:
 
 
 def kernel_files() -> tuple[str, ...]:
-    """The names of all kernel files, sorted."""
+    """Returns the names of all kernel files, sorted."""
     return tuple(sorted(path.name for path in kernels_dir().glob("*.cu")))
 
 

@@ -1,4 +1,4 @@
-"""What is on this machine, what gpu-gpt2 would use, and what to install if something is wrong."""
+"""Lists the hardware and libraries that gpu-gpt2 finds on this machine, and advises on repairs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from gpu_gpt2.device.emulator.build import Compiler
 from gpu_gpt2.device.source import kernels_dir
 from gpu_gpt2.errors import DeviceError
 
+# Beginnings of the file names of the CUDA libraries that CuPy opens.
 CUDA_LIBRARIES: Final = ("libcuda.so", "libcudart", "libnvrtc.so", "libcublas.so")
+# CuPy's packages, one for each major version of CUDA. At most one of them may be installed, because
+# they all install the same module.
+CUPY_PACKAGES: Final = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 
 
 def report() -> tuple[list[tuple[str, str]], list[str]]:
-    """(name, value) rows of what is here, and advice: one line for each thing to mend."""
+    """Returns (name, value) rows about this machine, and one line of advice for each problem."""
     rows = [
         ("gpu-gpt2", f"{gpu_gpt2.__version__} in {Path(gpu_gpt2.__file__).parent}"),
         ("kernels", str(kernels_dir())),
@@ -46,11 +50,7 @@ def _emulator(advice: list[str]) -> str:
 
 
 def _cuda_rows(advice: list[str]) -> list[tuple[str, str]]:
-    installed = [
-        name
-        for name in ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
-        if _is_installed(name)
-    ]
+    installed = [name for name in CUPY_PACKAGES if _is_installed(name)]
     if len(installed) > 1:
         advice.append(
             f"{' and '.join(installed)} overwrite each other: pip uninstall all of them, then "
@@ -99,7 +99,7 @@ def _is_installed(distribution: str) -> bool:
 
 
 def _loaded_libraries() -> list[Path]:
-    """The CUDA libraries this process has opened by now (Linux tells, others do not)."""
+    """Returns the CUDA libraries that this process has opened so far; none except on Linux."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

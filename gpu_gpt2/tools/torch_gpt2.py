@@ -1,9 +1,13 @@
-"""GPT-2 in PyTorch eager: what our steps are timed beside and verified against. Needs torch."""
+"""GPT-2 in PyTorch: `bench` times it beside our model, and `verify` compares the two.
+
+This file needs torch. Its modules have the names of the parameters in models/gpt2.py, by which
+weights are copied.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +19,11 @@ from gpu_gpt2.device.cuda import FLUSH_BYTES
 from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.models.weights import FloatArray, Piece, named, part_of, pieces
 
+WARM_UP: Final = 3  # untimed runs of attention: PyTorch loads kernels and grows its memory pool
+
 
 class Block(nn.Module):  # type: ignore[misc]
-    """One transformer layer."""
+    """One transformer layer: x + attention(layernorm(x)), then x + MLP(layernorm(x))."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -29,6 +35,7 @@ class Block(nn.Module):  # type: ignore[misc]
         self.fcproj = nn.Linear(4 * c.n_embd, c.n_embd)
 
     def forward(self, x: Any) -> Any:
+        """Returns the layer's output for x (B, T, C), in the shape and dtype of x."""
         B, T, C = x.shape
         qkv = self.qkv(self.ln1(x)).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
@@ -38,7 +45,11 @@ class Block(nn.Module):  # type: ignore[misc]
 
 
 class TorchGPT2(nn.Module):  # type: ignore[misc]
-    """GPT-2 with the loss at the end."""
+    """GPT-2 with the cross-entropy loss at its end.
+
+    `vocab_rows` is the number of rows of wte: config.vocab_size, or padded_vocab_size where the
+    step is timed, as in our model.
+    """
 
     def __init__(self, c: ModelConfig, vocab_rows: int) -> None:
         super().__init__()
@@ -49,20 +60,20 @@ class TorchGPT2(nn.Module):  # type: ignore[misc]
         self.lnf = nn.LayerNorm(c.n_embd)
 
     def forward(self, tokens: Any, targets: Any) -> tuple[Any, Any]:
-        """Logits (B * T, vocab_rows) and the mean loss of tokens and targets (B, T)."""
+        """Returns logits (B * T, vocab_rows) and the mean loss in nats; tokens, targets (B, T)."""
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         logits = nn.functional.linear(self.lnf(self.blocks(x)), self.wte.weight).flatten(0, 1)
         return logits, nn.functional.cross_entropy(logits, targets.flatten())
 
     def load(self, weights: FloatArray) -> None:
-        """Sets all weights from a parameter arena (n,) float32; there are no padding rows here."""
+        """Sets all weights from a parameter arena (n,) float32, whose padding rows are left out."""
         tensors = named(self.config, weights)
         with torch.no_grad():
             for piece, theirs in self._pieces():
                 theirs.copy_(torch.from_numpy(part_of(piece, tensors)))
 
     def gradients(self) -> FloatArray:
-        """The gradients of all weights as a parameter arena (n,) float32, padding rows zero."""
+        """Returns all gradients as a parameter arena (n,) float32, whose padding rows are zero."""
         arena = np.zeros(parameter_count(self.config), np.float32)
         tensors = named(self.config, arena)
         for piece, theirs in self._pieces():
@@ -70,7 +81,10 @@ class TorchGPT2(nn.Module):  # type: ignore[misc]
         return arena
 
     def _pieces(self) -> Iterator[tuple[Piece, Any]]:
-        """Every piece of the model with the torch parameter that holds it."""
+        """Yields every piece of the model with the torch parameter that holds it.
+
+        The parameter ln1w is ln1.weight of a layer, ln1b is ln1.bias, and wte is wte.weight.
+        """
         for piece in pieces(self.config):
             owner = self if piece.layer is None else self.blocks[piece.layer]
             name, kind = piece.name, "weight"
@@ -89,10 +103,11 @@ def torch_step(
     lr: float,
     compiled: bool,
 ) -> Callable[[], Callable[[], float]]:
-    """A function that enqueues one step on "cpu" or "cuda" and returns what waits for its loss.
+    """Returns a function that enqueues one training step on `device`, "cpu" or "cuda".
 
-    Forward, backward, clipping, fused AdamW. tokens, targets (B, T) int32. With 16 bits
-    it is torch's autocast, weights stay float32. `compiled`: by torch.compile.
+    Calling the function's result waits for the step and returns its loss. A step is forward,
+    backward, clipping and fused AdamW on tokens, targets (B, T) int32. In bf16 and fp16 the forward
+    pass runs under autocast, and weights stay float32. With `compiled`, torch.compile compiles it.
     """
     if device == "cuda":
         torch.set_float32_matmul_precision("highest" if dtype == "fp32" else "high")
@@ -123,23 +138,24 @@ def torch_step(
 def torch_attention_ms(
     dtype: str, B: int, H: int, T: int, D: int, repeat: int, backward: bool
 ) -> list[float]:
-    """Milliseconds of causal flash attention on q, k, v (B, H, T, D), or of its backward pass.
+    """Returns `repeat` times in ms of causal flash attention, or of its backward pass.
 
-    The L2 cache is emptied before each. [] if PyTorch cannot use the GPU.
+    q, k, v are (B, H, T, D) in `dtype`, "bf16" or "fp16". The L2 cache is flushed before each run.
+    Returns [] if PyTorch cannot use the GPU.
     """
     if not torch.cuda.is_available():
         return []
     precision = torch.float16 if dtype == "fp16" else torch.bfloat16
     q, k, v, dy = (torch.randn(B, H, T, D, device="cuda", dtype=precision) for _ in range(4))
-    flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     times = []
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.FLASH_ATTENTION):
-        for i in range(repeat + 3):
+        for i in range(WARM_UP + repeat):
             for x in (q, k, v):
                 x.requires_grad_(backward)
                 x.grad = None
             y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            flushed.zero_()
+            flush.zero_()
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             if backward:
@@ -148,6 +164,6 @@ def torch_attention_ms(
                 nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             stop.record()
             torch.cuda.synchronize()
-            if i >= 3:
+            if i >= WARM_UP:
                 times.append(start.elapsed_time(stop))
     return times

@@ -1,4 +1,4 @@
-"""Runs the CUDA C of kernels/ without a GPU, thread by thread, and reports what goes wrong.
+"""Runs the CUDA C of kernels/ without a GPU, thread by thread, and reports faults of the kernels.
 
 The host's C++ compiler builds the same text that a GPU gets, with shim.h in front, which defines
 CUDA's built-in names. Every CUDA thread is a fiber; blocks run one after another; fibers wait for

@@ -21,17 +21,17 @@ from gpu_gpt2.device.source import KernelSource, Parameter
 from gpu_gpt2.errors import DeviceError, KernelError
 
 HERE: Final = Path(__file__).resolve().parent
-SHIM: Final = HERE / "shim.h"
-RUNTIME: Final = HERE / "runtime"
-CALL_PREFIX: Final = "emulator_call_"
+SHIM: Final = HERE / "shim.h"  # stands in front of a kernel's text: CUDA's built-in names for g++
+RUNTIME: Final = HERE / "runtime"  # folder of the C++ library that runs the threads of a launch
+CALL_PREFIX: Final = "emulator_call_"  # of the C++ functions by which the runtime calls kernels
 
-# No optimisation that adds, moves or widens memory accesses is allowed, so that the emulator judges
-# exactly the accesses that the kernel's text makes.
+# Compiler flags of every kernel. They allow no optimisation that adds, moves or widens memory
+# accesses, so that the emulator checks exactly the accesses that the kernel's text makes.
 KERNEL_FLAGS: Final = (
     "-std=c++17",
     "-O1",
     "-g1",
-    "-gdwarf-4",  # addr2line of 2022 takes the wrong file from version 5
+    "-gdwarf-4",  # from version 5 of DWARF on, addr2line of 2022 names the wrong file
     "-fPIC",
     "-fno-exceptions",
     "-fno-rtti",
@@ -41,19 +41,21 @@ KERNEL_FLAGS: Final = (
     "-fvisibility=hidden",
     "-Werror=return-type",
 )
-GCC_FLAGS: Final = (
-    "-fno-gnu-unique",  # else equal helpers of two kernel files would share their variables
-    "-fno-toplevel-reorder",  # keeps the guard of a shared variable in front of it
+GCC_FLAGS: Final = (  # flags that only g++ knows
+    "-fno-gnu-unique",  # else equal functions of two kernel files share their static variables
+    "-fno-toplevel-reorder",  # keeps the guard of a shared variable in front of the variable
     "-fno-tree-loop-im",
     "-fno-tree-cselim",
     "-fno-tree-vectorize",
 )
+# Flags of kernels that the emulator checks: the compiler calls the runtime at every load and store.
 CHECKED_FLAGS: Final = "-fsanitize=thread,alignment,integer-divide-by-zero"
 GCC_BOUNDS: Final = ",bounds"
-CLANG_BOUNDS: Final = ",array-bounds"  # clang's "bounds" has checks that the runtime lacks
+CLANG_BOUNDS: Final = ",array-bounds"  # clang's "bounds" calls functions that the runtime lacks
 LINK_FLAGS: Final = ("-shared", "-nostartfiles", "-Wl,-Bsymbolic,-z,now")
 # ThreadSanitizer's library is not linked: the runtime has the functions that it would define.
 CHECKED_LINK_FLAGS: Final = ("-Wl,-z,defs,--wrap=memcpy,--wrap=memset",)
+# Flags of kernels that the compiler's sanitizers check instead.
 SANITIZED_FLAGS: Final = (
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
@@ -95,12 +97,15 @@ class Compiler:
         self.version = self.run("--version").stdout
 
     def run(self, *arguments: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
-        """Runs the compiler with `text` as its standard input; a failure is in the result."""
+        """Runs the compiler with `text` as its standard input; the result has the exit status."""
         command = [*self.words, *map(str, arguments)]
         return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
 
     def runtime(self) -> Path:
-        """Returns the shared library of runtime/, and builds it if needed."""
+        """Returns the shared library of runtime/, built if it is not in the cache.
+
+        Raises DeviceError if it does not compile.
+        """
         text = "".join(file.read_text() for file in sorted(RUNTIME.iterdir()))
         path = built_dir() / f"runtime-{_digest(self.version, *RUNTIME_FLAGS, text)}.so"
         if not path.exists():
@@ -113,10 +118,10 @@ class Compiler:
         return path
 
     def kernels(self, source: KernelSource, *, sanitize: bool) -> Path:
-        """Returns the shared library of a kernel file, and builds it if needed.
+        """Returns the shared library of a kernel file, built if it is not in the cache.
 
-        It has a function emulator_call_<kernel> for each kernel. Raises KernelError with the
-        compiler's messages, which name the .cu file, if the file does not compile.
+        The library has a function emulator_call_<kernel> for each kernel. Raises KernelError with
+        the compiler's messages, which name the .cu file, if the file does not compile.
         """
         clang = "clang" in self.version
         checked = (CHECKED_FLAGS + (CLANG_BOUNDS if clang else GCC_BOUNDS),)
@@ -150,9 +155,9 @@ class Compiler:
 
 
 def built_dir() -> Path:
-    """Returns the folder of built libraries, and makes it if needed.
+    """Returns the folder of built libraries, created if it does not exist.
 
-    Raises DeviceError if it cannot be made.
+    Raises DeviceError if the folder cannot be created.
     """
     folder = cache_dir("emulator")
     if folder is None:
@@ -172,7 +177,10 @@ def _digest(*parts: str) -> str:
 
 
 def _call(kernel: str, parameters: tuple[Parameter, ...]) -> str:
-    """Returns C++ text: a function that calls the kernel, given the addresses of its arguments."""
+    """Returns the C++ text of a function that calls the kernel.
+
+    Its parameter is the array of the addresses of the kernel's arguments.
+    """
     arguments = ", ".join(
         f"*({'const ' if p.const else ''}{p.ctype}{'*' if p.pointer else ''}*)arguments[{i}]"
         for i, p in enumerate(parameters)

@@ -25,15 +25,25 @@ from gpu_gpt2.errors import DeviceError, KernelError
 Order: TypeAlias = Literal["ascending", "descending", "random"]
 
 ORDERS: Final = ("ascending", "descending", "random")  # numbered as in runtime/state.h
-POISON: Final = 0x7FFB  # the pattern of untouched memory: see runtime/state.h
-ALIGNMENT: Final = 256  # bytes; what cudaMalloc gives
-ACCESS_LIMIT: Final = 1 << 30  # accesses of a thread between two barriers: ten seconds or more
-FINE, FAULT, FINER_GRANULE = range(3)  # results of emulator_launch
-MESSAGE_BYTES: Final = 4096
-FLOAT_GRANULE: Final = 2  # log2 of the bytes of shared memory that one record covers, at first
+POISON: Final = 0x7FFB  # 16-bit pattern of memory that was never written: see runtime/state.h
+ALIGNMENT: Final = 256  # bytes by which arrays are aligned, as by cudaMalloc
+# Most accesses that a thread may make between two barriers: ten seconds or more, after which the
+# loop is reported as endless.
+ACCESS_LIMIT: Final = 1 << 30
+# Results of emulator_launch: no fault; a fault, described in a message; a launch that must be
+# repeated with smaller records, because an access to shared memory is smaller than a record.
+FINE, FAULT, FINER_GRANULE = range(3)
+MESSAGE_BYTES: Final = 4096  # size of the buffer for a fault's description
+# log2 of the bytes of shared memory that one record of accesses covers in a library's first launch:
+# 4 bytes, a float. The runtime asks for smaller records where a kernel needs them.
+FLOAT_GRANULE: Final = 2
 
-# The runtime can have one launch in progress, and ctypes lets other Python threads run meanwhile.
+# Held during a launch: the runtime can run one at a time, but ctypes lets other threads of Python
+# run meanwhile.
 _launching: Final = threading.Lock()
+
+
+# The structures of runtime/state.h, field by field.
 
 
 class _Parameter(ctypes.Structure):
@@ -99,11 +109,12 @@ class _Library:
 
 
 class EmulatorDevice(CpuDevice):
-    """Runs kernels on the CPU, thread by thread, and judges every memory access they make.
+    """Runs kernels on the CPU, thread by thread, and checks every memory access they make.
 
-    `order` is the order of threads between barriers and of blocks; a correct kernel gives the same
-    bits under each. With `sanitize` the compiler's sanitizers judge instead: see
-    `sanitizer_environment`. Raises DeviceError without a C++ compiler, and launches KernelError.
+    `order` is the order of blocks, and of threads between two barriers; a correct kernel gives the
+    same bits in each order. `seed` is that of "random". With `sanitize` the compiler's sanitizers
+    check the accesses instead: see `sanitizer_environment`. Raises DeviceError without a C++
+    compiler; launches raise KernelError for a fault of the kernel.
     """
 
     name = "emulator"
@@ -128,9 +139,9 @@ class EmulatorDevice(CpuDevice):
         self._runtime = ctypes.CDLL(str(self._compiler.runtime()))
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """Like `empty` of every device; every element is a NaN, or a large integer.
+        """A new array in which every element is a NaN, or a large integer.
 
-        A kernel that reads an element before it has been written is reported.
+        A kernel that reads such an element before it has been written is reported.
         """
         array, words = _aligned(shape, np.dtype(dtype))
         words.fill(POISON)
@@ -152,7 +163,7 @@ class EmulatorDevice(CpuDevice):
     ) -> None:
         library = self._libraries.get(source) or self._load(source)
         arguments = (ctypes.c_void_p * len(args))()  # addresses of the arguments' values
-        pointers = (ctypes.c_void_p * len(args))()  # pointers to the arrays' copies, of the runtime
+        pointers = (ctypes.c_void_p * len(args))()  # set by the runtime: its copies of the arrays
         scalars = []
         parameters = []
         for i, (parameter, value) in enumerate(zip(source.parameters(name), args, strict=True)):
@@ -196,7 +207,7 @@ class EmulatorDevice(CpuDevice):
                 )
         library.shared_granule = launch.shared_granule
         if outcome == FAULT:
-            raise KernelError(f"{name} {_with_places(message.value.decode(), library.path)}")
+            raise KernelError(f"{name} {_with_source_lines(message.value.decode(), library.path)}")
 
     def _load(self, source: KernelSource) -> _Library:
         path = self._compiler.kernels(source, sanitize=self._sanitize)
@@ -222,11 +233,12 @@ class EmulatorDevice(CpuDevice):
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """The environment variables that a process with EmulatorDevice(sanitize=True) must start with.
+    """Returns the environment variables of a process that uses EmulatorDevice(sanitize=True).
 
-    They load AddressSanitizer's library first, and make every finding of the address and undefined
-    behaviour sanitizers end the process with a report. Leaks are not checked, because Python itself
-    leaks memory.
+    They must be set before Python starts: they load AddressSanitizer's library first, and make
+    every finding of the address and undefined behaviour sanitizers end the process with a report.
+    Leaks are not checked, because Python itself leaks memory. Raises DeviceError if the compiler
+    has no AddressSanitizer library.
     """
     compiler = Compiler()
     library = Path(compiler.library_file("libasan.so"))
@@ -240,24 +252,25 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, npt.NDArray[np.uint16]]:
-    """A new array whose address is a multiple of ALIGNMENT, and the memory it lies in."""
+    """Returns a new array whose address is a multiple of ALIGNMENT, and all memory behind it."""
     size = math.prod(shape) * dtype.itemsize
     words = np.empty((size + 1) // 2 + ALIGNMENT // 2, np.uint16)
     start = -words.ctypes.data % ALIGNMENT
     return words.view(np.uint8)[start : start + size].view(dtype).reshape(shape), words
 
 
-def _with_places(message: str, library: Path) -> str:
-    """The message with each {offset} in the library's code replaced by " at file:line"."""
-    return re.sub(r"\{([0-9a-f]+)\}", lambda match: _place(match[1], library), message)
+def _with_source_lines(message: str, library: Path) -> str:
+    """Returns the message with each {offset} into the library's code replaced by file and line."""
+    return re.sub(r"\{([0-9a-f]+)\}", lambda match: _source_line(match[1], library), message)
 
 
-def _place(offset: str, library: Path) -> str:
+def _source_line(offset: str, library: Path) -> str:
+    """Returns " at file:line" of an offset into the library's code, with inlined callers, or ""."""
     command = ["addr2line", "-e", str(library), "-i", offset]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # part of binutils, which not every compiler needs
+    except FileNotFoundError:  # addr2line is part of binutils, which clang++ works without
         return ""
-    places = [Path(line.split(" ")[0]).name for line in result.stdout.splitlines()]
-    known = [place for place in places if "?" not in place and not place.startswith(SHIM.name)]
+    lines = [Path(line.split(" ")[0]).name for line in result.stdout.splitlines()]
+    known = [line for line in lines if "?" not in line and not line.startswith(SHIM.name)]
     return " at " + ", called at ".join(known) if known else ""

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-SYMBOL_TABLE: Final = 2  # section types, of the ELF specification's figure 4-9
-NO_BITS: Final = 8
-OBJECT: Final = 1  # symbol type
-LOADED: Final = 1  # program header type
+# Values of the System V ABI, chapters 4 and 5, where they are SHT_SYMTAB, SHT_NOBITS, STT_OBJECT
+# and PT_LOAD.
+SYMBOL_TABLE: Final = 2  # type of the section of symbols
+NO_BITS: Final = 8  # type of sections without contents in the file, such as .bss
+OBJECT: Final = 1  # type of symbols that name variables
+LOADED: Final = 1  # type of segments that are loaded into memory
+# Section headers, program headers and symbols, as they stand in a 64-bit little-endian file.
 SECTION: Final = struct.Struct("<IIQQQQIIQQ")
 SEGMENT: Final = struct.Struct("<IIQQQQQQ")
 SYMBOL: Final = struct.Struct("<IBBHQQ")
 
-GUARD_PREFIX: Final = "emulator_guard_"  # of shim.h
+GUARD_PREFIX: Final = "emulator_guard_"  # of shim.h's variables between shared variables
 
 
 @dataclass(frozen=True, slots=True)
 class Variable:
+    """A `__shared__` variable."""
+
     name: str
     start: int  # address before loading
     size: int  # in bytes
@@ -77,7 +82,7 @@ def read_image(path: Path) -> Image:
 
 
 def unmangled(symbol: str) -> str:
-    """`tile` of `_ZZ9transposeE4tile_0`: a variable's own name (Itanium C++ ABI, 5.1)."""
+    """Returns a variable's own name: `tile` of `_ZZ9transposeE4tile_0` (Itanium C++ ABI, 5.1)."""
     for match in re.finditer(r"(?:E|_ZL|_Z)(\d+)(?=\D)", symbol):
         stop = match.end() + int(match[1])
         if re.fullmatch(r"(_\d+)?", symbol[stop:]) and stop <= len(symbol):

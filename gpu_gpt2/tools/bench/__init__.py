@@ -1,1 +1,1 @@
-"""How fast it is, beside the limits of the device and beside others; how large the kernels are."""
+"""Times ops and training steps, lists what each kernel needs of a GPU, and keeps the results."""

@@ -16,7 +16,7 @@ from gpu_gpt2.tools.bench.cases import BenchCase, Tensors, cases
 
 COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}  # far more than caches hold
 HEAD: Final = ("op", "ms", "GB/s", "TFLOP/s", "of the limit")
-PRODUCT_SIZE: Final = {"cuda": 8192, "cpu": 1024}  # of each side of the square matrices
+MATMUL_SIZE: Final = {"cuda": 8192, "cpu": 1024}  # of each side of the square matrices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +41,12 @@ class KernelTime:
 def measure_limits(ops: Ops) -> Limits:
     """Copies and multiplies random numbers on the device of `ops`."""
     copied = 2 * COPY_BYTES[ops.device.name]
-    return Limits(copy_gb_s=copied / _copy_ms(ops) / 1e6, matmul_tflops=product_tflops(ops))
+    return Limits(copy_gb_s=copied / _copy_ms(ops) / 1e6, matmul_tflops=large_matmul_tflops(ops))
 
 
-def product_tflops(ops: Ops) -> float:
+def large_matmul_tflops(ops: Ops) -> float:
     """What a large square product of random numbers reaches."""
-    size, new = PRODUCT_SIZE[ops.device.name], Tensors(ops)
+    size, new = MATMUL_SIZE[ops.device.name], Tensors(ops)
     a, b, out = new(size, size), new(size, size), new(size, size)
     ms = statistics.median(ops.device.time_ms(lambda: ops.matmul(out, a, b), repeat=10))
     return 2 * size**3 / ms / 1e9

@@ -1,7 +1,8 @@
-"""Results on disk, and the tables and the plot made of them.
+"""Saves benchmark results as JSON, and makes the tables and plots of the documentation of them.
 
-A result is one JSON file in docs/benchmarks: what ran, where, when, and its rows. Tables stand in
-Markdown files between two marks, and `write_tables` writes them anew from the newest results.
+A result is one JSON file in docs/benchmarks: the command, the machine, the date, and rows of
+measurements. A table stands in a Markdown file between two marks, and `write_tables` replaces it by
+one made of the newest results.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from gpu_gpt2.tools.bench import kernels
 from gpu_gpt2.tools.bench.static import count_cells
 from gpu_gpt2.tools.bench.step import StepTime, problems, text_table
 
-SCHEMA: Final = 1
-FOLDER: Final = Path("docs/benchmarks")
-PACKAGES: Final = ("numpy", "torch")
-NOT_A_RESULT: Final = (ValueError, KeyError, TypeError, AttributeError, IndexError)  # when read
+SCHEMA: Final = 1  # version of the result files; files of another version are ignored
+FOLDER: Final = Path("docs/benchmarks")  # of the results and plots, relative to the project's root
+PACKAGES: Final = ("numpy", "torch")  # whose versions a result records: they decide the CPU's speed
+# Exceptions raised by reading a JSON file that is no result, or that lacks a key of its kind.
+NOT_A_RESULT: Final = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+# Texts that stand in place of a table without results.
 NOT_COMPILED: Final = "Not compiled yet: `gpu-gpt2 bench kernels --static --json FILE`."
 NOT_TIMED: Final = "Not timed yet: `gpu-gpt2 bench peers --device cpu --json FILE`."
 UNMEASURED: Final = "Nothing has been measured on a GPU yet: [gpu-queue.md]({docs}/gpu-queue.md)."
@@ -38,10 +41,11 @@ UNMEASURED: Final = "Nothing has been measured on a GPU yet: [gpu-queue.md]({doc
 def record(
     kind: str, what: str, device: Device | None, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """A result of `kind` ("kernels", "static", "step" or "steps") with all that it depends on.
+    """Returns a result with the command, commit, machine and date that produced it.
 
-    What the CPU did is of kind "cpu kernels" and so on. `what` says which sizes and dtype: one
-    result takes the place of another only if it is of the same.
+    `kind` is "kernels", "static", "step" or "steps", to which "cpu " is prefixed for a CPU. `what`
+    names sizes and dtype: a newer result replaces an older one in the tables only if kind, GPU and
+    `what` are the same. `device` is None for "static", which needs none.
     """
     if device is not None and not device.is_gpu:
         kind = f"cpu {kind}"
@@ -58,7 +62,7 @@ def record(
 
 
 def save(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes a result; DataError if it cannot be written."""
+    """Writes a result to a JSON file. Raises DataError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -67,9 +71,9 @@ def save(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def newest(kind: str, folder: Path = FOLDER) -> list[tuple[Path, dict[str, Any]]]:
-    """The newest result of a kind for each GPU and each `what`, with its file.
+    """Returns the newest result of a kind for each GPU and each `what`, with its file.
 
-    DataError for a file that is none.
+    Raises DataError for a JSON file in `folder` that is no result.
     """
     found: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -81,7 +85,7 @@ def newest(kind: str, folder: Path = FOLDER) -> list[tuple[Path, dict[str, Any]]
             if key not in found or str(found[key][1]["date"]) < str(result["date"]):
                 found[key] = path, result
         except NOT_A_RESULT as error:
-            raise _no_result(path, error) from None
+            raise _not_a_result(path, error) from None
     return [found[key] for key in sorted(found)]
 
 
@@ -90,12 +94,13 @@ def write_tables(root: Path) -> list[Path]:
     folder = root / FOLDER
 
     def tables(kind: str, render: Callable[[dict[str, Any]], str], missing: str) -> str:
+        """Returns a table of each newest result of `kind`, or the text `missing` without any."""
         parts = []
         for path, result in newest(kind, folder):
             try:
                 parts.append(render(result))
             except NOT_A_RESULT as error:
-                raise _no_result(path, error) from None
+                raise _not_a_result(path, error) from None
         return "\n\n".join(parts) or missing
 
     def with_plot(result: dict[str, Any]) -> str:
@@ -127,7 +132,7 @@ def write_tables(root: Path) -> list[Path]:
 
 
 def replace_block(text: str, name: str, block: str) -> str:
-    """The text with what stands between the marks of `name` replaced; DataError without them."""
+    """Returns `text` with `block` between the marks of `name`. Raises DataError without marks."""
     start, stop = f"<!-- bench {name} -->\n", f"<!-- end of bench {name} -->"
     if start not in text or stop not in text:
         raise DataError(f"expected the marks {start.strip()} and {stop}")
@@ -160,7 +165,10 @@ def _default(option: Option, device: str) -> str:
 
 
 def plot(result: Mapping[str, Any], folder: Path) -> Path:
-    """A PNG with a bar for each op: its share of the limit. DataError without matplotlib."""
+    """Draws a bar for each op, its share of the limit, into a PNG; returns the file's path.
+
+    Raises DataError without matplotlib.
+    """
     try:
         import matplotlib as mpl
     except ImportError:
@@ -171,7 +179,7 @@ def plot(result: Mapping[str, Any], folder: Path) -> Path:
     rows = result["rows"][::-1]
     figure, axes = plt.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
     axes.barh([row["name"] for row in rows], [100 * row["share"] for row in rows])
-    axes.set_xlabel("% of the limit measured on the same card: copy bandwidth or products")
+    axes.set_xlabel("% of the limit measured on the same GPU: copy bandwidth or matmul throughput")
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set_title(f"{result['what']} on {result['machine']['GPU']}, {result['date']}")
     name = re.sub(r"[^a-z0-9]+", "-", f"{result['machine']['GPU']} {result['what']}".lower())
@@ -200,7 +208,7 @@ def _static(result: Mapping[str, Any]) -> str:
             *(str(row[architecture]) for architecture in architectures),
             f"{row['shared_bytes']:,}", str(row["spill_bytes"]),
         )
-        for row in rows if row["dtype"] != "fp16"  # as bf16
+        for row in rows if row["dtype"] != "fp16"  # whose kernels need what those of bf16 need
     ]  # fmt: skip
     head = (
         "kernel", "D", "X", "threads",
@@ -221,19 +229,18 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _with_source(result: Mapping[str, Any], table: str) -> str:
-    return f"{table}\n\n`{result['command']}`, {_where(result)}."
-
-
-def _where(result: Mapping[str, Any]) -> str:
+    """Returns the table and a line with the command, machine, date and commit of the result."""
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    return f"{machine}, {result['date']}, commit {result['commit']}"
+    source = f"`{result['command']}`, {machine}, {result['date']}, commit {result['commit']}."
+    return f"{table}\n\n{source}"
 
 
-def _no_result(path: Path, error: Exception) -> DataError:
+def _not_a_result(path: Path, error: Exception) -> DataError:
     return DataError(f"{path} is not a result of gpu-gpt2 bench ({error!r})")
 
 
 def _machine(device: Device | None) -> dict[str, str]:
+    """Returns the device, or NVRTC without one, and the versions on which results depend."""
     found: dict[str, str] = {}
     if device is not None and device.is_gpu:
         found |= {"GPU": device.product_name, **cuda_versions()}
@@ -251,7 +258,7 @@ def _machine(device: Device | None) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit of the source tree, with a + if something has changed since; or "unknown"."""
+    """Returns the commit of the source tree, with "+" if files have changed, or "unknown"."""
 
     def git(*args: str) -> str:
         folder = Path(__file__).parent

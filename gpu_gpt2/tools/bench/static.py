@@ -1,7 +1,7 @@
-"""`bench kernels --static`: what every kernel needs of a GPU, found without one.
+"""`bench kernels --static`: registers and memory of every kernel, without a GPU.
 
-The ops run once on a device that launches nothing and notes what it should have launched, at a
-model's own sizes; each kernel so found is compiled for each architecture.
+All ops of a training step run on a device that records each launch instead of making it, at the
+sizes of a model. The recorded kernels are then compiled for each architecture.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from gpu_gpt2.device.source import DTYPES, KernelSource
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.tools.bench.cases import cases
 
-ARCHITECTURES: Final = ("sm_75", "sm_80", "sm_90")
-TENSOR_CORE_HEADER: Final = '"tensor_core.cuh"'
+ARCHITECTURES: Final = ("sm_75", "sm_80", "sm_90")  # GPUs from Turing (T4) on: T4, A100, H100
+TENSOR_CORE_HEADER: Final = '"tensor_core.cuh"'  # in the text of kernels that only Ampere on has
 TENSOR_CORE_ARCHITECTURES: Final = ("sm_80", "sm_90")
-# Head sizes of GPT-2 and GPT-3, and one that only the plain attention kernel takes.
+# Head sizes of GPT-2 and GPT-3, and 33, which only the plain attention kernel takes.
 HEAD_SIZES: Final = (64, 80, 96, 128, 33)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelBuild:
-    """One kernel of one source for one architecture, in blocks of `threads`."""
+    """One kernel compiled for one architecture, with its largest block of `threads` threads."""
 
     file: str
     dtype: str
@@ -44,7 +44,10 @@ class KernelBuild:
 
 
 class RecordingDevice(CpuDevice):
-    """Runs and copies nothing; `launches` are the sources, kernel names and threads asked for."""
+    """Records launches and runs nothing: no kernel, matmul or copy.
+
+    `launches` maps source and kernel name to the threads of the largest block.
+    """
 
     def __init__(self) -> None:
         self.launches: dict[tuple[KernelSource, str], int] = {}
@@ -75,9 +78,9 @@ class RecordingDevice(CpuDevice):
 
 
 def launches(config: ModelConfig) -> dict[tuple[KernelSource, str], int]:
-    """Every kernel of a training step of `config` in each dtype, with the threads of its blocks.
+    """Returns all kernels of a training step in each dtype, as RecordingDevice.launches.
 
-    Attention also with the other HEAD_SIZES.
+    Attention is recorded for HEAD_SIZES too, which are compile-time values.
     """
     found: dict[tuple[KernelSource, str], int] = {}
     for dtype in DTYPES:
@@ -95,7 +98,7 @@ def launches(config: ModelConfig) -> dict[tuple[KernelSource, str], int]:
 
 
 def counts(config: ModelConfig, dtype: str) -> list[dict[str, Any]]:
-    """The least bytes and the flops of each op for one sequence of the model's full context."""
+    """Returns each op's least bytes and its flops for one sequence of the model's full context."""
     ops = KernelOps(RecordingDevice(), dtype)
     return [
         {"name": case.name, "dtype": dtype, "bytes": case.moved, "flops": case.flops}
@@ -104,7 +107,7 @@ def counts(config: ModelConfig, dtype: str) -> list[dict[str, Any]]:
 
 
 def counts_table(found: list[dict[str, Any]]) -> Table:
-    """The counts for the console."""
+    """Returns the rows of `counts` as a table for the console."""
     columns = Table(box=None)
     columns.add_column("op")
     for title in ("MB", "GFLOP", "flops per byte"):
@@ -115,16 +118,16 @@ def counts_table(found: list[dict[str, Any]]) -> Table:
 
 
 def count_cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of counts as text."""
+    """Returns a row of `counts` as text: the op, MB, GFLOP and flops per byte."""
     moved, flops = row["bytes"], row["flops"]
-    products = (f"{flops / 1e9:.2f}", f"{flops / moved:.0f}") if flops else ("", "")
-    return (row["name"], f"{moved / 1e6:.2f}", *products)
+    matmuls = (f"{flops / 1e9:.2f}", f"{flops / moved:.0f}") if flops else ("", "")
+    return (row["name"], f"{moved / 1e6:.2f}", *matmuls)
 
 
 def builds(
     config: ModelConfig, architectures: tuple[str, ...] = ARCHITECTURES
 ) -> Iterator[KernelBuild]:
-    """Compiles every kernel of `launches`; KernelError if one does not compile."""
+    """Compiles every kernel of `launches`. Raises KernelError if one does not compile."""
     wanted = launches(config)
     jobs = [
         (source, architecture)
@@ -148,7 +151,7 @@ def builds(
 
 
 def table(found: list[KernelBuild]) -> Table:
-    """Registers of a thread by architecture, shared memory of a block, spills: for the console."""
+    """Returns the `rows` of the kernels as a table for the console."""
     columns = Table(box=None)
     columns.add_column("kernel", no_wrap=True)
     for title in ("D", "threads", "dtype"):
@@ -161,9 +164,11 @@ def table(found: list[KernelBuild]) -> Table:
 
 
 def rows(found: list[KernelBuild]) -> list[dict[str, Any]]:
-    """One dictionary per kernel, head size and dtype: registers by architecture, and the rest.
+    """Returns one dictionary per kernel, head size and dtype.
 
-    Kernels that several ops share appear once, with the largest numbers.
+    It has the registers of a thread by architecture, the static shared memory of a block in bytes,
+    and the bytes that spill. Of a kernel that is compiled several times, such as one that several
+    ops launch, it has the largest values.
     """
     together: dict[tuple[Any, ...], dict[str, Any]] = {}
     for build in found:

@@ -1,4 +1,4 @@
-"""`bench step` and `bench peers`: whole training steps, ours and others', timed in one way."""
+"""`bench step` and `bench peers`: times training steps of gpu-gpt2 and of PyTorch in one way."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from gpu_gpt2.config import GPT2_SIZES, GPT2_VOCAB_SIZE, ModelConfig, model_config
+from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, model_config
 from gpu_gpt2.device.base import Device
-from gpu_gpt2.errors import ConfigError, DataError, DeviceError
+from gpu_gpt2.errors import ConfigError, DeviceError
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.gpt2 import GPT2, check_seq_len, parameter_count
 from gpu_gpt2.models.init import initial_weights
 from gpu_gpt2.ops import ops_for
-from gpu_gpt2.tools.bench.kernels import product_tflops
+from gpu_gpt2.tools.bench.kernels import large_matmul_tflops
 from gpu_gpt2.training.memory import check_fits, memory_plan
 from gpu_gpt2.training.optimizer import AdamW
 
-Tokens = npt.NDArray[np.int32]
-# Enqueues a step and returns what waits for it.
+Tokens: TypeAlias = npt.NDArray[np.int32]  # (B, T)
+# Enqueues a training step and returns a function that waits until the step has run.
 Step: TypeAlias = Callable[[], Callable[[], object]]
 
-OURS: Final = "gpu-gpt2"
-PEERS: Final = ("PyTorch eager", "torch.compile")
+OURS: Final = "gpu-gpt2"  # the name of our rows in tables and results
+PEERS: Final = ("PyTorch eager", "torch.compile")  # the names of PyTorch's rows
+# Titles of the columns of a StepTime, after its size and name. README.md explains them.
 COLUMNS: Final = (
     "ms/step", "fastest", "enqueued", "tokens/s", "MFU", "of matmul", "GB", "of plan", "speed-up"
 )  # fmt: skip
-# One batch again and again is soon known by heart; its gradients then fall below 1e-38, with which
-# a CPU computes so slowly that PyTorch's step took five times as long. So little is learned here.
+# Learning rate of the timed steps. Every step trains on the same batch: at a larger rate the model
+# memorizes it, its gradients become denormal numbers (below 1e-38), and a CPU computes so slowly
+# with those that PyTorch's step took five times as long.
 LR: Final = 1e-6
-WARM_UP: Final = 3  # steps: compilation, the capture of graphs, the first replay
-SKIPPED_LLMC_STEPS: Final = 5
-# Dense 16-bit TFLOP/s with float32 sums, from NVIDIA's data sheets, by part of the GPU's name.
+WARM_UP: Final = 3  # untimed steps: compilation, the capture of graphs, the first replay
+# Peak TFLOP/s of matmuls of 16-bit matrices without sparsity, summed in float32, from NVIDIA's data
+# sheets. The key is a part of the GPU's name.
 PEAK_TFLOPS: Final = {
     "H200": 989.0, "H100 80GB HBM3": 989.0, "H100 PCIe": 756.0, "A100": 312.0,
     "RTX 4090": 165.2, "RTX 3090": 71.0,
@@ -50,9 +51,9 @@ PEAK_TFLOPS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A model and the batches it is given."""
+    """A model with the shape of its batches."""
 
-    model: str
+    model: str  # a name that config.model_config knows, such as "d12"
     batch_size: int
     seq_len: int
 
@@ -60,6 +61,8 @@ class Size:
         return f"{self.model}:{self.batch_size}x{self.seq_len}"
 
 
+# Sizes that `bench peers` times by default. On a GPU: the small batch of llm.c's tests, where the
+# time to enqueue a step counts most, and full contexts. On a CPU: steps of about a second.
 SIZES: Final = {
     device: tuple(Size(model=model, batch_size=B, seq_len=T) for model, B, T in sizes)
     for device, sizes in {
@@ -77,23 +80,29 @@ SIZES: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """A training step of one program at one size, or why there is none."""
+    """The time of a training step of one program at one size, or the reason why there is none.
 
-    name: str
-    size: str
+    A field is 0 if its value is not known.
+    """
+
+    name: str  # of the program: OURS, one of PEERS, or llm.c
+    size: str  # a Size as text
     step_ms: float = 0.0  # median
-    fastest_ms: float = 0.0
-    host_ms: float = 0.0  # median time to enqueue a step
+    fastest_ms: float = 0.0  # minimum
+    enqueue_ms: float = 0.0  # median time until the host has enqueued a step
     tokens_per_s: float = 0.0  # at the median
-    peak_bytes: int = 0  # 0 where it is not known
-    planned_bytes: int = 0  # of ours
-    mfu: float = 0.0  # of the data sheet's peak, by llm.c's count of flops; 0 where not known
-    of_products: float = 0.0  # the same flops, of what large matrix products reach on this device
-    problem: str = ""
+    peak_bytes: int = 0  # largest memory in use
+    planned_bytes: int = 0  # memory of the plan (training/memory.py); only for OURS
+    mfu: float = 0.0  # model flops utilization: flops per second, counted as in llm.c, / peak
+    matmul_share: float = 0.0  # the same flops per second / those of a large matmul on this device
+    problem: str = ""  # the reason, or a warning
 
 
 def parse_size(text: str) -> Size:
-    """A size such as "d12:32x1024"; ConfigError for what is none, or too long for the model."""
+    """Reads a size such as "d12:32x1024".
+
+    Raises ConfigError if `text` is no size or the sequences are longer than the model's context.
+    """
     match = re.fullmatch(r"(.+):(\d+)x(\d+)", text)
     if match is None or int(match[2]) < 1 or int(match[3]) < 1:
         raise ConfigError(f"cannot read {text!r} as a size; write MODEL:BATCHxLENGTH: d12:32x1024")
@@ -103,15 +112,19 @@ def parse_size(text: str) -> Size:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """llm.c's count: 6 per parameter, and 6 L C T for attention."""
+    """Returns the flops of training on one token as llm.c counts them: 6 n + 6 L C T."""
     return 6.0 * (parameter_count(config) + config.n_layer * config.n_embd * seq_len)
 
 
 def measure_ours(
-    device: Device, dtype: str, size: Size, steps: int, products: float, recompute: int = 0
+    device: Device, dtype: str, size: Size, steps: int, matmul_tflops: float, recompute: int = 0
 ) -> StepTime:
-    """Our training step on random tokens; `products`: bench.kernels.product_tflops."""
-    _release(device)  # for the peak is of this program alone
+    """Times our training step on random tokens.
+
+    matmul_tflops: TFLOP/s of a large matmul in `dtype` on `device`, as in bench.kernels.Limits.
+    Raises ConfigError, before anything is allocated, if the step does not fit into the memory.
+    """
+    _free_memory(device)  # arrays of an earlier program would count in our peak
     config, tokens, targets = _inputs(size)
     memory = memory_plan(config, dtype, size.batch_size, size.seq_len, recompute)
     check_fits(memory, device.free_memory)
@@ -130,24 +143,26 @@ def measure_ours(
         losses = model.forward_backward(batch, loss_scale=optimizer.loss_scale)
         return optimizer.step(LR, losses).result
 
-    times, host = _timed(step, steps)
+    times = _timed(step, steps)
     return _result(
         OURS,
         size,
         times,
-        host,
         device,
-        products,
+        matmul_tflops,
         peak_bytes=_peak_bytes(device),
-        planned=memory.total,
+        planned_bytes=memory.total,
         problem=device.graph_error,
     )
 
 
 def measure_peer(
-    name: str, device: Device, dtype: str, size: Size, steps: int, products: float
+    name: str, device: Device, dtype: str, size: Size, steps: int, matmul_tflops: float
 ) -> StepTime:
-    """PyTorch's training step on the same tokens; `name` is one of PEERS."""
+    """Times PyTorch's training step on the same tokens as ours; `name` is one of PEERS.
+
+    Raises DeviceError if PyTorch cannot be imported.
+    """
     try:
         import torch
 
@@ -161,83 +176,31 @@ def measure_peer(
         torch.cuda.reset_peak_memory_stats()
     compiled = name == "torch.compile"
     step = torch_step(config, device.name, dtype, tokens, targets, lr=LR, compiled=compiled)
-    times, host = _timed(step, steps)
+    times = _timed(step, steps)
     peak = int(torch.cuda.max_memory_allocated()) if on_gpu else 0
-    return _result(name, size, times, host, device, products, peak_bytes=peak, planned=0)
+    return _result(name, size, times, device, matmul_tflops, peak_bytes=peak)
 
 
 def measure_all(
     device: Device, dtype: str, sizes: Sequence[Size], names: Sequence[str], steps: int
 ) -> Iterator[StepTime]:
-    """Every program at every size; one that fails becomes a row that says why."""
-    products = product_tflops(ops_for(device, dtype))
+    """Times the programs `names` at every size; one that fails yields a row with the problem."""
+    matmul_tflops = large_matmul_tflops(ops_for(device, dtype))
     for size in sizes:
         for name in names:
             try:
                 if name == OURS:
-                    yield measure_ours(device, dtype, size, steps, products)
+                    yield measure_ours(device, dtype, size, steps, matmul_tflops)
                 else:
-                    yield measure_peer(name, device, dtype, size, steps, products)
+                    yield measure_peer(name, device, dtype, size, steps, matmul_tflops)
             except Exception as error:  # a peer may fail in any way; the others still count
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 yield StepTime(name=name, size=str(size), problem=reason[:200])
-            _release(device)
-
-
-def read_llmc_log(path: Path) -> StepTime:
-    """The median of the steps that llm.c's train_gpt2cu printed, and the size that it says.
-
-    DataError for anything but the steps of one run on one GPU, with one micro-step each, of a model
-    of config.GPT2_SIZES.
-    """
-    try:
-        text = path.read_text(errors="replace")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-
-    def setting(name: str) -> str:
-        found = re.findall(rf"^\| {name} +\| (\S+) +\|", text, re.MULTILINE)
-        if len(found) != 1:
-            raise DataError(
-                f"{path} has {len(found)} lines of {name!r}, not one: is it what one run of "
-                f"train_gpt2cu printed?"
-            )
-        return str(found[0])
-
-    def number(name: str) -> int:
-        return int(setting(name)) if setting(name).isdecimal() else 0
-
-    B, T = number("micro batch size B"), number("sequence length T")
-    L, C = number("num_layers L"), number("channels C")
-    if number("num_processes") != 1:
-        raise DataError(f"{path} is of {setting('num_processes')} GPUs; run train_gpt2cu on one")
-    if number("total batch size") != B * T:
-        raise DataError(
-            f"{path} is of {setting('total batch size')} tokens a step; run train_gpt2cu with "
-            f"-d {B * T}"
-        )
-    if L not in GPT2_SIZES or GPT2_SIZES[L][0] != C:
-        raise DataError(f"{path} is of a model with {L} layers and {C} channels, which has no name")
-    times = [float(ms) for ms in re.findall(r"step +\d+/\d+ \|.*?\| ([\d.]+) ms \|", text)]
-    times = times[SKIPPED_LLMC_STEPS:]
-    if not times or min(times) <= 0:
-        raise DataError(
-            f"{path}: more than {SKIPPED_LLMC_STEPS} lines of steps that took time are needed "
-            f"(step n/m | loss ... | ... ms | ...)"
-        )
-    median = statistics.median(times)
-    precision = setting("precision")
-    return StepTime(
-        name="llm.c" if precision == "BF16" else f"llm.c {precision}",
-        size=str(parse_size(f"d{L}:{B}x{T}")),
-        step_ms=median,
-        fastest_ms=min(times),
-        tokens_per_s=1000 * B * T / median,
-    )
+            _free_memory(device)
 
 
 def table(rows: Sequence[StepTime]) -> Table:
-    """The rows for the console, with our speed over each other program's of the same size."""
+    """Returns text_table of the rows as a table for the console."""
     head, lines = text_table(rows)
     columns = Table(box=None)
     for title in head:
@@ -248,7 +211,10 @@ def table(rows: Sequence[StepTime]) -> Table:
 
 
 def text_table(rows: Sequence[StepTime]) -> tuple[list[str], list[list[str]]]:
-    """Titles and lines as text, without the columns in which nothing stands."""
+    """Returns the titles and the lines of a table, without columns that are empty in every line.
+
+    Rows of one size stand together; the last column is our speed-up over the row's program.
+    """
     lines = []
     for size in dict.fromkeys(row.size for row in rows):
         group = [row for row in rows if row.size == size]
@@ -262,12 +228,16 @@ def text_table(rows: Sequence[StepTime]) -> tuple[list[str], list[list[str]]]:
 
 
 def problems(rows: Sequence[StepTime]) -> list[str]:
-    """What went wrong, a line each."""
+    """Returns one line for each row that has a problem."""
     return [f"{row.name} at {row.size}: {row.problem}" for row in rows if row.problem]
 
 
 def cells(row: StepTime, ours: StepTime | None) -> tuple[str, ...]:
-    """The row as text, from its name on."""
+    """Returns the row's name and COLUMNS as text, "" where a value is not known.
+
+    `ours` is our row of the same size, or None if there is none. A row without a time has the text
+    "failed" behind its name, and no other column.
+    """
     if not row.step_ms:
         return (row.name, "failed")
     peak, plan = row.peak_bytes, row.planned_bytes
@@ -275,10 +245,10 @@ def cells(row: StepTime, ours: StepTime | None) -> tuple[str, ...]:
         row.name,
         f"{row.step_ms:.2f}",
         f"{row.fastest_ms:.2f}" if row.fastest_ms else "",
-        f"{row.host_ms:.2f}" if row.host_ms else "",
+        f"{row.enqueue_ms:.2f}" if row.enqueue_ms else "",
         f"{row.tokens_per_s:,.0f}",
         f"{row.mfu:.1%}" if row.mfu else "",
-        f"{row.of_products:.1%}" if row.of_products else "",
+        f"{row.matmul_share:.1%}" if row.matmul_share else "",
         f"{peak / 1e9:.2f}" if peak else "",
         f"{peak / plan:.2f}" if peak and plan else "",
         f"{row.step_ms / ours.step_ms:.2f} x" if ours and ours is not row else "",
@@ -286,48 +256,53 @@ def cells(row: StepTime, ours: StepTime | None) -> tuple[str, ...]:
 
 
 def _inputs(size: Size) -> tuple[ModelConfig, Tokens, Tokens]:
+    """Returns the model's sizes, with random tokens and targets, the same in every call."""
     config = model_config(size.model, GPT2_VOCAB_SIZE)
     shape = (2, size.batch_size, size.seq_len)
     tokens, targets = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
     return config, tokens, targets
 
 
-def _timed(step: Step, steps: int) -> tuple[list[float], list[float]]:
-    """Milliseconds between the ends of steps, each enqueued while the one before it runs.
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Milliseconds of several steps."""
 
-    Then the milliseconds in which each was enqueued.
-    """
+    step_ms: list[float]  # from the end of the step before to the end of this one
+    enqueue_ms: list[float]  # from the start to the end of the call that enqueues the step
+
+
+def _timed(step: Step, steps: int) -> _Times:
+    """Times `steps` steps, each enqueued while the one before it runs, as in training."""
     for _ in range(WARM_UP):
         step()()
-    times, host = [], []
+    step_ms, enqueue_ms = [], []
     wait = step()
     last = time.perf_counter()
     for _ in range(steps + 1):
         started = time.perf_counter()
         next_wait = step()
-        host.append((time.perf_counter() - started) * 1000)
+        enqueue_ms.append((time.perf_counter() - started) * 1000)
         wait()
         now = time.perf_counter()
-        times.append((now - last) * 1000)
+        step_ms.append((now - last) * 1000)
         wait, last = next_wait, now
     wait()
-    return times[1:], host[1:]  # the first began before the clock did
+    return _Times(step_ms[1:], enqueue_ms[1:])  # the first step began before the clock was read
 
 
 def _result(
     name: str,
     size: Size,
-    times: Sequence[float],
-    host: Sequence[float],
+    times: _Times,
     device: Device,
-    products: float,
+    matmul_tflops: float,
     *,
     peak_bytes: int,
-    planned: int,
+    planned_bytes: int = 0,
     problem: str = "",
 ) -> StepTime:
     config = model_config(size.model, GPT2_VOCAB_SIZE)
-    median = statistics.median(times)
+    median = statistics.median(times.step_ms)
     tokens_per_s = 1000 * size.batch_size * size.seq_len / median
     peak = peak_tflops(device)
     achieved = tokens_per_s * flops_per_token(config, size.seq_len) / 1e12
@@ -335,31 +310,34 @@ def _result(
         name=name,
         size=str(size),
         step_ms=median,
-        fastest_ms=min(times),
+        fastest_ms=min(times.step_ms),
         # A device that is not asynchronous computes the step while it is enqueued.
-        host_ms=statistics.median(host) if device.is_async else 0.0,
+        enqueue_ms=statistics.median(times.enqueue_ms) if device.is_async else 0.0,
         tokens_per_s=tokens_per_s,
         peak_bytes=peak_bytes,
-        planned_bytes=planned,
+        planned_bytes=planned_bytes,
         mfu=achieved / peak if peak else 0.0,
-        of_products=achieved / products,
+        matmul_share=achieved / matmul_tflops,
         problem=problem,
     )
 
 
 def peak_tflops(device: Device) -> float:
-    """What the data sheet promises for this GPU, or 0 if it is not in PEAK_TFLOPS."""
+    """Returns the data sheet's peak for this GPU, or 0 if it is not in PEAK_TFLOPS."""
     name = device.product_name
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
 
 
 def _peak_bytes(device: Device) -> int:
-    """Returns the device's peak memory, or 0 on a CPU that PyTorch has used in this process."""
+    """Returns the device's peak memory, or 0 on a CPU if PyTorch has been imported.
+
+    On a CPU the peak is that of the whole process, PyTorch's memory included.
+    """
     return 0 if "torch" in sys.modules and not device.is_gpu else device.peak_memory
 
 
-def _release(device: Device) -> None:
-    """Gives memory that was in use before back, for the next program."""
+def _free_memory(device: Device) -> None:
+    """Frees the memory that an earlier program no longer uses, ours or PyTorch's."""
     gc.collect()
     device.release_memory()
     if device.is_gpu and "torch" in sys.modules:

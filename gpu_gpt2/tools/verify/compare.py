@@ -1,8 +1,9 @@
-"""A model on a device held against PyTorch's numbers: what llm.c's test_gpt2.cu does, tighter.
+"""Compares a model on a device with PyTorch, as llm.c's test_gpt2.cu does, within tighter limits.
 
-The numbers come from a debug state (formats/debug_state.py): logits, loss and all gradients of one
-batch. Then ten training steps on that batch, whose losses are compared where they are known, and at
-last the state is written, read back and trained on: the same bits must come.
+A debug state (formats/debug_state.py) holds the logits, the loss and all gradients that PyTorch
+computes for one batch. After these, ten training steps on that batch are compared with PyTorch's
+losses, where they are known. At last a checkpoint is saved and ten steps are trained twice, before
+and after it is loaded: both times the losses must have the same bits.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from gpu_gpt2.ops import ops_for
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.optimizer import AdamW
 
-STEPS: Final = 10
-# The settings of llm.c's test_gpt2.cu, so that its published losses apply.
-HYPER: Final[Mapping[str, Any]] = {
+STEPS: Final = 10  # training steps, as in llm.c's test_gpt2.cu
+# Learning rate, AdamW and clipping as in llm.c's test_gpt2.cu, so that its published losses apply.
+OPTIMIZER_SETTINGS: Final[Mapping[str, Any]] = {
     "lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0
 }  # fmt: skip
 
-# What test_gpt2.cu expects of OpenAI's 124M weights on the first 4 x 64 tokens of
-# tiny_shakespeare_val.bin: the files of llm.c's starter pack.
+# Losses of ten steps that test_gpt2.cu expects of OpenAI's 124M weights on the first 4 x 64 tokens
+# of tiny_shakespeare_val.bin. Weights and debug state are in llm.c's starter pack.
 STARTER_PACK_LOSSES: Final = (
     5.270009, 4.060681, 3.320085, 2.717550, 2.181066, 1.653923, 1.168050, 0.736873, 0.401021,
     0.187493,
@@ -46,14 +47,16 @@ STARTER_PACK_LOSSES: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How far a number may be off; docs/numerics.md says where these come from."""
+    """The largest errors that pass; docs/numerics.md says how they were chosen."""
 
-    element: float  # |ours - theirs| / (|theirs| + rms of the row or the tensor, the larger)
-    rms: float  # rms of ours - theirs / rms of theirs
-    loss: float  # nats per token, of the first step
-    later_loss: float  # of the other nine, in which differences grow
+    element: float  # of an element: |ours - theirs| / (|theirs| + rms of its row or the tensor)
+    rms: float  # of a tensor: rms of (ours - theirs) / rms of theirs
+    loss: float  # of the first step's loss, in nats per token
+    later_loss: float  # of the other nine losses, in which differences grow with every update
 
 
+# fp32: 5 to 20 times the errors measured on a CPU. "16 bits", where the device computes in bf16 or
+# fp16 or the model's file holds them: an estimate until these errors are measured on a GPU.
 LIMITS: Final[Mapping[str, Limits]] = {
     "fp32": Limits(element=1e-4, rms=1e-5, loss=1e-5, later_loss=2e-4),
     "16 bits": Limits(element=0.5, rms=0.05, loss=0.02, later_loss=0.05),
@@ -62,19 +65,19 @@ LIMITS: Final[Mapping[str, Limits]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One comparison: a tensor with its worst element, a loss, or a promise kept or broken."""
+    """The result of one comparison: of a tensor, of a loss, or of two runs that must agree."""
 
-    what: str
+    what: str  # the name of what was compared, such as "logits" or "dqkvw"
     passed: bool
-    detail: str
+    detail: str  # both values and the limits, for the user
 
 
 def verify(
     source: WeightSource, state: DebugState, losses: Sequence[float], device: Device, dtype: str
 ) -> Iterator[Finding]:
-    """Findings, one by one, about the model on a device in one of its dtypes.
+    """Compares the model on `device`, in one of its dtypes, with the debug state; yields findings.
 
-    losses: of ten steps with HYPER, or empty where they are not known.
+    losses: PyTorch's in nats of STEPS steps with OPTIMIZER_SETTINGS, or () if they are not known.
     """
     config = source.config
     limits = LIMITS["fp32" if dtype == "fp32" and source.dtype == FLOAT32 else "16 bits"]
@@ -83,19 +86,19 @@ def verify(
 
     download = device.download
     logits = download(trainer.model.forward(state.tokens)).astype(np.float32)
-    yield _compared("logits", logits[:, : config.vocab_size], state.logits, limits)
+    yield compare_tensor("logits", logits[:, : config.vocab_size], state.logits, limits)
     ours = [trainer.forward_backward()]
-    yield _close("loss", ours[0], state.loss, limits.loss)
+    yield compare_loss("loss", ours[0], state.loss, limits.loss)
     scaled = download(trainer.model.grad_arena)
     grads = named(config, scaled / download(trainer.optimizer.loss_scale))
     for name, expected in state.grads.items():
-        yield _compared(f"d{name}", grads[name], expected, limits)
+        yield compare_tensor(f"d{name}", grads[name], expected, limits)
 
     trainer.update()
     ours += [trainer.step() for _ in range(STEPS - 1)]
     for step, loss in enumerate(ours[: len(losses)]):
         limit = limits.later_loss if step else limits.loss
-        yield _close(f"loss, step {step}", loss, losses[step], limit)
+        yield compare_loss(f"loss, step {step}", loss, losses[step], limit)
     if not losses:
         falling = all(later < earlier for earlier, later in pairwise(ours))
         yield Finding(
@@ -118,10 +121,11 @@ def verify(
 
 
 def expected_losses(path: Path, config: ModelConfig, state: DebugState) -> tuple[float, ...]:
-    """The losses of ten steps that belong to the debug state in the file `path`, or ().
+    """Returns PyTorch's losses of ten steps for the debug state in the file `path`, or ().
 
-    They stand in a JSON file beside it, which `verify --make` writes, or are those of llm.c's
-    starter pack if the state is of OpenAI's 124M model. DataError for a damaged JSON file.
+    They are read from a JSON file beside `path`, which `verify --make` writes. Without that file
+    the published losses are returned if the state is that of llm.c's starter pack. Raises DataError
+    for a damaged JSON file.
     """
     beside = losses_path(path)
     if beside.exists():
@@ -141,17 +145,17 @@ def expected_losses(path: Path, config: ModelConfig, state: DebugState) -> tuple
 
 
 def losses_path(debug_state: Path) -> Path:
-    """X_losses.json for X_debug_state.bin."""
+    """Returns the path of the losses for a debug state: X_losses.json for X_debug_state.bin."""
     return debug_state.with_name(debug_state.stem.removesuffix("_debug_state") + "_losses.json")
 
 
 class _Trainer:
-    """A model that is trained on one batch again and again."""
+    """A model and its optimizer, trained on the same batch in every step."""
 
     def __init__(self, config: ModelConfig, state: DebugState, device: Device, dtype: str) -> None:
         B, T = state.tokens.shape
         self.model = GPT2(config, ops_for(device, dtype), max_batch=B, max_seq_len=T)
-        settings = dict(HYPER)
+        settings = dict(OPTIMIZER_SETTINGS)
         self._lr = settings.pop("lr")
         self.optimizer = AdamW(self.model, **settings)
         self._batch = Batch.of(state.tokens, state.targets)
@@ -159,7 +163,7 @@ class _Trainer:
         self._settings = TrainConfig(
             data="", model="", device=device.name, dtype=dtype, tokenizer="", steps=1,
             batch_size=B, seq_len=T, total_batch_tokens=B * T, warmup_steps=0, eval_every=0,
-            sample_every=0, seed=0, run_dir="", **HYPER,
+            sample_every=0, seed=0, run_dir="", **OPTIMIZER_SETTINGS,
         )  # fmt: skip
 
     def forward_backward(self) -> float:
@@ -201,7 +205,7 @@ class _Trainer:
 
 
 class _NoTokenizer:
-    """For a checkpoint that only training reads."""
+    """Stands for the tokenizer in a checkpoint from which no text is generated."""
 
     eot = 0
 
@@ -209,11 +213,16 @@ class _NoTokenizer:
         pass
 
 
-def _compared(what: str, ours: FloatArray, theirs: FloatArray, limits: Limits) -> Finding:
-    """Element by element, a slice of the first axis at a time, for these may be memory maps."""
+def compare_tensor(what: str, ours: FloatArray, theirs: FloatArray, limits: Limits) -> Finding:
+    """Compares two float32 tensors of one shape element by element, and by their rms.
+
+    An element's error is relative to its size plus the rms of its row or of the tensor, whichever
+    is larger. Rows count because the gradient of wte is large only in rows of frequent tokens. The
+    tensors are read in slices, because they may be memory maps.
+    """
     square_sum = sum(float(np.square(part, dtype=np.float64).sum()) for part in _parts(theirs))
     rms = math.sqrt(square_sum / theirs.size)
-    worst, at, error_sum, start = -1.0, 0, 0.0, 0
+    worst, worst_at, error_sum, start = -1.0, 0, 0.0, 0
     for mine, other in zip(_parts(ours), _parts(theirs), strict=True):
         difference = np.abs(mine.astype(np.float64) - other)
         error_sum += float(np.square(difference).sum())
@@ -221,27 +230,29 @@ def _compared(what: str, ours: FloatArray, theirs: FloatArray, limits: Limits) -
         score = difference / ((np.abs(other) + np.maximum(rms, row_rms)) if rms else 1.0)
         first = int(np.nan_to_num(score, nan=np.inf).argmax())
         if (value := float(score.flat[first])) > worst or math.isnan(value):
-            worst, at = value, start + first
+            worst, worst_at = value, start + first
         start += mine.size
     error_rms = math.sqrt(error_sum / theirs.size) / (rms or 1.0)
-    index = tuple(int(i) for i in np.unravel_index(at, theirs.shape))
-    place = "[" + ", ".join(map(str, index)) + "]"
+    index = tuple(int(i) for i in np.unravel_index(worst_at, theirs.shape))
+    position = "[" + ", ".join(map(str, index)) + "]"
     return Finding(
         what=what,
         passed=worst <= limits.element and error_rms <= limits.rms,
-        detail=f"worst {worst:.1e} of {limits.element:.0e} at {place}: {float(ours[index]):+.6e}, "
-        f"expected {float(theirs[index]):+.6e}; rms {error_rms:.1e} of {limits.rms:.0e}",
+        detail=f"worst {worst:.1e} of {limits.element:.0e} at {position}: "
+        f"{float(ours[index]):+.6e}, expected {float(theirs[index]):+.6e}; "
+        f"rms {error_rms:.1e} of {limits.rms:.0e}",
     )
 
 
 def _parts(array: FloatArray) -> Iterator[npt.NDArray[np.float32]]:
-    """Slices of the first axis, about a million elements each."""
+    """Yields slices along the first axis of about a million elements each."""
     rows = max(1, (1 << 20) // max(1, array[0].size))
     for first in range(0, len(array), rows):
         yield array[first : first + rows]
 
 
-def _close(what: str, ours: float, theirs: float, limit: float) -> Finding:
+def compare_loss(what: str, ours: float, theirs: float, limit: float) -> Finding:
+    """Compares two losses in nats per token."""
     return Finding(
         what=what,
         passed=abs(ours - theirs) <= limit,

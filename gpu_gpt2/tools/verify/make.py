@@ -1,6 +1,6 @@
-"""A model and its debug state, made with PyTorch: what `verify` needs, without a download.
+"""Writes a model and its debug state, made with PyTorch, so that `verify` needs no download.
 
-Needs torch, the only part of gpu_gpt2 but for timings that does.
+This file and tools/torch_gpt2.py are the only parts of gpu_gpt2 that need torch.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from gpu_gpt2.formats.debug_state import DebugState, write_debug_state
 from gpu_gpt2.models.gpt2 import decayed_count
 from gpu_gpt2.models.weights import Arena, FloatArray, named
 from gpu_gpt2.tools.torch_gpt2 import TorchGPT2
-from gpu_gpt2.tools.verify.judge import HYPER, STEPS, losses_path
+from gpu_gpt2.tools.verify.compare import OPTIMIZER_SETTINGS, STEPS, losses_path
 
 
-def stirred(config: ModelConfig, weights: FloatArray) -> FloatArray:
-    """Initial weights (n,) float32 with every bias and layernorm moved off 0 and 1.
+def with_noise(config: ModelConfig, weights: FloatArray) -> FloatArray:
+    """Returns a copy of initial weights (n,) float32 with noise in every bias and layernorm.
 
-    As they start, half of the gradients would not depend on them, and errors in them not show.
+    Initial biases are 0 and initial layernorm weights are 1: terms multiplied by them vanish or
+    stay unchanged, so that a wrong gradient formula could pass unnoticed.
     """
-    stirred: FloatArray = weights.copy()
-    start = decayed_count(config)
+    noisy: FloatArray = weights.copy()
+    start = decayed_count(config)  # the matrices come first
     rng = np.random.default_rng(0)
-    stirred[start:] += 0.05 * rng.standard_normal(weights.size - start, dtype=np.float32)
-    return stirred
+    noisy[start:] += 0.05 * rng.standard_normal(weights.size - start, dtype=np.float32)
+    return noisy
 
 
-def make_pair(
+def write_debug_files(
     folder: Path,
     name: str,
     config: ModelConfig,
@@ -42,11 +43,11 @@ def make_pair(
     tokens: npt.NDArray[np.int32],
     targets: npt.NDArray[np.int32],
 ) -> Iterator[Path]:
-    """Writes a model and what PyTorch makes of a batch, and yields each file when it is complete.
+    """Writes a model and PyTorch's results for one batch; yields each file when it is complete.
 
     weights (n,) float32 is a parameter arena; tokens, targets (B, T) int32. The files, in
     `folder`: NAME.bin and NAME_bf16.bin (llm.c's model files), NAME_debug_state.bin, and
-    NAME_losses.json with the losses of ten training steps. All in float32 on the CPU.
+    NAME_losses.json with the losses of ten training steps. PyTorch computes in float32 on the CPU.
     """
     for suffix, dtype in (("", "fp32"), ("_bf16", "bf16")):
         path = folder / f"{name}{suffix}.bin"
@@ -68,26 +69,30 @@ def make_pair(
     write_debug_state(path, config, state)
     yield path
     path = losses_path(path)
-    losses = {"losses": ten_losses(model, x, y), "optimizer": HYPER, "torch": torch.__version__}
+    losses = {
+        "losses": torch_losses(model, x, y),
+        "optimizer": OPTIMIZER_SETTINGS,
+        "torch": torch.__version__,
+    }
     path.write_text(json.dumps(losses, indent=1) + "\n")
     yield path
 
 
-def ten_losses(model: TorchGPT2, x: torch.Tensor, y: torch.Tensor) -> list[float]:
-    """Mean losses in nats of ten AdamW steps of PyTorch's on one batch."""
+def torch_losses(model: TorchGPT2, x: torch.Tensor, y: torch.Tensor) -> list[float]:
+    """Trains `model` for ten AdamW steps on one batch; returns the mean loss of each in nats."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
-        lr=HYPER["lr"],
-        betas=(HYPER["beta1"], HYPER["beta2"]),
-        eps=HYPER["eps"],
-        weight_decay=HYPER["weight_decay"],
+        lr=OPTIMIZER_SETTINGS["lr"],
+        betas=(OPTIMIZER_SETTINGS["beta1"], OPTIMIZER_SETTINGS["beta2"]),
+        eps=OPTIMIZER_SETTINGS["eps"],
+        weight_decay=OPTIMIZER_SETTINGS["weight_decay"],
     )
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad(set_to_none=True)
         _, loss = model(x, y)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), HYPER["max_grad_norm"])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER_SETTINGS["max_grad_norm"])
         optimizer.step()
         losses.append(loss.item())
     return losses
