@@ -102,8 +102,8 @@ def bench_step(
     device = _timed_device(device_name)
     dtype = choose_dtype(dtype, device)
     size = step.Size(model=model, batch_size=batch_size, seq_len=seq_len)
-    products = kernels.large_matmul_tflops(ops_for(device, dtype))
-    row = step.measure_ours(device, dtype, size, steps, products, recompute)
+    matmul_tflops = kernels.large_matmul_tflops(ops_for(device, dtype))
+    row = step.measure_ours(device, dtype, size, steps, matmul_tflops, recompute)
     say(f"{dtype} on {device.name}, medians of {steps}")
     show_table(step.table([row]))
     for problem in step.problems([row]):

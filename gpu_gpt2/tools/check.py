@@ -230,7 +230,7 @@ def _exact(actual: NDArray, expected: NDArray) -> tuple[float, float, float, flo
 def _extra(case: Case, dtype: str, output_dtype: np.dtype[Any]) -> float:
     """Returns the error that an op may add because of how GPUs compute it, relative to the output.
 
-    Matmul: NumPy's BLAS sums K products in blocks. A GPU sums one after the other (errors grow
+    Matmul: NumPy's BLAS sums K terms in blocks. A GPU sums one after the other (errors grow
     with the square root of K), and tensor cores truncate instead of rounding after every few
     (errors grow with K). Attention on tensor cores rounds p and ds to X before a matmul.
     """
