@@ -1,20 +1,35 @@
-"""What a run is: the sizes of a model and the settings of its training, checked when made."""
+"""Sizes of models and settings of training runs, checked when they are made.
+
+A setting is stated once, as a field of TrainConfig: its meaning, range and default. The options of
+`gpu-gpt2 train`, error messages, the rules of --resume and docs/training-options.md follow from it.
+Defaults that depend on the device stand in presets/, one file for each device.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Final
 
 from gpu_gpt2.errors import ConfigError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 GPT2_VOCAB_SIZE: Final = 50257
 VOCAB_PADDING: Final = 128  # rows of wte are padded to a multiple of this: aligned rows, full tiles
 MAX_BATCH_TOKENS: Final = 1 << 30  # in one micro-batch: kernels count rows in 32 bits
-MAX_RECOMPUTE: Final = 3  # levels of activations
-MAX_SEED: Final = (1 << 32) - 1  # what the Mersenne Twister starts from is one word
-MAX_HEAD_SIZE: Final = 256  # what kernels/attention.cu can hold in registers
+MAX_RECOMPUTE: Final = 3  # highest level of activation recomputation: models/gpt2.py, activations
+MAX_SEED: Final = (1 << 32) - 1  # the Mersenne Twister is seeded with one 32-bit word
+MAX_HEAD_SIZE: Final = 256  # largest head that kernels/attention.cu holds in registers
+PRESETS_DIR: Final = Path(__file__).parent / "presets"
+AUTO: Final = "auto"  # as the value of an option: gpu-gpt2 chooses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +43,9 @@ class ModelConfig:
     n_head: int = 12
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in asdict(self).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{field.name} must be a whole number >= 1, not {value!r}")
+                raise ConfigError(f"{name} must be a whole number >= 1, not {value!r}")
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd {self.n_embd} does not divide into n_head {self.n_head} equal heads; "
@@ -120,55 +134,279 @@ def model_config(name: str, vocab_size: int = GPT2_VOCAB_SIZE) -> ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """Settings of a training run, all resolved: what is saved beside every checkpoint."""
+class Option:
+    """A setting of TrainConfig as the command line, error messages and the docs show it."""
 
-    data: str
-    model: str
-    device: str
-    dtype: str  # "fp32", "bf16" or "fp16"
-    tokenizer: str  # "gpt2", "bytes", "bpe:N" or a path
-    steps: int
-    batch_size: int  # sequences in one micro-batch
-    seq_len: int
-    total_batch_tokens: int  # tokens in one optimizer step, over all micro-batches
-    lr: float
-    warmup_steps: int
-    weight_decay: float
-    eval_every: int  # steps; 0 = only at the end
-    sample_every: int  # steps; 0 = only at the end
-    seed: int
-    run_dir: str
-    final_lr_fraction: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    recompute: int = 0  # 0 to 3: see activations
-    tf32: bool = False  # products of float32 numbers on tensor cores, which drop 13 bits of each
+    name: str  # of the field
+    kind: type  # str, int, float or bool
+    default: Any  # on every device; None: the presets have one for each device, or it is AUTO
+    help: str
+    group: str  # heading above it in the help
+    metavar: str = ""  # placeholder of the value in the help: the unit of a number
+    choices: tuple[str, ...] = ()
+    minimum: int | None = None
+    maximum: int | None = None  # only beside a minimum
+    above: int | None = None  # exclusive minimum
+    below: int | None = None  # exclusive maximum
+    auto: str = ""  # the value that AUTO stands for, where the command line takes AUTO
+    resumable: bool = False  # may change when a run is resumed
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line: --total-batch-tokens."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def allowed(self) -> str:
+        """The range of a number (">= 0 and < 1"), or the choices; "" if there is no limit."""
+        if self.choices:
+            return ", ".join((*self.choices, AUTO) if self.auto else self.choices)
+        if self.minimum is not None and self.maximum is not None:
+            return f"from {self.minimum} to {self.maximum}"
+        bounds = ((">=", self.minimum), (">", self.above), ("<", self.below))
+        return " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+
+    def check(self, value: object) -> None:
+        """Raises ConfigError, which names the option, if the setting cannot have this value."""
+        if not self._allows(value):
+            raise ConfigError(f"{self.flag} must be {self._expected()}, not {value!r}")
+
+    def _allows(self, value: Any) -> bool:
+        if type(value) is not self.kind and (self.kind, type(value)) != (float, int):
+            return False
+        if self.kind is float and not math.isfinite(value):
+            return False
+        return (
+            (not self.choices or value in self.choices)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def _expected(self) -> str:
+        if self.choices:
+            return f"one of {self.allowed}"
+        kinds = {
+            str: "text",
+            int: "a whole number",
+            float: "a finite number",
+            bool: "true or false",
+        }
+        text = f"{kinds[self.kind]} {self.allowed}".strip()
+        return f"{text}, or {AUTO}" if self.auto else text
+
+
+def _option(help: str, group: str, **more: Any) -> dict[str, Any]:  # noqa: A002
+    """The metadata of a field of TrainConfig: fields of Option that the field itself lacks."""
+    return {"help": help, "group": group, **more}
+
+
+_MODEL: Final = "Model and data"
+_DEVICE: Final = "Device, precision and memory"
+_LENGTH: Final = "Length and batch size"
+_OPTIMIZER: Final = "Optimizer (AdamW)"
+_RUN: Final = "Checkpoints and run folder"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """All settings of a training run, resolved: every checkpoint holds them in training.json.
+
+    Raises ConfigError for an impossible value, by the name of its option on the command line.
+    """
+
+    data: str = field(
+        default="python-docs",
+        metadata=_option(
+            "Text to train on: python-docs (the language reference that every Python carries), a "
+            "text file, or token files (a folder, or a pattern such as 'shards/train_*.bin').",
+            _MODEL,
+            metavar="NAME|FILE",
+        ),
+    )
+    model: str = field(metadata=_option(f"Model size: {MODEL_NAMES}.", _MODEL, metavar="NAME"))
+    device: str = field(
+        metadata=_option(
+            "Device to compute on.",
+            _DEVICE,
+            choices=("cuda", "cpu", "emulator"),
+            auto="cuda if there is an NVIDIA GPU, else cpu",
+            resumable=True,
+        )
+    )
+    dtype: str = field(
+        metadata=_option(
+            "Data type of weights and activations.",
+            _DEVICE,
+            choices=("fp32", "bf16", "fp16"),
+            auto="bf16 on a GPU from Ampere on, fp16 from Volta on, else fp32",
+            resumable=True,
+        )
+    )
+    tokenizer: str = field(
+        metadata=_option(
+            "Tokenizer: gpt2, bytes, bpe:N (a vocabulary of N tokens, trained on the text), or "
+            "the file or folder of a tokenizer.",
+            _MODEL,
+            metavar="NAME|FILE",
+        )
+    )
+    steps: int = field(
+        metadata=_option(
+            "Optimizer steps; each updates the weights once.",
+            _LENGTH,
+            metavar="STEPS",
+            minimum=1,
+            resumable=True,
+        )
+    )
+    batch_size: int = field(
+        metadata=_option(
+            "Sequences in one micro-batch.",
+            _LENGTH,
+            metavar="SEQUENCES",
+            minimum=1,
+            auto="as many as fit into memory",
+        )
+    )
+    seq_len: int = field(
+        metadata=_option("Tokens in one sequence.", _LENGTH, metavar="TOKENS", minimum=1)
+    )
+    total_batch_tokens: int = field(
+        metadata=_option(
+            "Tokens in one optimizer step, which accumulates the gradients of as many "
+            "micro-batches as it takes.",
+            _LENGTH,
+            metavar="TOKENS",
+            minimum=1,
+        )
+    )
+    lr: float = field(
+        metadata=_option(
+            "Peak learning rate, at the end of the warm-up.", _OPTIMIZER, metavar="RATE", above=0
+        )
+    )
+    warmup_steps: int = field(
+        metadata=_option("Steps of linear warm-up to --lr.", _OPTIMIZER, metavar="STEPS", minimum=0)
+    )
+    weight_decay: float = field(
+        metadata=_option(
+            "AdamW weight decay of the matrices; biases and layernorms have none.",
+            _OPTIMIZER,
+            metavar="RATE",
+            minimum=0,
+        )
+    )
+    eval_every: int = field(
+        metadata=_option(
+            "Steps between checkpoints, each followed by a validation; 0: only at the end.",
+            _RUN,
+            metavar="STEPS",
+            minimum=0,
+            resumable=True,
+        )
+    )
+    sample_every: int = field(
+        metadata=_option(
+            "Steps between samples of generated text; 0: only at the end.",
+            _RUN,
+            metavar="STEPS",
+            minimum=0,
+            resumable=True,
+        )
+    )
+    seed: int = field(
+        default=42,  # llm.c's
+        metadata=_option(
+            "Seed of the initial weights and the data order.",
+            _MODEL,
+            metavar="SEED",
+            minimum=0,
+            maximum=MAX_SEED,
+        ),
+    )
+    run_dir: str = field(
+        metadata=_option(
+            "Folder of the run; the default is the first unused of runs/001, runs/002, ...; with "
+            "--resume, the newest of them.",
+            _RUN,
+            metavar="FOLDER",
+        )
+    )
+    final_lr_fraction: float = field(
+        default=0.1,
+        metadata=_option(
+            "Learning rate at the last step, as a fraction of --lr.",
+            _OPTIMIZER,
+            metavar="FRACTION",
+            minimum=0,
+            maximum=1,
+        ),
+    )
+    beta1: float = field(
+        default=0.9,
+        metadata=_option(
+            "Decay rate of AdamW's first moment, the mean of the gradients.",
+            _OPTIMIZER,
+            metavar="RATE",
+            minimum=0,
+            below=1,
+        ),
+    )
+    beta2: float = field(
+        default=0.95,
+        metadata=_option(
+            "Decay rate of AdamW's second moment, the mean of the squared gradients.",
+            _OPTIMIZER,
+            metavar="RATE",
+            minimum=0,
+            below=1,
+        ),
+    )
+    eps: float = field(
+        default=1e-8,
+        metadata=_option(
+            "Term in the denominator of AdamW's update that prevents division by zero.",
+            _OPTIMIZER,
+            metavar="EPS",
+            above=0,
+        ),
+    )
+    max_grad_norm: float = field(
+        default=1.0,
+        metadata=_option(
+            "Gradient clipping: a gradient with a larger norm is scaled down to this norm.",
+            _OPTIMIZER,
+            metavar="NORM",
+            above=0,
+        ),
+    )
+    recompute: int = field(
+        default=0,
+        metadata=_option(
+            "Activation recomputation in the backward pass, which saves memory: 0 none; 1 GELU; "
+            "2 GELU and layernorms; 3 whole layers, about a third more work.",
+            _DEVICE,
+            metavar="LEVEL",
+            minimum=0,
+            maximum=MAX_RECOMPUTE,
+            resumable=True,
+        ),
+    )
+    tf32: bool = field(
+        default=False,
+        metadata=_option(
+            "Compute fp32 matmuls on a GPU in TF32, on tensor cores: faster, but inputs are "
+            "rounded to 10 bits of mantissa.",
+            _DEVICE,
+            resumable=True,
+        ),
+    )
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-            if type(value) not in kinds[str(field.type)]:
-                raise ConfigError(f"{field.name} must be {field.type}, not {value!r}")
-        for name in ("steps", "batch_size", "seq_len", "total_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup_steps", "eval_every", "sample_every", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
-        if not 0 <= self.recompute <= MAX_RECOMPUTE:
-            raise ConfigError(f"recompute must be 0 to {MAX_RECOMPUTE}, not {self.recompute}")
-        if self.seed > MAX_SEED:
-            raise ConfigError(f"seed must be at most {MAX_SEED}, not {self.seed}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"lr must be a positive number, not {self.lr}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ConfigError(f"weight_decay must be a finite number >= 0, not {self.weight_decay}")
-        if self.dtype not in ("fp32", "bf16", "fp16"):
-            raise ConfigError(f"dtype must be fp32, bf16 or fp16, not {self.dtype!r}")
+        for option in OPTIONS.values():
+            option.check(getattr(self, option.name))
         if self.tf32 and (self.device, self.dtype) != ("cuda", "fp32"):
             raise ConfigError(
                 f"--tf32 is for fp32 on a GPU, not {self.dtype} on {self.device}; leave it out"
@@ -176,13 +414,14 @@ class TrainConfig:
         micro = self.batch_size * self.seq_len
         if micro > MAX_BATCH_TOKENS:
             raise ConfigError(
-                f"batch_size x seq_len = {micro:,} is too large; a batch has at most "
+                f"--batch-size x --seq-len = {micro:,} is too large; a micro-batch has at most "
                 f"{MAX_BATCH_TOKENS:,} tokens"
             )
         if self.total_batch_tokens % micro:
             raise ConfigError(
-                f"total_batch_tokens {self.total_batch_tokens} is not a multiple of batch_size x "
-                f"seq_len = {micro}; use {math.ceil(self.total_batch_tokens / micro) * micro}"
+                f"--total-batch-tokens {self.total_batch_tokens} is not a multiple of --batch-size "
+                f"x --seq-len = {micro}; use "
+                f"{math.ceil(self.total_batch_tokens / micro) * micro}"
             )
 
     @property
@@ -196,30 +435,36 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Rebuilds a saved configuration; unknown and missing keys are refused by name."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(set(values) - set(OPTIONS)):
             raise ConfigError(f"unknown training settings: {', '.join(unknown)}")
-        if missing := sorted(known - set(values)):
+        if missing := sorted(set(OPTIONS) - set(values)):
             raise ConfigError(f"missing training settings: {', '.join(missing)}")
         return cls(**values)
 
 
-# What `gpu-gpt2 train` does without options: something worth watching on each device. The CPU's
-# run takes about a minute on two cores; see docs/log.md for how it was chosen.
-TRAIN_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "cuda": {
-        "model": "d12", "tokenizer": "gpt2", "steps": 300, "batch_size": 4, "seq_len": 1024,
-        "total_batch_tokens": 8192, "lr": 4e-4, "warmup_steps": 30, "weight_decay": 0.1,
-        "eval_every": 50, "sample_every": 100,
-    },
-    "cpu": {
-        "model": "mini", "tokenizer": "bpe:1024", "steps": 1400, "batch_size": 8, "seq_len": 64,
-        "total_batch_tokens": 512, "lr": 1e-3, "warmup_steps": 50, "weight_decay": 0.5,
-        "eval_every": 350, "sample_every": 0,
-    },
-    "emulator": {
-        "model": "nano", "tokenizer": "bytes", "steps": 5, "batch_size": 2, "seq_len": 16,
-        "total_batch_tokens": 32, "lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.1,
-        "eval_every": 0, "sample_every": 0,
-    },
-}  # fmt: skip
+# Every setting of TrainConfig by its name, in the order of the fields.
+OPTIONS: Final[Mapping[str, Option]] = {
+    f.name: Option(
+        name=f.name,
+        kind={"str": str, "int": int, "float": float, "bool": bool}[str(f.type)],
+        default=None if f.default is MISSING else f.default,
+        **f.metadata,
+    )
+    for f in fields(TrainConfig)
+}
+# Defaults that are the same on every device.
+DEFAULTS: Final[Mapping[str, Any]] = {
+    name: option.default for name, option in OPTIONS.items() if option.default is not None
+}
+
+
+@functools.cache
+def preset(device: str) -> Mapping[str, Any]:
+    """The defaults of `gpu-gpt2 train` that differ between devices, from presets/`device`.toml."""
+    values: dict[str, Any] = tomllib.loads((PRESETS_DIR / f"{device}.toml").read_text("utf-8"))
+    return values
+
+
+def defaults_for(device: str) -> dict[str, Any]:
+    """Every default of `gpu-gpt2 train` on "cuda", "cpu" or "emulator"."""
+    return {**DEFAULTS, **preset(device)}

@@ -1,4 +1,4 @@
-"""Models by name or path, whatever kind of file they lie in, and the tokenizer that fits them."""
+"""Opens a model by name or path, whatever its kind of file, and finds its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,33 +6,29 @@ import re
 from pathlib import Path
 from typing import Final
 
-from gpu_gpt2.config import GPT2_VOCAB_SIZE, MODELS, model_config
+from gpu_gpt2.config import DEFAULTS, GPT2_VOCAB_SIZE, MODELS, model_config
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats import hf, llmc
-from gpu_gpt2.formats.vocabulary import holds_vocabulary
+from gpu_gpt2.formats import hf, llmc, tokenizer_bin
 from gpu_gpt2.models.init import InitialWeights
 from gpu_gpt2.models.weights import WeightSource
 from gpu_gpt2.tokenizer import Tokenizer
 from gpu_gpt2.training import checkpoint
-
-TOKENIZER_BIN: Final = "gpt2_tokenizer.bin"  # as llm.c's programs call it, beside the model
-SEED: Final = 42  # of new models: llm.c's
 
 _SUFFIXES: Final = (".safetensors", ".bin")
 _NAME: Final = re.compile(r"d\d+|gpt[23]:.*")
 
 
 def open_model(name: str | Path) -> WeightSource:
-    """The weights of a model, checked but not yet read; UserError says what is wrong.
+    """The weights of a model, whose file is checked but not yet read; UserError.
 
-    `name` is a run (its newest checkpoint), a checkpoint or Hugging Face folder, a .safetensors
-    file, a model file of llm.c, or, for a new model, a name such as d12.
+    `name` is the path of a run (its newest checkpoint is opened), of a checkpoint, a Hugging Face
+    folder, a .safetensors file or a model file of llm.c; or, for a new model, a name such as d12.
     """
     path = Path(name)
     if path.is_file() or path.suffix in _SUFFIXES:
         return _open_file(path)
     if not path.exists() and (str(name) in MODELS or _NAME.fullmatch(str(name))):
-        return InitialWeights(config=model_config(str(name)), seed=SEED)
+        return InitialWeights(config=model_config(str(name)), seed=DEFAULTS["seed"])
     files = sorted(file.name for file in path.glob("*") if file.suffix in _SUFFIXES)
     if files and not hf.holds_model(path) and not checkpoint.checkpoints(path):
         raise DataError(
@@ -42,32 +38,26 @@ def open_model(name: str | Path) -> WeightSource:
     return hf.open_folder(checkpoint.latest(path))
 
 
-def folder_of(source: WeightSource) -> Path | None:
-    """Where the tokenizer and the training state of a model may lie."""
-    return source.folder if isinstance(source, hf.HFModel) else None
-
-
 def tokenizer_of(source: WeightSource) -> Tokenizer:
-    """The tokenizer in the model's folder that fits it, else GPT-2's where that does."""
-    folder, size = folder_of(source), source.config.vocab_size
-    if folder is not None and holds_vocabulary(folder):
-        tokenizer = Tokenizer.open(folder)
+    """The model's own tokenizer, or GPT-2's for a model without one whose vocabulary has its size.
+
+    DataError if there is none, or it does not fit the model.
+    """
+    path, size = source.tokenizer_path, source.config.vocab_size
+    if path is not None:
+        tokenizer = Tokenizer.open(path)
         if tokenizer.vocab_size != size:
             raise DataError(
-                f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, config.json {size}; "
+                f"{path}: its tokenizer has {tokenizer.vocab_size} tokens, config.json {size}; "
                 f"they belong to different models"
             )
         return tokenizer
-    if isinstance(source, llmc.LlmcModel) and (file := source.path.parent / TOKENIZER_BIN).exists():
-        tokenizer = Tokenizer.open(file)
-        if tokenizer.vocab_size == size:  # else it belongs to another model in that folder
-            return tokenizer
     if size == GPT2_VOCAB_SIZE:
         return Tokenizer.gpt2()
     raise DataError(
-        f"{folder or 'the model'} has {size} tokens and no tokenizer; only GPT-2's "
+        f"{source.folder or 'the model'} has {size} tokens and no tokenizer; only GPT-2's "
         f"{GPT2_VOCAB_SIZE} are known without one, so name a folder that has a tokenizer.json, or "
-        f"put a {TOKENIZER_BIN} beside the model"
+        f"put a {tokenizer_bin.TOKENIZER_BIN} beside the model"
     )
 
 

@@ -14,9 +14,9 @@ from gpu_gpt2.device.cuda import CudaDevice
 from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.ops.cases import CASES, LARGE_CASES, Case
-from gpu_gpt2.ops.interface import Ops
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.ops.table import Ops
 from gpu_gpt2.tools.check import run_case
 
 ORDERS = ("ascending", "descending", "random")
@@ -78,7 +78,7 @@ def assert_case(case: Case, dtype: str, device: str) -> None:
     In the emulator these are its three thread orders: work that depends on which thread comes
     first, for want of a barrier or otherwise, gives different bits.
     """
-    runs = [run_case(case, make_ops(device, dtype, order), dtype) for order in ORDERS]
+    runs = [run_case(case, make_ops(device, dtype, order)) for order in ORDERS]
     for order, results in zip(ORDERS, runs, strict=True):
         for result in results:
             assert result.passed, f"{order}: {result}"

@@ -11,7 +11,7 @@ from devices import assert_case, every_device, make_ops, op_cases, upload
 
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array
 from gpu_gpt2.ops.cases import Case
-from gpu_gpt2.ops.interface import GROWTH_INTERVAL, AdamWSettings, Ops
+from gpu_gpt2.ops.table import GROWTH_INTERVAL, AdamWSettings, Ops
 
 SETTINGS = AdamWSettings(
     beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0, max_loss_scale=64.0

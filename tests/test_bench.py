@@ -31,7 +31,7 @@ SMALL = step.Size(model="nano", batch_size=2, seq_len=8)
 
 def case(name: str) -> BenchCase:
     """The case of an op for 2 x 8 tokens in float32."""
-    return next(c for c in cases(ReferenceOps(), "fp32", CONFIG, 2, 8) if c.name == name)
+    return next(c for c in cases(ReferenceOps(), CONFIG, 2, 8) if c.name == name)
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,13 @@ def test_the_share_is_of_the_limit_that_binds(monkeypatch: pytest.MonkeyPatch) -
     work = BenchCase(name="w", run=lambda: None, moved=10**9, flops=10**12)
     monkeypatch.setattr(kernels, "cases", lambda *args: [work])
     monkeypatch.setattr(CpuDevice, "time_ms", lambda *args, **kwargs: [200.0, 200.0, 201.0])
-    (row,) = kernels.measure(ReferenceOps(), "fp32", CONFIG, 2, 8, limits, repeat=3)
+    (row,) = kernels.measure(ReferenceOps(), CONFIG, 2, 8, limits, repeat=3)
     assert (row.gb_s, row.tflops, row.share) == (5.0, 5.0, 0.5)  # 10^9 bytes in 0.2 s, and so on
 
 
 def test_every_op_is_timed_on_the_cpu() -> None:
     limits = Limits(copy_gb_s=1.0, matmul_tflops=1.0)
-    times = list(kernels.measure(ReferenceOps(), "fp32", CONFIG, 1, 8, limits, repeat=1))
+    times = list(kernels.measure(ReferenceOps(), CONFIG, 1, 8, limits, repeat=1))
     assert {"embedding_bwd", "softmax_bwd", "squared_norm", "adamw"} <= {t.name for t in times}
     assert all(time.ms > 0 and time.share > 0 for time in times)
 
@@ -106,7 +106,7 @@ def test_flops_per_token_are_counted_as_in_llmc() -> None:
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits of the device are measured with a small copy and a small matmul."""
     monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setitem(kernels.PRODUCT_SIZE, "cpu", 64)
+    monkeypatch.setitem(kernels.MATMUL_SIZE, "cpu", 64)
 
 
 @pytest.mark.usefixtures("_small_limits")
@@ -228,6 +228,7 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "README.md").write_text(marks("steps", "cpu steps"))
     (tmp_path / "kernels/README.md").write_text(marks("kernels", "static", "counts"))
+    (tmp_path / "docs/training-options.md").write_text(marks("options"))
     return tmp_path
 
 

@@ -130,7 +130,7 @@ def test_latest_accepts_a_run_a_checkpoint_or_any_hugging_face_folder(
     run_dir: Path, tmp_path: Path
 ) -> None:
     folder = run_dir / "step_00000010"
-    hf.write_model(tmp_path / "plain", Arena(MODEL, state_at(1).weights), eot=256)
+    hf.write_model(tmp_path / "plain", Arena(MODEL, state_at(1).weights, 256))
     assert checkpoint.latest(run_dir) == folder
     assert checkpoint.latest(folder) == folder
     assert checkpoint.latest(tmp_path / "plain") == tmp_path / "plain"
@@ -387,7 +387,7 @@ def truncate_optimizer(folder: Path) -> None:
 def other_model(folder: Path) -> None:
     model = replace(MODEL, n_positions=18)
     weights = np.zeros(parameter_count(model), np.float32)
-    hf.write_model(folder, Arena(model, weights), eot=256)
+    hf.write_model(folder, Arena(model, weights, 256))
 
 
 @pytest.mark.parametrize(
@@ -414,15 +414,15 @@ def other_model(folder: Path) -> None:
         ),
         (
             edit_training(train=TRAIN.to_dict() | {"steps": "ten"}),
-            "training.json: steps must be int, not 'ten'",
+            "training.json: --steps must be a whole number >= 1, not 'ten'",
         ),
         (
             edit_training(train=TRAIN.to_dict() | {"total_batch_tokens": float("nan")}),
-            "training.json: total_batch_tokens must be int, not nan",
+            "training.json: --total-batch-tokens must be a whole number >= 1, not nan",
         ),
         (
             edit_training(train=TRAIN.to_dict() | {"total_batch_tokens": float("inf")}),
-            "training.json: total_batch_tokens must be int, not inf",
+            "training.json: --total-batch-tokens must be a whole number >= 1, not inf",
         ),
         (truncate_optimizer, "optimizer.safetensors: not a whole safetensors file"),
         (
@@ -448,7 +448,7 @@ def test_a_damaged_or_contradictory_checkpoint_is_refused(
 
 
 def test_a_plain_hugging_face_folder_cannot_be_resumed(tmp_path: Path) -> None:
-    hf.write_model(tmp_path, Arena(MODEL, state_at(1).weights), eot=256)
+    hf.write_model(tmp_path, Arena(MODEL, state_at(1).weights, 256))
     with pytest.raises(DataError) as caught:
         checkpoint.load(tmp_path)
     assert str(caught.value) == f"{tmp_path}/training.json: no such file"

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cupy_backends.cuda.libs
 import numpy as np
@@ -13,12 +14,15 @@ from typer.testing import CliRunner
 
 from gpu_gpt2.cli import app as app_module
 from gpu_gpt2.cli import inspect
+from gpu_gpt2.cli import train as train_module
 from gpu_gpt2.cli.app import app, main
 from gpu_gpt2.cli.common import console
+from gpu_gpt2.config import DEFAULTS, OPTIONS, Option, TrainConfig, defaults_for, preset
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.formats.tokens import write_tokens
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.ops.cases import CASES
+from gpu_gpt2.train import Outcome
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--model", "nano", "--tokenizer", "bytes", "--batch-size", "2", "--seq-len", "8")
@@ -67,17 +71,21 @@ def write_bad_inputs() -> None:
         (["--data", "text.txt", "--tokenizer", "words"], "words"),
         (["--data", "text.txt", "--tokenizer", "bpe:12"], "bpe:12"),
         (["--data", "text.txt", "--model", "gpt5"], "unknown model 'gpt5'; choose one of dN"),
-        (["--device", "tpu"], "unknown device 'tpu'; choose one of auto, cuda, cpu, emulator"),
-        (["--dtype", "fp8"], "unknown dtype 'fp8'; choose one of auto, fp32, bf16, fp16"),
+        (["--device", "tpu"], "--device must be one of cuda, cpu, emulator, auto, not 'tpu'"),
+        (["--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16, auto, not 'fp8'"),
         (["--device", "cpu", "--dtype", "bf16"], "the CPU trains in fp32 only"),
         (["--data", "text.txt", "--model", "nano", "--seq-len", "33"], "context of 32"),
         (["--device", "cpu", "--tf32"], "--tf32 is for fp32 on a GPU, not fp32 on cpu"),
-        (["--steps", "0"], "steps must be at least 1"),
-        (["--batch-size", "0"], "batch_size must be at least 1"),
-        (["--lr", "-1"], "lr must be a positive number"),
-        (["--batch-size", "3", "--total-batch-tokens", "100"], "total_batch_tokens 100"),
+        (["--steps", "0"], "--steps must be a whole number >= 1, not 0"),
+        (["--batch-size", "0"], "--batch-size must be a whole number >= 1, or auto, not 0"),
+        (["--batch-size", "many"], "--batch-size must be a whole number >= 1, or auto, not 'many'"),
+        (["--seq-len", "0", "--batch-size", "auto"], "--seq-len must be a whole number >= 1"),
+        (["--recompute", "4"], "--recompute must be a whole number from 0 to 3, not 4"),
+        (["--lr", "-1"], "--lr must be a finite number > 0, not -1"),
+        (["--beta2", "1"], "--beta2 must be a finite number >= 0 and < 1, not 1"),
+        (["--batch-size", "3", "--total-batch-tokens", "100"], "--total-batch-tokens 100 is not"),
         (["--data", "text.txt", *SMALL, "--run-dir", "/proc/no"], "cannot make the run"),
-        (["--batch-size", "1000000000", "--steps", "1"], "batch_size x seq_len = 64,000,000,000"),
+        (["--batch-size", "1000000000", "--steps", "1"], "x --seq-len = 64,000,000,000 is"),
         (["--data", "text.txt", *SMALL[2:], "--model", "gpt3:c12288"], "GB: use a higher --recomp"),
         (["--resume"], "there is no run in runs/"),
         (["--resume", "--run-dir", "nothing"], "nothing: no checkpoint here"),
@@ -163,7 +171,7 @@ def test_resume_and_generate_refuse_what_does_not_fit(
     code, out, err = run("train", "--resume", "--run-dir", "bytes run", *more)
     assert code == 0, err
     assert "gpu-gpt2 generate 'bytes run' --prompt" in out
-    # On another device a run goes on in what every device has.
+    # On another device a run is resumed in the one dtype of every device.
     written = Path("bytes run/step_00000003/training.json")
     for name, value in (("device", "cuda"), ("dtype", "fp32"), ("tf32", True)):
         training = json.loads(written.read_text())
@@ -270,7 +278,94 @@ def test_out_of_memory_is_said_in_one_line(run: Run, monkeypatch: pytest.MonkeyP
     )
 
 
+def help_of(*command: str) -> str:
+    shown = CliRunner().invoke(app, [*command, "--help"])
+    assert shown.exit_code == 0, shown
+    return shown.output
+
+
+def squeezed(text: str) -> str:
+    """The text without white space, so that it does not matter where its lines are broken."""
+    return "".join(text.split())
+
+
 def test_help_names_every_command() -> None:
-    out = CliRunner().invoke(app, ["--help"]).output
+    out = help_of()
     for command in ("train", "generate", "plan", "info", "check", "bench"):
-        assert command in out
+        assert re.search(rf"^  {command} +[A-Z]", out, re.MULTILINE), command
+    assert "Data sets and model files:\n" in out
+
+
+def test_help_lists_every_setting_with_its_default_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    out = help_of("train")
+    assert max(map(len, out.splitlines())) <= 80
+    shown = squeezed(out)
+    defaults = {
+        **{name: f"default: {value}" for name, value in DEFAULTS.items() if value is not False},
+        **{name: f"default on cpu: {value}" for name, value in preset("cpu").items()},
+        "device": "default: auto, here cpu",
+        "dtype": "default: auto, here fp32",
+    }
+    for option in OPTIONS.values():
+        assert f"\n{option.group}:\n" in out
+        auto = f"auto: {option.auto}." if option.auto else ""
+        value = option.metavar or "|".join(option.choices)
+        value += "|auto" if option.auto else ""
+        text = f"{option.flag} {value} {option.help} {auto}"
+        if option.name in defaults:
+            text += f"[{defaults[option.name]}]"
+        assert squeezed(text) in shown
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, AttributeError])
+def test_help_survives_a_broken_cupy(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def broken(name: str) -> None:
+        raise error("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(train_module, "open_device", broken)
+    assert "[default on cpu: 0.001]" in help_of("train")
+
+
+def other_value(option: Option) -> str:
+    """A value on the command line that is allowed, and not the default on a CPU."""
+    default = defaults_for("cpu").get(option.name)
+    if option.choices:
+        return next(choice for choice in option.choices if choice not in ("cpu", "fp32"))
+    if option.kind is str:
+        return "gpt2"
+    return str(default + 1 if option.kind is int else default / 2)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "run_dir"])
+def test_resume_changes_what_may_change_and_nothing_else(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    option = OPTIONS[name]
+    saved = TrainConfig(**defaults_for("cpu"), device="cpu", dtype="fp32", run_dir="run")
+    state = SimpleNamespace(train=saved, step=1)
+    monkeypatch.setattr(train_module.checkpoint, "latest", lambda path: path / "step_1")
+    monkeypatch.setattr(train_module.checkpoint, "load", lambda folder: state)
+    monkeypatch.setattr(train_module, "open_device", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(train_module, "choose_dtype", lambda name, device: name)
+    resumed = []
+
+    def fake_training(config: TrainConfig, *_: object) -> Outcome:
+        resumed.append(config)
+        return Outcome(Path("run/step_9"), 9, interrupted=False)
+
+    monkeypatch.setattr(train_module, "run_training", fake_training)
+    value = () if option.kind is bool else (other_value(option),)
+    device = ("--device", "cuda") if name == "tf32" else ()
+    code, _, err = run("train", "--resume", "--run-dir", "run", option.flag, *value, *device)
+    if option.resumable:
+        assert code == 0, err
+        assert getattr(resumed[0], name) != getattr(saved, name)
+    else:
+        assert code == 1
+        assert err == (
+            "gpu-gpt2: a resumed run keeps the settings that it was started with; leave out "
+            f"{option.flag}\n"
+        )

@@ -1,20 +1,30 @@
 """Sizes and settings: what is refused, and the published sizes of GPT-2."""
 
+import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from gpu_gpt2.config import (
+    AUTO,
     GPT2_VOCAB_SIZE,
     HF_SIZES,
     MODELS,
-    TRAIN_DEFAULTS,
+    OPTIONS,
+    PRESETS_DIR,
     ModelConfig,
+    Option,
     TrainConfig,
+    defaults_for,
     model_config,
+    preset,
 )
+from gpu_gpt2.device import DEVICES
+from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.gpt2 import decayed_count, parameter_count, parameters
+from gpu_gpt2.tools.bench.results import option_tables, replace_block
 
 # Parameters with the padded vocabulary, as llm.c counts them, and channels in a head.
 PUBLISHED = {
@@ -38,10 +48,8 @@ PUBLISHED = {
 
 
 def train_config(**changes: object) -> TrainConfig:
-    values = {
-        **TRAIN_DEFAULTS["cpu"], "data": "python-docs", "device": "cpu", "dtype": "fp32",
-        "seed": 1, "run_dir": "runs/1",
-    }  # fmt: skip
+    """The default run on a CPU, with `changes`."""
+    values = {**defaults_for("cpu"), "device": "cpu", "dtype": "fp32", "run_dir": "runs/1"}
     return TrainConfig(**{**values, **changes})
 
 
@@ -69,11 +77,68 @@ def test_decayed_parameters_are_the_matrices_and_come_first(name: str) -> None:
     assert decayed_count(MODELS[name]) == sum(s.size for s in specs[: sum(matrices)])
 
 
-@pytest.mark.parametrize("place", TRAIN_DEFAULTS)
-def test_defaults_are_a_valid_run(place: str) -> None:
-    config = train_config(**TRAIN_DEFAULTS[place])
+@pytest.mark.parametrize("device", OPTIONS["device"].choices)
+def test_defaults_are_a_valid_run(device: str) -> None:
+    config = train_config(**defaults_for(device), device=device)
     assert config.seq_len <= MODELS[config.model].n_positions
+    assert config.total_batch_tokens % (config.batch_size * config.seq_len) == 0
     assert TrainConfig.from_dict(asdict(config)) == config
+
+
+def test_every_device_has_a_preset_of_the_same_settings() -> None:
+    """A setting has one default for all devices, in its declaration, or one in each preset."""
+    devices = OPTIONS["device"].choices
+    assert sorted(path.name for path in PRESETS_DIR.iterdir()) == sorted(
+        f"{device}.toml" for device in devices
+    )
+    for device in devices:
+        assert preset(device).keys() == {
+            name
+            for name, option in OPTIONS.items()
+            if option.default is None and name not in ("device", "dtype", "run_dir")
+        }
+
+
+def test_choices_are_those_of_the_code() -> None:
+    assert (*OPTIONS["device"].choices, AUTO) == (*DEVICES[1:], DEVICES[0])
+    assert OPTIONS["dtype"].choices == DTYPES
+
+
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_has_a_group_and_a_help_that_is_a_sentence(option: Option) -> None:
+    assert option.flag == "--" + option.name.replace("_", "-")
+    assert option.help[0].isupper()
+    assert option.help.endswith(".")
+    assert option.group
+    assert option.metavar or option.choices or option.kind is bool
+
+
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
+def test_a_wrong_value_is_refused_by_the_name_of_its_option(option: Option) -> None:
+    wrong: list[object] = [None, [], b"x"]
+    wrong += {
+        str: [5, *(["other"] if option.choices else [])],
+        int: [1.5, "1", True],
+        float: ["x", math.nan, math.inf, -math.inf, True],
+        bool: [0, "no"],
+    }[option.kind]
+    wrong += [bound - 1 for bound in (option.minimum, option.above) if bound is not None]
+    wrong += [bound + 1 for bound in (option.maximum, option.below) if bound is not None]
+    wrong += [bound for bound in (option.above, option.below) if bound is not None]
+    for value in wrong:
+        with pytest.raises(ConfigError, match=f"^{option.flag} must be .*, not ") as error:
+            train_config(**{option.name: value})
+        assert str(error.value).endswith(f", not {value!r}")
+    for bound in (option.minimum, option.maximum):
+        if bound is not None:
+            option.check(bound)
+
+
+def test_the_documentation_of_the_options_is_up_to_date() -> None:
+    path = Path(__file__).parent.parent / "docs" / "training-options.md"
+    text = path.read_text()
+    expected = replace_block(text, "options", option_tables())
+    assert text == expected, f"rewrite {path} with: gpu-gpt2 bench tables"
 
 
 @pytest.mark.parametrize(
@@ -109,20 +174,22 @@ def test_the_size_that_no_head_divides() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"lr": float("nan")}, "lr must be a positive number"),
-        ({"lr": 0.0}, "lr must be a positive number"),
-        ({"weight_decay": float("inf")}, "weight_decay must be a finite number"),
-        ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
-        ({"data": 5}, "data must be str, not 5"),
-        ({"batch_size": 8.5}, "batch_size must be int, not 8.5"),
-        ({"beta1": "x"}, "beta1 must be float, not 'x'"),
-        ({"batch_size": 2**40}, "at most 1,073,741,824 tokens"),
-        ({"seed": -1}, "seed must not be negative"),
-        ({"seed": 1 << 32}, "seed must be at most 4294967295, not 4294967296"),
-        ({"warmup_steps": -1}, "warmup_steps must not be negative"),
-        ({"dtype": "fp8"}, "dtype must be fp32, bf16 or fp16"),
-        ({"batch_size": 3, "seq_len": 5, "total_batch_tokens": 31}, "not a multiple .* use 45"),
+        ({"steps": 0}, "--steps must be a whole number >= 1, not 0"),
+        ({"lr": float("nan")}, "--lr must be a finite number > 0, not nan"),
+        ({"lr": 0.0}, "--lr must be a finite number > 0, not 0.0"),
+        ({"weight_decay": float("inf")}, "--weight-decay must be a finite number >= 0, not inf"),
+        ({"data": 5}, "--data must be text, not 5"),
+        ({"batch_size": 8.5}, "--batch-size must be a whole number >= 1, or auto, not 8.5"),
+        ({"beta1": 1.0}, "--beta1 must be a finite number >= 0 and < 1, not 1.0"),
+        ({"tf32": 1}, "--tf32 must be true or false, not 1"),
+        ({"seed": 1 << 32}, "--seed must be a whole number from 0 to 4294967295, not 4294967296"),
+        ({"dtype": "fp8"}, "--dtype must be one of fp32, bf16, fp16, auto, not 'fp8'"),
+        ({"tf32": True}, "--tf32 is for fp32 on a GPU, not fp32 on cpu; leave it out"),
+        ({"batch_size": 2**40}, "--batch-size x --seq-len = 70,368,744,177,664 is too large"),
+        (
+            {"batch_size": 3, "seq_len": 5, "total_batch_tokens": 31},
+            "--total-batch-tokens 31 is not a multiple of --batch-size x --seq-len = 15; use 45",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(change: dict[str, object], message: str) -> None:

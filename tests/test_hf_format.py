@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -78,7 +78,7 @@ def assert_same_weights(model: GPT2Model, config: ModelConfig, arena: FloatArray
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder written by us; tests that damage it copy it first."""
     folder = tmp_path_factory.mktemp("hf") / "model"
-    hf.write_model(folder, Arena(CONFIG, random_arena(CONFIG)), EOT)
+    hf.write_model(folder, Arena(CONFIG, random_arena(CONFIG), EOT))
     return folder
 
 
@@ -141,7 +141,7 @@ def test_we_open_what_transformers_saves(
 def test_round_trip_is_exact(config: ModelConfig, tmp_path: Path) -> None:
     arena = random_arena(config)
     arena[:3] = [-0.0, np.inf, np.nan]
-    hf.write_model(tmp_path, Arena(config, arena), EOT % config.vocab_size)
+    hf.write_model(tmp_path, Arena(config, arena, EOT % config.vocab_size))
     source = hf.open_folder(tmp_path)
     assert (source.config, source.eot) == (config, EOT % config.vocab_size)
     assert same_bits(load_arena(source), arena)
@@ -150,7 +150,7 @@ def test_round_trip_is_exact(config: ModelConfig, tmp_path: Path) -> None:
 def test_padding_rows_are_neither_stored_nor_invented(tmp_path: Path) -> None:
     arena = random_arena(CONFIG)
     named(CONFIG, arena)["wte"][CONFIG.vocab_size :] = 7
-    hf.write_model(tmp_path, Arena(CONFIG, arena), EOT)
+    hf.write_model(tmp_path, Arena(CONFIG, arena, EOT))
     assert load_file(tmp_path / hf.MODEL_FILE)["transformer.wte.weight"].shape == (257, 48)
     assert same_bits(load_arena(hf.open_folder(tmp_path)), random_arena(CONFIG))
 
@@ -381,7 +381,7 @@ def test_a_flipped_bit_is_refused_or_harmless(
 def test_transformers_opens_our_folder_in_each_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     """What is written again from a 16-bit folder has the same bits, and says its dtype."""
     random_hf_model(GPT2LMHeadModel).to(dtype).save_pretrained(tmp_path / "theirs")
-    hf.write_model(tmp_path / "ours", hf.open_folder(tmp_path / "theirs"), EOT)
+    hf.write_model(tmp_path / "ours", hf.open_folder(tmp_path / "theirs"))
     ours, theirs = (load_file(tmp_path / who / hf.MODEL_FILE) for who in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -404,7 +404,7 @@ def test_mixed_dtypes_are_read_as_the_widest(folder: Path) -> None:
     ours["qkvw"][1] = ours["qkvw"][1].astype(np.float16)
     ours["lnfb"][:] = ours["lnfb"].astype(ml_dtypes.bfloat16)
     assert same_bits(load_arena(source), expected)
-    hf.write_model(folder / "again", source, EOT)
+    hf.write_model(folder / "again", source)
     assert same_bits(load_arena(hf.open_folder(folder / "again")), expected)
 
 
@@ -413,6 +413,12 @@ class Backwards:
     """A source whose pieces come last first, each in the same memory."""
 
     source: Arena
+    folder: ClassVar[Path | None] = None
+    tokenizer_path: ClassVar[Path | None] = None
+
+    @property
+    def eot(self) -> int | None:
+        return self.source.eot
 
     @property
     def config(self) -> ModelConfig:
@@ -432,7 +438,7 @@ class Backwards:
 
 
 def test_pieces_may_come_in_any_order(saved: Path, tmp_path: Path) -> None:
-    hf.write_model(tmp_path, Backwards(Arena(CONFIG, random_arena(CONFIG))), EOT)
+    hf.write_model(tmp_path, Backwards(Arena(CONFIG, random_arena(CONFIG), EOT)))
     for name in (hf.MODEL_FILE, hf.CONFIG_FILE):
         assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
 
@@ -532,6 +538,9 @@ class Zeros:
 
     config: ModelConfig
     dtype = np.dtype(np.float16)
+    eot: int | None = EOT
+    folder: ClassVar[Path | None] = None
+    tokenizer_path: ClassVar[Path | None] = None
 
     def read(self) -> Iterator[tuple[Piece, Weights]]:
         return iter(())  # the file stays as it is after the header
@@ -554,7 +563,7 @@ def test_published_sizes_need_no_config(n_embd: int, n_head: int, tmp_path: Path
         vocab_size=301, n_positions=5, n_embd=n_embd, n_layer=11 if n_embd == 768 else 1,
         n_head=n_head,
     )  # fmt: skip
-    hf.write_model(tmp_path, Zeros(config), EOT)
+    hf.write_model(tmp_path, Zeros(config))
     path = tmp_path / hf.MODEL_FILE
     with path.open("rb+") as file:
         file.truncate(8 + int.from_bytes(file.read(8), "little") + 2 * stored_count(config))

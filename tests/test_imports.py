@@ -29,7 +29,7 @@ LAYERS = [
     "ops.cases",
     "ops.__init__",
     "ops.reference ops.kernels",
-    "ops.interface",
+    "ops.table",
     "device.__init__",
     "device.cpu device.cuda device.emulator",
     "device.cublas",

@@ -189,8 +189,8 @@ def test_padding_rows_that_are_not_zero_are_refused(row: int, value: float, path
     [
         (0, 7, "magic number 7 at offset 0, expected 20240326; the file is damaged or of another"),
         (0, 20240803, "this file of llm.c is a Llama 3 model; name a GPT-2 model (magic number"),
-        (0, 20240327, "this file of llm.c is a debug state, the numbers that gpu-gpt2 verify"),
-        (0, 20240527, "this file of llm.c is the optimizer state of a run; the model is in the"),
+        (0, 20240327, "this file of llm.c is a debug state, the values that gpu-gpt2 verify"),
+        (0, 20240527, "this file of llm.c is the optimizer state of a run (its model is a"),
         (0, 20240520, "this file of llm.c is text as tokens of GPT-2;"),
         (0, 20240328, "this file of llm.c is a tokenizer;"),
         (1, 2, "version 2 at offset 4 stood for several byte layouts that cannot be told apart; "

@@ -1,4 +1,4 @@
-"""Matrix products of every device."""
+"""Matmuls of every device."""
 
 from __future__ import annotations
 

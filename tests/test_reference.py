@@ -11,8 +11,8 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from gpu_gpt2.ops import reference
-from gpu_gpt2.ops.interface import AdamWSettings
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.ops.table import AdamWSettings
 
 OPS = ReferenceOps()
 SHAPES = [(1, 1, 1), (2, 7, 3), (3, 5, 31)]  # (B, T, C); C also serves as V and O

@@ -62,8 +62,14 @@ def _header(magic: int = 20240520, version: int = 1, count: int = 4) -> bytes:
     [
         (b"", "holds 0 bytes and no known magic number"),
         (_header()[:1023], "holds 1023 bytes, less than the 1024"),
-        (_header(magic=20240326) + bytes(8), "is a model of llm.c's, not a token file"),
-        (_header(magic=20240527) + bytes(8), "is an optimizer state of llm.c's, not a token file"),
+        (
+            _header(magic=20240326) + bytes(8),
+            "this file of llm.c is a GPT-2 model; name a file of tokens",
+        ),
+        (
+            _header(magic=20240527) + bytes(8),
+            "is the optimizer state of a run .*; name a file of tokens",
+        ),
         (_header(magic=1 << 30) + bytes(8), "1073741824 at offset 0, expected a shard .magic"),
         (b"PK\3\4" + bytes(40), "is a zip file, perhaps PyTorch's"),
         (b"\x80\4\x95" + bytes(41), "is a pickle, perhaps PyTorch's"),
@@ -175,7 +181,7 @@ def test_a_writer_takes_chunks_and_leaves_nothing_when_it_fails(tmp_path: Path) 
 def test_a_file_has_no_more_tokens_than_its_header_can_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens_module, "MAX_COUNT", 5)
+    monkeypatch.setattr(tokens_module, "MAX_TOKENS", 5)
     with pytest.raises(ValueError, match="at most 5 tokens"):
         write_tokens(tmp_path / "a.bin", np.arange(6))
 

@@ -74,7 +74,10 @@ def test_what_is_written_is_read(
         ((20240328, 2, 3, 3), r"id of <\|endoftext\|> 3 at offset 12, expected 0 to 2"),
         ((20240328, 2, 3, -1), r"id of <\|endoftext\|> -1 at offset 12"),
         ((20240328, 2, 2, 1), "4 bytes follow the last of 2 tokens at offset 1029, expected none"),
-        ((20240328, 2, 4, 1), "token 3 of 4 at offset 1033: .* found 0 bytes to the end"),
+        (
+            (20240328, 2, 4, 1),
+            "token 3 of 4 .* and 0 bytes to the end at offset 1033, expected a length",
+        ),
     ],
 )
 def test_a_wrong_header_is_named(words: tuple[int, ...], message: str, tmp_path: Path) -> None:
@@ -87,8 +90,14 @@ def test_a_wrong_header_is_named(words: tuple[int, ...], message: str, tmp_path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content[:-1], "token 2 of 3 at offset 1029: .* length 3 and 2 bytes"),
-        (lambda content: content[:1026] + b"\0" + content[1027:], "token 1 of 3 at offset 1026"),
+        (
+            lambda content: content[:-1],
+            "token 2 of 3 of length 3 and 2 bytes to the end at offset 1029",
+        ),
+        (
+            lambda content: content[:1026] + b"\0" + content[1027:],
+            "token 1 of 3 of length 0 .* at offset 1026",
+        ),
         (lambda content: content[:1029], "3 tokens at offset 8 would make|token 2 of 3"),
         (lambda content: content + b"x", "1 bytes follow the last of 3 tokens at offset 1033"),
         (lambda content: content[:1000], "1000 bytes, less than the 1024 of a tokenizer file"),

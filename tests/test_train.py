@@ -341,7 +341,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     refused = cli("train", *OPTIONS)
     _, err = refused.communicate(timeout=60)
     assert refused.returncode == 1
-    assert "already holds a run; go on with it by --resume" in err
+    assert "already holds a run; resume it with --resume" in err
     other = cli("train", "--resume", "--run-dir", "run", "--lr", "0.5")
     _, err = other.communicate(timeout=60)
     assert other.returncode == 1

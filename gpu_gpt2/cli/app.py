@@ -1,11 +1,11 @@
-"""The command line: gathers the commands, prints errors as one line."""
+"""The command line: collects the commands, and prints an error as one line."""
 
 from __future__ import annotations
 
 import io
 import logging
 import sys
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,28 +18,34 @@ from gpu_gpt2.cli.convert import convert
 from gpu_gpt2.cli.data import data_app
 from gpu_gpt2.cli.evaluate import evaluate
 from gpu_gpt2.cli.generate import generate
+from gpu_gpt2.cli.help import GroupedCommands
 from gpu_gpt2.cli.inspect import check_ops, show_info
 from gpu_gpt2.cli.plan import show_plan
-from gpu_gpt2.cli.train import train
+from gpu_gpt2.cli.train import TrainCommand, train
 from gpu_gpt2.cli.verify import verify_model
 from gpu_gpt2.errors import UserError
 
 app = typer.Typer(
+    cls=GroupedCommands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Train GPT-2 with CUDA C kernels you can read.",
 )
-app.command()(train)
-app.command()(generate)
-app.command()(evaluate)
-app.command()(convert)
-app.command("verify")(verify_model)
-app.command("plan")(show_plan)
-app.command("info")(show_info)
-app.command("check")(check_ops)
-app.add_typer(data_app, name="data")
-app.add_typer(bench_app, name="bench")
+_TRAIN: Final = "Train a model and use it"
+_FILES: Final = "Data sets and model files"
+_MACHINE: Final = "Machine and memory"
+_CHECK: Final = "Check and time the kernels and the model"
+app.command(cls=TrainCommand, rich_help_panel=_TRAIN)(train)
+app.command(rich_help_panel=_TRAIN)(generate)
+app.command(rich_help_panel=_TRAIN)(evaluate)
+app.add_typer(data_app, name="data", cls=GroupedCommands, rich_help_panel=_FILES)
+app.command(rich_help_panel=_FILES)(convert)
+app.command("info", rich_help_panel=_MACHINE)(show_info)
+app.command("plan", rich_help_panel=_MACHINE)(show_plan)
+app.command("check", rich_help_panel=_CHECK)(check_ops)
+app.command("verify", rich_help_panel=_CHECK)(verify_model)
+app.add_typer(bench_app, name="bench", cls=GroupedCommands, rich_help_panel=_CHECK)
 
 
 def main() -> None:

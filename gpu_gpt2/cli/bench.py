@@ -1,4 +1,4 @@
-"""`gpu-gpt2 bench`: speed of ops and of whole steps, size of kernels, tables of both."""
+"""`gpu-gpt2 bench`: times ops and training steps, and writes the tables of the documentation."""
 
 from __future__ import annotations
 
@@ -10,37 +10,57 @@ from typing import Annotated, Any
 import typer
 from rich.progress import track
 
-from gpu_gpt2.cli.common import Device, Dtype, console, say, show_table
-from gpu_gpt2.config import MAX_RECOMPUTE, MODEL_NAMES, model_config
-from gpu_gpt2.device import choose_dtype, open_device
-from gpu_gpt2.device.base import Device as Place
+from gpu_gpt2.cli.common import (
+    BatchSize,
+    Device,
+    Dtype,
+    Model,
+    Recompute,
+    SeqLen,
+    console,
+    say,
+    show_table,
+)
+from gpu_gpt2.config import AUTO, DEFAULTS, model_config
+from gpu_gpt2.device import base, choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.tools.bench import kernels, results, static, step
 from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+bench_app = typer.Typer(no_args_is_help=True, help="Time ops and training steps on this machine.")
 
-Model = Annotated[str, typer.Option(help=MODEL_NAMES)]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences.")]
-SeqLen = Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+Steps = Annotated[
+    int, typer.Option(min=5, metavar="STEPS", help="Timed steps, of which the median counts.")
+]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="File to which the result is also written."),
+]
 
 
 @bench_app.command("kernels")
 def bench_kernels(
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device_name: Device = AUTO,
+    dtype: Dtype = AUTO,
     model: Model = "d12",
     batch_size: BatchSize = 32,
     seq_len: SeqLen = 1024,
-    repeat: Annotated[int, typer.Option(min=3, help="Runs to take the median of.")] = 20,
+    repeat: Annotated[
+        int,
+        typer.Option(min=3, metavar="RUNS", help="Timed runs of each op, whose median counts."),
+    ] = 20,
     static_only: Annotated[
-        bool, typer.Option("--static", help="Compile only, which needs no GPU.")
+        bool,
+        typer.Option(
+            "--static",
+            help="Time nothing: compile every kernel and list its registers and shared memory, "
+            "which needs no GPU.",
+        ),
     ] = False,
     json: Json = None,
 ) -> None:
-    """Time every op beside the device's limits, or say what each kernel needs (--static)."""
+    """Time every op, and compare it with the limits of the device."""
     config = model_config(model)
     if static_only:
         compiling = track(static.builds(config), "compiling", console=console, transient=True)
@@ -49,108 +69,117 @@ def bench_kernels(
         spilled = [build for build in builds if build.resources.spill_bytes]
         say(f"{len(builds)} kernels compiled, {len(spilled)} of them spill registers to memory")
         counts = static.counts(config, "bf16")
-        say(f"\nleast bytes, and flops of products, of a sequence of {config.n_positions} in bf16")
+        say(f"\nminimum bytes and matmul FLOPs of a sequence of {config.n_positions} tokens, bf16")
         show_table(static.counts_table(counts))
         _save(json, "static", model, None, static.rows(builds), counts=counts)
         return
-    place = _timed_device(device)
-    dtype = choose_dtype(dtype, place)
-    ops = ops_for(place, dtype)
-    limits = kernels.measure_limits(ops, dtype)
-    timing = kernels.measure(ops, dtype, config, batch_size, seq_len, limits, repeat)
+    device = _timed_device(device_name)
+    dtype = choose_dtype(dtype, device)
+    ops = ops_for(device, dtype)
+    limits = kernels.measure_limits(ops)
+    timing = kernels.measure(ops, config, batch_size, seq_len, limits, repeat)
     times = list(track(timing, "timing", console=console, transient=True))
-    say(f"{model}, batch {batch_size} x {seq_len}, {dtype}, {place.name}: medians of {repeat}")
+    say(f"{model}, batch {batch_size} x {seq_len}, {dtype}, {device.name}: medians of {repeat}")
     show_table(kernels.table(times, limits))
-    if place.name == "cpu":
-        say("a CPU's caches are not emptied between runs: what fits into them may pass the limit")
+    if not device.is_gpu:
+        say("CPU caches are not emptied between runs: an op that fits into them may beat the limit")
     what = f"{model}, {batch_size} x {seq_len}, {dtype}"
-    _save(json, "kernels", what, place, [asdict(row) | asdict(limits) for row in times])
+    _save(json, "kernels", what, device, [asdict(row) | asdict(limits) for row in times])
 
 
 @bench_app.command("step")
 def bench_step(
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device_name: Device = AUTO,
+    dtype: Dtype = AUTO,
     model: Model = "d12",
     batch_size: BatchSize = 4,
     seq_len: SeqLen = 64,
-    steps: Annotated[int, typer.Option(min=5, help="Steps to take the median of.")] = 5,
-    recompute: Annotated[int, typer.Option(min=0, max=MAX_RECOMPUTE, help="As in train.")] = 0,
+    steps: Steps = 5,
+    recompute: Recompute = DEFAULTS["recompute"],
     json: Json = None,
 ) -> None:
-    """Time our training step."""
-    place = _timed_device(device)
-    dtype = choose_dtype(dtype, place)
+    """Time training steps of gpu-gpt2."""
+    device = _timed_device(device_name)
+    dtype = choose_dtype(dtype, device)
     size = step.Size(model=model, batch_size=batch_size, seq_len=seq_len)
-    products = kernels.product_tflops(ops_for(place, dtype), dtype)
-    row = step.measure_ours(place, dtype, size, steps, products, recompute)
-    say(f"{dtype} on {place.name}, medians of {steps}")
+    matmul_tflops = kernels.large_matmul_tflops(ops_for(device, dtype))
+    row = step.measure_ours(device, dtype, size, steps, matmul_tflops, recompute)
+    say(f"{dtype} on {device.name}, medians of {steps}")
     show_table(step.table([row]))
     for problem in step.problems([row]):
         say(f"! {problem}")
-    _save(json, "step", f"{size}, {dtype}", place, [asdict(row)])
+    _save(json, "step", f"{size}, {dtype}", device, [asdict(row)])
 
 
 @bench_app.command("peers")
 def bench_peers(
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device_name: Device = AUTO,
+    dtype: Dtype = AUTO,
     size: Annotated[
-        list[str] | None, typer.Option(help="MODEL:BATCHxLENGTH, several times if you like.")
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL:BxT",
+            help="Model, batch size and sequence length to time, such as d12:32x1024; may be "
+            "given several times.",
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=5, help="Steps to take the median of.")] = 10,
+    steps: Steps = 10,
     llmc_log: Annotated[
         list[Path] | None,
-        typer.Option(help="A file with what llm.c's train_gpt2cu printed; several times too."),
+        typer.Option(
+            metavar="FILE",
+            help="Output of llm.c's train_gpt2cu, whose step times join the table; may be given "
+            "several times.",
+        ),
     ] = None,
     json: Json = None,
 ) -> None:
-    """Time our training step beside PyTorch's, eager and compiled, in one run."""
-    place = _timed_device(device)
-    dtype = choose_dtype(dtype, place)
+    """Time training steps of gpu-gpt2 and of PyTorch, eager and compiled, in one run."""
+    device = _timed_device(device_name)
+    dtype = choose_dtype(dtype, device)
     logs = [read_llmc_log(path) for path in llmc_log or ()]
-    sizes = tuple(map(step.parse_size, size)) if size else step.SIZES[place.name]
-    names = (step.OURS, *(step.PEERS if place.name == "cuda" else step.PEERS[:1]))
+    sizes = tuple(map(step.parse_size, size)) if size else step.SIZES[device.name]
+    names = (step.OURS, *(step.PEERS if device.is_gpu else step.PEERS[:1]))
     rows: list[step.StepTime] = []
-    timing = step.measure_all(place, dtype, sizes, names, steps)
+    timing = step.measure_all(device, dtype, sizes, names, steps)
     total = len(sizes) * len(names)
     for row in track(timing, "timing", total=total, console=console, transient=True):
         rows.append(row)
     rows += logs
-    say(f"{dtype} on {place.name}, medians of {steps}")
+    say(f"{dtype} on {device.name}, medians of {steps}")
     show_table(step.table(rows))
     for problem in step.problems(rows):
         say(f"! {problem}")
     what = f"{', '.join(dict.fromkeys(row.size for row in rows))}, {dtype}"
-    _save(json, "steps", what, place, [asdict(row) for row in rows])
+    _save(json, "steps", what, device, [asdict(row) for row in rows])
     if not any(row.step_ms for row in rows if row.name == step.OURS):
         raise typer.Exit(1)
 
 
 @bench_app.command("tables")
 def bench_tables() -> None:
-    """Write the tables and the plots anew from docs/benchmarks, in the root of the source tree."""
+    """Rewrite the generated tables and plots of the documentation; run it in the source tree."""
     if not results.FOLDER.is_dir():
         raise ConfigError(f"no folder {results.FOLDER} here; run this in the root of the project")
     for path in results.write_tables(Path()):
         say(f"wrote {path}")
 
 
-def _timed_device(name: str) -> Place:
-    place = open_device(name)
-    if place.name == "emulator":
+def _timed_device(name: str) -> base.Device:
+    device = open_device(name)
+    if device.is_emulated:
         raise ConfigError("the emulator's times mean nothing; use --device cuda or cpu")
-    return place
+    return device
 
 
 def _save(
     path: Path | None,
     kind: str,
     what: str,
-    place: Place | None,
+    device: base.Device | None,
     rows: Sequence[dict[str, Any]],
     **more: Any,
 ) -> None:
     if path:
-        results.save(path, results.record(kind, what, place, rows) | more)
+        results.save(path, results.record(kind, what, device, rows) | more)
         say(f"wrote {path}")

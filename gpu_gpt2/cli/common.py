@@ -1,14 +1,24 @@
-"""What all commands share: the terminal, its one way of saying things, and common options."""
+"""Shared by all commands: the terminal, its progress bars, and common options."""
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from gpu_gpt2.device import DEVICES, choose_dtype, open_device
+from gpu_gpt2.config import AUTO, OPTIONS, Option
+from gpu_gpt2.device import choose_dtype, open_device
 from gpu_gpt2.models.gpt2 import GPT2
 from gpu_gpt2.models.weights import WeightSource, load_arena
 from gpu_gpt2.ops import ops_for
@@ -18,8 +28,47 @@ INTERRUPTED: Final = 130  # exit status after Ctrl-C, by convention
 
 console: Final = Console()
 
-Device = Annotated[str, typer.Option(help=f"{' | '.join(DEVICES)}")]
-Dtype = Annotated[str, typer.Option(help="auto | fp32 | bf16 | fp16")]
+
+def shared_option(name: str, *, auto: str = "", show_default: bool | str = True) -> Any:
+    """The command-line option of the TrainConfig field `name`: its help, unit and range.
+
+    `auto` says what the value "auto" stands for; "" if the option does not take it. A text in
+    `show_default` describes a default that is not a constant.
+    """
+    option = OPTIONS[name]
+    metavar = option.metavar or "|".join(option.choices)
+    return typer.Option(
+        option.flag,
+        help=f"{option.help} {AUTO}: {auto}." if auto else option.help,
+        metavar=(f"{metavar}|{AUTO}" if auto else metavar) or None,
+        show_default=show_default,
+        rich_help_panel=option.group,
+        callback=_reader(option, takes_auto=auto != ""),
+    )
+
+
+def _reader(option: Option, *, takes_auto: bool) -> Callable[[Any], Any]:
+    """A function that checks a value from the command line; None means that none was given."""
+
+    def read(value: Any) -> Any:
+        if value is None or (takes_auto and value == AUTO):
+            return value
+        if option.kind is int and isinstance(value, str):  # text, because it might be "auto"
+            with suppress(ValueError):
+                value = int(value)
+        option.check(value)
+        return value
+
+    return read
+
+
+# Options of several commands, which mean the same as in `gpu-gpt2 train`.
+Device = Annotated[str, shared_option("device", auto=OPTIONS["device"].auto)]
+Dtype = Annotated[str, shared_option("dtype", auto=OPTIONS["dtype"].auto)]
+Model = Annotated[str, shared_option("model")]
+BatchSize = Annotated[int, shared_option("batch_size")]
+SeqLen = Annotated[int, shared_option("seq_len")]
+Recompute = Annotated[int, shared_option("recompute")]
 
 
 def say(text: str) -> None:
@@ -27,18 +76,29 @@ def say(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def bytes_progress(*columns: ProgressColumn) -> Progress:
+    """A progress bar of bytes with more `columns`; on a terminal only, and gone at the end."""
+    time_left = TimeRemainingColumn(compact=True)
+    return progress(BarColumn(bar_width=24), DownloadColumn(), *columns, time_left)
+
+
+def progress(*columns: ProgressColumn) -> Progress:
+    """A progress bar of `columns`, or of rich's own; on a terminal only, and gone at the end."""
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
 def show_table(table: Table) -> None:
     """A table at its full width: a narrow terminal breaks its lines, but nothing is cut off."""
     Console(width=max(console.width, WIDE)).print(table)
 
 
-def model_on_device(source: WeightSource, device: str, dtype: str, B: int, T: int) -> GPT2:
-    """A model that reads, but is not trained, for batches of up to (B, T)."""
-    place = open_device(device)
-    dtype = choose_dtype(dtype, place)
+def model_on_device(source: WeightSource, device_name: str, dtype: str, B: int, T: int) -> GPT2:
+    """A loaded model for inference on batches of up to (B, T) tokens."""
+    device = open_device(device_name)
+    dtype = choose_dtype(dtype, device)
     gpt2 = GPT2(
         source.config,
-        ops_for(place, dtype),
+        ops_for(device, dtype),
         max_batch=B,
         max_seq_len=T,
         training=False,

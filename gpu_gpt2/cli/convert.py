@@ -7,39 +7,41 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from gpu_gpt2.cli.common import console, say
+from gpu_gpt2.cli.common import bytes_progress, say
 from gpu_gpt2.config import GPT2_VOCAB_SIZE
 from gpu_gpt2.convert import TARGETS, TOKENIZER_FILES, bytes_of
 from gpu_gpt2.convert import convert as convert_model
-from gpu_gpt2.open_model import TOKENIZER_BIN, open_model
+from gpu_gpt2.formats.tokenizer_bin import TOKENIZER_BIN
+from gpu_gpt2.open_model import open_model
 
 
 def convert(
     src: Annotated[
         str,
         typer.Argument(
-            help="A run, a checkpoint, a Hugging Face folder, a .safetensors file, a .bin file of "
-            "llm.c, or a name such as d12 for a new model."
+            help="Model to convert: a run, a checkpoint, a Hugging Face folder, a .safetensors "
+            "file, a .bin file of llm.c, or a name such as d12 for a model with initial weights."
         ),
     ],
-    dst: Annotated[Path, typer.Argument(help="The new folder (hf) or file (llmc).")],
-    to: Annotated[str, typer.Option(help=" | ".join(TARGETS))],
+    dst: Annotated[
+        Path,
+        typer.Argument(help="New folder (for --to hf) or new file (for --to llmc-...) to write."),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help=f"Kind of model to write: {' | '.join(TARGETS)}. hf is a Hugging Face folder with "
+            f"the weights in the dtype of SRC; the others are files of llm.c in that dtype."
+        ),
+    ],
 ) -> None:
     """Write a model as another kind of file."""
     source = open_model(src)
     c = source.config
-    with Progress(
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as progress:
+    with bytes_progress() as progress:
         task = progress.add_task("", total=bytes_of(source))
-        convert_model(source, dst, to, lambda written: progress.advance(task, written))
+        convert_model(source, dst, to, lambda count: progress.advance(task, count))
     say(
         f"wrote {dst}: a GPT-2 of {c.n_layer} layers of {c.n_embd}, vocabulary {c.vocab_size}, "
         f"context {c.n_positions}, from {source.dtype} to {to}"

@@ -1,8 +1,7 @@
-"""`gpu-gpt2 evaluate`: the loss of a model on text, and its score on HellaSwag."""
+"""`gpu-gpt2 evaluate`: the loss of a model on text, and its accuracy on HellaSwag."""
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 import warnings
@@ -12,12 +11,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.progress import Progress
 
-from gpu_gpt2.cli.common import Device, Dtype, console, model_on_device, say
+from gpu_gpt2.cli.common import Device, Dtype, model_on_device, progress, say
 from gpu_gpt2.config import MAX_BATCH_TOKENS, TrainConfig
 from gpu_gpt2.data.corpus import BUILT_IN, text_file
-from gpu_gpt2.data.dataset import prepare
+from gpu_gpt2.data.dataset import matching_files, prepare
 from gpu_gpt2.data.loader import sequential_batches
 from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
 from gpu_gpt2.evaluate import answers, check_examples, mean_loss, row_length
@@ -27,7 +25,7 @@ from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_to
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.gpt2 import GPT2, check_seq_len
 from gpu_gpt2.models.weights import WeightSource
-from gpu_gpt2.open_model import folder_of, open_model, tokenizer_of
+from gpu_gpt2.open_model import open_model, tokenizer_of
 from gpu_gpt2.tokenizer import Tokenizer
 from gpu_gpt2.training.checkpoint import TRAINING_FILE, trained_seq_len
 
@@ -36,31 +34,33 @@ def evaluate(
     model: Annotated[
         str,
         typer.Argument(
-            help="A run, a checkpoint, a Hugging Face folder, a .safetensors file or a .bin file "
-            "of llm.c."
+            help="Model to evaluate: a run, a checkpoint, a Hugging Face folder, a .safetensors "
+            "file or a .bin file of llm.c."
         ),
     ],
     data: Annotated[
         str | None,
         typer.Option(
-            help="A text file or token files (a pattern such as 'val_*.bin'), all of which counts; "
-            "without it, what the run held out."
+            help="Text to compute the loss on: python-docs, a text file, a token file, or a "
+            "pattern such as 'val_*.bin'; the text that the run held out, if not given."
         ),
     ] = None,
     hellaswag: Annotated[
-        Path | None, typer.Option(help="A multiple-choice file, such as hellaswag_val.bin.")
+        Path | None,
+        typer.Option(help="Multiple-choice file to answer, such as hellaswag_val.bin."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 4,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence; else as many as it was trained on.")
+        int | None,
+        typer.Option(help="Tokens in a sequence; as many as in training, if not given."),
     ] = None,
 ) -> None:
-    """Print the loss of a model on held-out text, or its score on HellaSwag."""
+    """Print the loss of a model on text, its accuracy on HellaSwag, or both."""
     source = open_model(model)
     config = source.config
-    T = trained_seq_len(folder_of(source), config) if seq_len is None else seq_len
+    T = trained_seq_len(source.folder, config) if seq_len is None else seq_len
     check_seq_len(T, config)
     if min(batch_size, T) < 1 or batch_size * T > MAX_BATCH_TOKENS:
         raise ConfigError(
@@ -78,7 +78,9 @@ def evaluate(
     longest = T if texts else max(map(row_length, examples))
     gpt2 = model_on_device(source, device, dtype, batch_size, longest)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # overflow: the checks below say it better
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # an overflow gives a loss that is refused below
         if texts:
             _print_loss(gpt2, texts, tokenizer, batch_size, T)
         if examples:
@@ -86,8 +88,8 @@ def evaluate(
 
 
 def _run_data(name: str, source: WeightSource) -> tuple[Tokenizer, Sequence[Tokens]]:
-    """What the run held out, as far as training looks at it, and the tokenizer that made it."""
-    folder = folder_of(source)
+    """The run's tokenizer, and the part of its held-out text that training evaluates; UserError."""
+    folder = source.folder
     if folder is None or not os.path.isfile(folder / TRAINING_FILE):
         raise ConfigError(
             f"{name} is no run of gpu-gpt2, so it has no text of its own; name one with --data, "
@@ -109,24 +111,22 @@ def _run_data(name: str, source: WeightSource) -> tuple[Tokenizer, Sequence[Toke
 
 
 def _given_data(data: str, source: WeightSource) -> tuple[Tokenizer | None, Sequence[Tokens]]:
-    """The tokenizer, where it is known, and the tokens of token files or text files: all of them.
+    """The tokenizer, if it is known, and all tokens of token files or text files; UserError.
 
-    Of a built-in corpus, what is held out. <|endoftext|> stands in front of every document.
+    Of a built-in corpus, only the held-out text. <|endoftext|> is in front of every document.
     """
-    names = sorted(glob.glob(data)) if glob.has_magic(data) else [data]
-    if not names:
-        raise DataError(f"no file matches {data}; give a text file, or token files")
-    if data in BUILT_IN or not is_token_file(Path(names[0])):
+    paths = matching_files(data)
+    if data in BUILT_IN or not is_token_file(paths[0]):
         tokenizer = tokenizer_of(source)
         if data in BUILT_IN:
             documents = list(BUILT_IN[data]().val)
         else:
-            files = [text_file(Path(name)) for name in names]
+            files = [text_file(path) for path in paths]
             documents = ["".join((*file.train, *file.val)) for file in files]
         ids = [np.r_[tokenizer.eot, tokenizer.encode(text)] for text in documents]
         return tokenizer, [np.concatenate(ids).astype(np.uint16)]
     texts = []
-    for path in map(Path, names):
+    for path in paths:
         texts.append(read_tokens(path))
         check_tokens(texts[-1], source.config.vocab_size, str(path))
     try:
@@ -143,22 +143,22 @@ def _print_loss(
     lengths = None if tokenizer is None else tokenizer.token_bytes()
     text_bytes = 0
 
-    with _progress() as progress:
-        task = progress.add_task("tokens", total=count)
+    with progress() as bar:
+        task = bar.add_task("tokens", total=count)
 
         def batches() -> Iterator[Batch]:
             nonlocal text_bytes
             for tokens in texts:
                 for batch in sequential_batches(tokens, B, T):
                     yield batch
-                    progress.advance(task, batch.targets.size)
+                    bar.advance(task, batch.targets.size)
                     if lengths is not None:
                         text_bytes += int(lengths[batch.targets].sum())
 
         loss = mean_loss(gpt2, batches())
     if not math.isfinite(loss):
         raise CheckpointError(f"the loss is {loss}: the model's weights are damaged")
-    perplexity = math.exp(min(loss, 700.0))  # beyond, a float has no room
+    perplexity = math.exp(min(loss, 700.0))  # exp(710) is too large for a float
     per_byte = (
         f"  {loss / math.log(2) * count / text_bytes:.3f} bits per byte" if text_bytes else ""
     )
@@ -167,13 +167,9 @@ def _print_loss(
 
 def _print_score(gpt2: GPT2, examples: Sequence[Example]) -> None:
     correct = 0
-    with _progress() as progress:
-        task = progress.add_task("examples", total=len(examples))
+    with progress() as bar:
+        task = bar.add_task("examples", total=len(examples))
         for right in answers(gpt2, examples):
             correct += right
-            progress.advance(task)
+            bar.advance(task)
     say(f"HellaSwag {correct}/{len(examples)} = {correct / len(examples):.4f} (acc_norm)")
-
-
-def _progress() -> Progress:
-    return Progress(console=console, disable=not console.is_terminal, transient=True)

@@ -9,7 +9,7 @@ import typer
 
 from gpu_gpt2.cli.common import Device, Dtype, model_on_device
 from gpu_gpt2.generate import generate as generate_tokens
-from gpu_gpt2.open_model import folder_of, open_model, tokenizer_of
+from gpu_gpt2.open_model import open_model, tokenizer_of
 from gpu_gpt2.training.checkpoint import trained_seq_len
 
 
@@ -17,24 +17,36 @@ def generate(
     model: Annotated[
         str,
         typer.Argument(
-            help="A run, a checkpoint, a Hugging Face folder, a .safetensors file or a .bin file "
-            "of llm.c."
+            help="Model to generate with: a run, a checkpoint, a Hugging Face folder, a "
+            ".safetensors file or a .bin file of llm.c."
         ),
     ],
-    prompt: Annotated[str, typer.Option(help="How the text begins.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Length of what follows.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 = always the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 = all.")] = 40,
-    seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
+    prompt: Annotated[str, typer.Option(help="Text for the model to continue.")] = "",
+    max_tokens: Annotated[
+        int, typer.Option(help="Most tokens to generate; <|endoftext|> ends the text earlier.")
+    ] = 200,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="Divisor of the logits before sampling: higher gives more varied text, 0 always "
+            "takes the likeliest token."
+        ),
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(help="Sample among this many of the likeliest tokens; 0 means among all.")
+    ] = 40,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the sampling; another seed gives another text.")
+    ] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Continue a prompt with a trained model."""
+    """Generate text that continues a prompt."""
     source = open_model(model)
     tokenizer = tokenizer_of(source)
     tokens = tokenizer.encode(prompt)
     tokens = np.concatenate([np.array([tokenizer.eot], np.int32), tokens.astype(np.int32)])
-    seq_len = trained_seq_len(folder_of(source), source.config)
+    seq_len = trained_seq_len(source.folder, source.config)
     gpt2 = model_on_device(source, device, dtype, 1, seq_len)
     pieces = [tokenizer.decode_bytes(tokens[1:])]
     for token in generate_tokens(

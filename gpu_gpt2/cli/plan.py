@@ -1,4 +1,4 @@
-"""`gpu-gpt2 plan`: what fits into how much memory, without a GPU."""
+"""`gpu-gpt2 plan`: the memory that training needs, and the largest batch that fits into a GPU."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from gpu_gpt2.cli.common import console, say
-from gpu_gpt2.config import MAX_RECOMPUTE, MODEL_NAMES, model_config
-from gpu_gpt2.device.source import DTYPES
-from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.cli.common import Model, console, say, shared_option
+from gpu_gpt2.config import model_config
 from gpu_gpt2.models.gpt2 import check_seq_len
 from gpu_gpt2.training.memory import (
-    LIBRARIES,
+    CUDA_OVERHEAD,
     RECOMPUTE_LEVELS,
     best_fit,
     check_fits,
@@ -27,23 +25,27 @@ from gpu_gpt2.training.memory import (
 
 
 def show_plan(
-    memory: Annotated[str, typer.Option(help="Of the GPU: 8GB, 24GiB ...")] = "80GB",
-    model: Annotated[str, typer.Option(help=MODEL_NAMES)] = "gpt2",
-    dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES))] = "bf16",
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences; else the most.")] = None,
-    recompute: Annotated[int | None, typer.Option(min=0, max=MAX_RECOMPUTE, help="Level.")] = None,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory of the GPU, such as 8GB or 24GiB.")
+    ] = "80GB",
+    model: Model = "gpt2",
+    dtype: Annotated[str, shared_option("dtype")] = "bf16",
+    seq_len: Annotated[
+        int | None, shared_option("seq_len", show_default="the full context of the model")
+    ] = None,
+    batch_size: Annotated[
+        int | None, shared_option("batch_size", show_default="the most that fit")
+    ] = None,
+    recompute: Annotated[
+        int | None, shared_option("recompute", show_default="the lowest level that suffices")
+    ] = None,
 ) -> None:
-    """Say what training needs, and the largest batch that fits into a GPU's memory."""
+    """Print the memory that training needs, and the largest batch that fits; needs no GPU."""
     config = model_config(model)
     T = config.n_positions if seq_len is None else seq_len
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    if T < 1 or (batch_size is not None and batch_size < 1):
-        raise ConfigError("--seq-len and --batch-size must be at least 1")
     check_seq_len(T, config)
     available = parse_bytes(memory)
-    usable = available - LIBRARIES
+    usable = available - CUDA_OVERHEAD
 
     say(f"{model} in {dtype}, sequences of {T} tokens, a GPU of {format_bytes(available)}")
     levels = Table(box=None)
@@ -56,12 +58,12 @@ def show_plan(
     console.print(levels)
 
     if batch_size is None:
-        chosen = best_fit(config, dtype, T, available, reserved=LIBRARIES, recompute=recompute)
+        chosen = best_fit(config, dtype, T, available, headroom=CUDA_OVERHEAD, recompute=recompute)
     else:
         tried = RECOMPUTE_LEVELS if recompute is None else (recompute,)
         plans = [memory_plan(config, dtype, batch_size, T, level) for level in tried]
         chosen = next((fit for fit in plans if fit.total <= usable), plans[-1])
     say(f"\nwith --batch-size {chosen.batch_size} --recompute {chosen.recompute}")
     console.print(plan_table(chosen))
-    say(f"and about {format_bytes(LIBRARIES)} for CUDA and its libraries (an estimate)")
-    check_fits(chosen, available, reserved=LIBRARIES)
+    say(f"and about {format_bytes(CUDA_OVERHEAD)} for CUDA and its libraries (an estimate)")
+    check_fits(chosen, available, headroom=CUDA_OVERHEAD)

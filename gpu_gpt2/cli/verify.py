@@ -1,4 +1,4 @@
-"""`gpu-gpt2 verify`: a model on this device against PyTorch's numbers."""
+"""`gpu-gpt2 verify`: compares a model on this device with results of PyTorch."""
 
 from __future__ import annotations
 
@@ -12,34 +12,48 @@ import typer
 from rich.text import Text
 
 from gpu_gpt2.cli.common import Device, Dtype, console, say
+from gpu_gpt2.config import AUTO
 from gpu_gpt2.data.corpus import python_docs
 from gpu_gpt2.device import choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.debug_state import read_debug_state
+from gpu_gpt2.formats.tokenizer_bin import TOKENIZER_BIN
 from gpu_gpt2.models.weights import load_arena
-from gpu_gpt2.open_model import TOKENIZER_BIN, open_model
+from gpu_gpt2.open_model import open_model
 from gpu_gpt2.tokenizer import Tokenizer
 from gpu_gpt2.tools.verify.compare import expected_losses, verify
 
-BATCH: Final = (4, 64)  # of the pairs that --make makes: llm.c's
+BATCH: Final = (4, 64)  # (B, T) of the pairs that --make makes, as in llm.c's debug state
 
 
 def verify_model(
     model: Annotated[
-        str, typer.Argument(help="A model file or folder; with --make a name will do too.")
+        str,
+        typer.Argument(help="Model file or folder; with --make also the name of a model size."),
     ] = "d6",
     debug_state: Annotated[
-        Path | None, typer.Argument(help="Its numbers in PyTorch: llm.c's *_debug_state.bin.")
+        Path | None,
+        typer.Argument(
+            help="Debug state of the model, in llm.c's format (*_debug_state.bin): a batch, and "
+            "the logits, loss and gradients that PyTorch computes for it.",
+            show_default=False,
+        ),
     ] = None,
     make: Annotated[
-        Path | None, typer.Option(help="Make such a pair in this folder (needs torch).")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Instead of comparing, write a model and its debug state into this folder "
+            "(needs PyTorch).",
+        ),
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device_name: Device = AUTO,
+    dtype: Dtype = AUTO,
 ) -> None:
-    """Compare logits, loss, gradients and ten steps with PyTorch's; exit 1 if one is off.
+    """Compare a model with PyTorch: logits, loss, all gradients and ten training steps.
 
-    `gpu-gpt2 verify --make DIR` makes a model and its numbers to try it with.
+    The exit status is 1 if an error is too large. To try the command without files of your own,
+    write a model and its debug state first: gpu-gpt2 verify --make FOLDER.
     """
     if make is not None:
         _make(model, make)
@@ -48,14 +62,14 @@ def verify_model(
         raise ConfigError(
             "name a model and its debug state, or make a pair with: gpu-gpt2 verify --make DIR"
         )
-    place = open_device(device)
-    dtype = choose_dtype(dtype, place)
+    device = open_device(device_name)
+    dtype = choose_dtype(dtype, device)
     source = open_model(model)
     state = read_debug_state(debug_state, source.config)
     losses = expected_losses(debug_state, source.config, state)
-    say(f"{model} in {dtype} on {place.name}, beside PyTorch in float32")
+    say(f"{model} in {dtype} on {device.name}, compared with PyTorch in float32")
     failed = count = 0
-    for finding in verify(source, state, losses, place, dtype):
+    for finding in verify(source, state, losses, device, dtype):
         mark = Text("ok   ", "green") if finding.passed else Text("FAIL ", "bold red")
         console.print(mark + Text(f"{finding.what:<22}{finding.detail}"), soft_wrap=True)
         count += 1

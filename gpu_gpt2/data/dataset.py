@@ -1,4 +1,4 @@
-"""From what --data names to tokens: a built-in corpus, a text file or a token file."""
+"""The tokens that --data names, of a built-in corpus, a text file or token files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import glob
 import hashlib
 import json
 import math
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,44 +20,51 @@ from gpu_gpt2.cache import cache_dir
 from gpu_gpt2.data.corpus import BUILT_IN, VAL_FRACTION, Corpus, text_file
 from gpu_gpt2.errors import ConfigError, DataError, UserError
 from gpu_gpt2.formats.files import sha256_of
-from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_tokens, write_tokens
+from gpu_gpt2.formats.tokens import (
+    Tokens,
+    check_tokens,
+    is_token_file,
+    read_tokens,
+    stem_and_split,
+    write_tokens,
+)
 from gpu_gpt2.tokenizer import Tokenizer, cache_key, make_tokenizer, vocab_size_of
 
 CACHE_VERSION: Final = 2  # raised whenever the same text would give other tokens
-MAX_VAL_TOKENS: Final = 1 << 20  # of a long text: enough for three digits of the loss
+MAX_VAL_TOKENS: Final = 1 << 20  # evaluated of a long text: enough for three digits of the loss
 CACHED: Final = ("train.bin", "val.bin", "tokenizer.json", "tokenizer_config.json")
-
-
-_TRAIN_FILE: Final = re.compile(r"_train(_\d+)?\.bin$")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
-    """Tokens to train on and tokens held out, with the tokenizer that made them."""
+    """Training tokens and held-out tokens, with the tokenizer that made them."""
 
     name: str
     tokenizer: Tokenizer
     train: tuple[Tokens, ...]  # shards, each (tokens,)
     val: Tokens  # (tokens,), MAX_VAL_TOKENS at most; its first token is never predicted
-    shards: bool  # whether it was read from token files, not made here from one text
-    val_bytes: int  # of text behind the predicted tokens of val; <|endoftext|> counts as none
+    shards: bool  # whether the tokens are from token files, and not made here from one text
+    val_bytes: int  # of the text that the predicted tokens of val stand for; 0 for <|endoftext|>
 
     @property
     def val_tokens_per_byte(self) -> float:
         return (len(self.val) - 1) / self.val_bytes
 
     def val_bits_per_byte(self, loss: float) -> float:
-        """Bits per byte of held-out text for a mean loss in nats per token: any tokenizer's
-        losses become comparable. Predicting <|endoftext|> costs bits but adds no bytes."""
+        """Bits per byte of held-out text for a mean loss in nats per token.
+
+        They make losses with different tokenizers comparable. <|endoftext|> costs bits when it is
+        predicted but adds no bytes.
+        """
         return loss / math.log(2) * self.val_tokens_per_byte
 
 
 def prepare(data: str, tokenizer_spec: str) -> Dataset:
-    """The tokens of `data`: the name of a built-in corpus, or the path of a text or token file,
-    or of many token files: a folder of shards, or a pattern such as 'data/fineweb_train_*.bin'.
+    """The training and held-out tokens of `data`; UserError.
 
-    tokenizer_spec: "gpt2", "bytes" or "bpe:N". A text is tokenised once and then read from a
-    cache. UserError says what is wrong with either.
+    data: the name of a built-in corpus; the path of a text or token file; a folder of shards; or
+    a pattern such as 'data/fineweb_train_*.bin'. tokenizer_spec: "gpt2", "bytes", "bpe:N" or the
+    path of a tokenizer. A text is tokenised once and then read from a cache.
     """
     vocab_size_of(tokenizer_spec)
     path = Path(data)
@@ -104,25 +110,39 @@ def _dataset(
     return Dataset(name, tokenizer, tuple(train), val, shards, val_bytes)
 
 
-def token_files(data: str) -> list[Path]:
-    """The token files that `data` names, sorted: one, those of a pattern, or the *_train*.bin of a
-    folder; none if it names something else. DataError if a pattern or folder has none."""
+def matching_files(data: str) -> list[Path]:
+    """The files that a pattern matches, sorted, or the one path `data`; DataError if none."""
     path = Path(data)
-    if path.is_dir():
-        found = sorted(p for p in path.glob("*.bin") if _TRAIN_FILE.search(p.name))
-        expected = "token files such as NAME_train.bin or NAME_train_000001.bin"
-    elif any(c in data for c in "*?[") and not path.exists():
-        found = sorted(map(Path, glob.glob(data)))
-        expected = "files of that pattern"
-    else:
-        return [path] if is_token_file(path) else []
+    if path.exists() or not glob.has_magic(data):
+        return [path]
+    if found := sorted(map(Path, glob.glob(data))):
+        return found
+    raise DataError(
+        f"no file matches {data}; give a text file, or make token files with gpu-gpt2 data prepare"
+    )
+
+
+def token_files(data: str) -> list[Path]:
+    """The token files to train on that `data` names, sorted; none if it names another kind of file.
+
+    data: a token file, a pattern, or a folder, of which the *_train*.bin count. DataError if a
+    pattern or a folder has none.
+    """
+    path = Path(data)
+    if not path.is_dir():
+        found = matching_files(data)
+        return found if found != [path] or is_token_file(path) else []
+    found = sorted(p for p in path.glob("*.bin") if stem_and_split(p.name)[1] == "train")
     if not found:
-        raise DataError(f"{data} holds no {expected}; make some with gpu-gpt2 data prepare")
+        raise DataError(
+            f"{data} holds no token files such as NAME_train.bin or NAME_train_000001.bin; make "
+            f"some with gpu-gpt2 data prepare"
+        )
     return found
 
 
 def _from_token_files(paths: Sequence[Path], spec: str) -> Dataset:
-    """Validation: the shards named _val for _train, else the last tenth of the last shard."""
+    """A dataset of shards; the _val files beside them, or a tenth of the last one, are held out."""
     if spec.startswith("bpe:"):
         raise ConfigError(
             f"{paths[0]} is a token file, which carries no vocabulary: {spec} cannot be trained "
@@ -141,15 +161,15 @@ def _from_token_files(paths: Sequence[Path], spec: str) -> Dataset:
 
 def _val_files(path: Path) -> Iterator[Path]:
     """X_val.bin and X_val_*.bin beside X_train.bin or X_train_000001.bin."""
-    if match := _TRAIN_FILE.search(path.name):
-        start = path.name[: match.start()] + "_val"
+    stem, split = stem_and_split(path.name)
+    if split == "train":
         for other in path.parent.glob("*.bin"):
-            if re.fullmatch(re.escape(start) + r"(_\d+)?\.bin", other.name):
+            if stem_and_split(other.name) == (stem, "val"):
                 yield other
 
 
 def _first_tokens(paths: Sequence[Path], count: int) -> Tokens:
-    """The first `count` tokens of files that follow each other."""
+    """The first `count` tokens of token files read one after the other."""
     parts: list[Tokens] = []
     for path in paths:
         parts.append(read_tokens(path)[:count])
@@ -160,7 +180,7 @@ def _first_tokens(paths: Sequence[Path], count: int) -> Tokens:
 
 
 def _cache_folder(corpus: Corpus, spec: str) -> Path | None:
-    """Where the tokens of this text with this tokenizer lie, or None where there is no home."""
+    """The folder for the tokens of a text with a tokenizer; None for a user without a home."""
     digest = hashlib.sha256(f"{CACHE_VERSION} {cache_key(spec)}".encode())
     for documents in (corpus.train, corpus.val):
         digest.update(f"\0{len(documents)}".encode())
@@ -183,7 +203,7 @@ def _read_cache(folder: Path, name: str) -> Dataset:
 
 
 def _write_cache(folder: Path, dataset: Dataset) -> None:
-    """Writes a whole folder beside `folder` and renames it: nobody sees half of it."""
+    """Writes a folder beside `folder` and renames it, so that nobody sees half of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
     try:

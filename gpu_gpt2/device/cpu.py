@@ -71,8 +71,8 @@ class CpuDevice(Device):
 
     def matmul(self, out: Array, a: Array, b: Array, *, accumulate: bool = False) -> None:
         if a.dtype != FLOAT32:
-            product = np.matmul(a.astype(np.float32), b.astype(np.float32))
-            out[...] = product + out if accumulate else product
+            result = np.matmul(a.astype(np.float32), b.astype(np.float32))
+            out[...] = result + out if accumulate else result
         elif accumulate:
             # BLAS could add into its output, but NumPy does not offer that: add slice by slice.
             rows = max(1, ACCUMULATE_CHUNK // out.shape[1])

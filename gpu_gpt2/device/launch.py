@@ -1,7 +1,7 @@
-"""Checks of a kernel call against the kernel's own signature, the same on every device.
+"""Checks a kernel call against the kernel's own signature, in the same way on every device.
 
-CuPy passes whatever it is given: a missing argument, a Python float where the kernel reads a
-`float`, or a transposed view all run and give garbage. Each of these is refused here instead.
+CuPy checks nothing: a missing argument, a Python float (passed as a double) for a `float`, and a
+transposed view all run and give garbage. `check_launch` refuses each of them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,25 @@ from gpu_gpt2.errors import LaunchError
 
 Dim3: TypeAlias = tuple[int, ...]
 
-MAX_GRID: Final = (2**31 - 1, 65535, 65535)
-MAX_BLOCK: Final = (1024, 1024, 64)
-MAX_THREADS: Final = 1024
-INT_BITS: Final = {"int": 31, "long long": 63}
+# Limits of CUDA, the same for all GPUs (CUDA C++ Programming Guide, "Compute Capabilities").
+MAX_GRID: Final = (2**31 - 1, 65535, 65535)  # blocks in x, y and z
+MAX_BLOCK: Final = (1024, 1024, 64)  # threads of a block in x, y and z
+MAX_THREADS: Final = 1024  # threads of a block
+
+# What the type of a pointer's elements means; floatX is one of the others.
+ELEMENT_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "float": np.dtype(np.float32),
+    "int": np.dtype(np.int32),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp16": np.dtype(np.float16),
+}
+FLOATX: Final = {"fp32": "float", "bf16": "bf16", "fp16": "fp16"}  # by the dtype of a source
+SCALAR_TYPES: Final[dict[str, Callable[[Any], np.generic]]] = {
+    "int": np.int32,
+    "long long": np.int64,
+    "float": np.float32,
+}
+INT_BITS: Final = {"int": 31, "long long": 63}  # without the sign
 
 
 def check_launch(
@@ -59,28 +74,14 @@ def check_launch(
 
 
 def pointer_dtype(parameter: Parameter, source: KernelSource) -> np.dtype[Any]:
-    """The element type a pointer parameter means in this compilation of the source."""
+    """The dtype of the array that a pointer parameter takes; `source` says what floatX is."""
     ctype = parameter.ctype
-    if ctype == "floatX":
-        ctype = {"fp32": "float"}.get(source.dtype, source.dtype)
-    dtypes: dict[str, Any] = {
-        "float": np.float32,
-        "int": np.int32,
-        "bf16": ml_dtypes.bfloat16,
-        "fp16": np.float16,
-    }
-    dtype: np.dtype[Any] = np.dtype(dtypes[ctype])
-    return dtype
+    return ELEMENT_DTYPES[FLOATX[source.dtype] if ctype == "floatX" else ctype]
 
 
 def scalar_value(parameter: Parameter, value: Any) -> np.generic:
-    """A Python number as the exact type of the scalar parameter."""
-    types: dict[str, Callable[[Any], np.generic]] = {
-        "int": np.int32,
-        "long long": np.int64,
-        "float": np.float32,
-    }
-    return types[parameter.ctype](value)
+    """`value` as the exact type of a scalar parameter."""
+    return SCALAR_TYPES[parameter.ctype](value)
 
 
 def _check_dims(name: str, what: str, dims: Dim3, limits: tuple[int, int, int]) -> None:

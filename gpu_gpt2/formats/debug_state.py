@@ -1,7 +1,7 @@
-"""llm.c's debug state: a batch and what PyTorch makes of it, to hold a model against.
+"""llm.c's debug state: a batch with PyTorch's logits, loss and gradients, to verify a model with.
 
-After the header (magic, version, B, T): inputs and targets (B, T) int32, logits (B * T, V) float32,
-the mean loss (1,) float32, and its gradient by every parameter tensor, float32, in llm.c's order
+A header (magic, version, B, T), then inputs and targets (B, T) int32, logits (B * T, V) float32,
+the mean loss (1,) float32, and the gradient of every parameter tensor, float32, in llm.c's order
 with wte padded.
 """
 
@@ -20,17 +20,24 @@ from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.files import whole
 from gpu_gpt2.formats.llmc import TENSORS
-from gpu_gpt2.formats.llmc_header import HEADER_BYTES, header_bytes, read_header
+from gpu_gpt2.formats.llmc_header import (
+    DEBUG_STATE_MAGIC,
+    HEADER_BYTES,
+    INT32_MAX,
+    Header,
+    header_bytes,
+    read_header,
+)
 from gpu_gpt2.models.gpt2 import parameters
 from gpu_gpt2.models.weights import FloatArray
 
-MAGIC: Final = 20240327
-VERSION: Final = 2  # 1 had gradients of wte without padding rows
+VERSION: Final = 2  # version 1 had the gradient of wte without padding rows
+MAX_BATCH: Final = 2**15 - 1  # a larger batch size means that the header is damaged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DebugState:
-    """A debug state; the large arrays are memory maps of the file."""
+    """A debug state; its logits and gradients are memory maps of the file."""
 
     tokens: npt.NDArray[np.int32]  # (B, T)
     targets: npt.NDArray[np.int32]  # (B, T)
@@ -39,13 +46,24 @@ class DebugState:
     grads: Mapping[str, FloatArray]  # by parameters' names, and in its shapes
 
 
+def read_debug_header(path: Path) -> Header:
+    """The header of a debug state; DataError if the file is of another kind."""
+    header = read_header(path, "debug state")
+    header.expect_magic(DEBUG_STATE_MAGIC)
+    header.expect(1, "version", (VERSION,))
+    return header
+
+
+def batch_shape(header: Header, max_seq_len: int = INT32_MAX) -> tuple[int, int]:
+    """B and T of a debug state's batch; DataError if they cannot be."""
+    B = header.expect(2, "batch size", range(1, MAX_BATCH + 1))
+    return B, header.expect(3, "sequence length", range(1, max_seq_len + 1))
+
+
 def read_debug_state(path: Path, config: ModelConfig) -> DebugState:
     """The debug state in a file made for a model of these sizes; DataError says what is wrong."""
-    header = read_header(path, "debug state")
-    header.expect(0, "magic number", (MAGIC,))
-    header.expect(1, "version", (VERSION,))
-    B = header.expect(2, "batch size", range(1, 2**15))
-    T = header.expect(3, "sequence length", range(1, config.n_positions + 1))
+    header = read_debug_header(path)
+    B, T = batch_shape(header, config.n_positions)
     shapes = _shapes(config, B, T)
     header.expect_size(
         HEADER_BYTES + 4 * sum(math.prod(shape) for _, shape, _ in shapes),
@@ -88,7 +106,7 @@ def write_debug_state(path: Path, config: ModelConfig, state: DebugState) -> Non
         **state.grads,
     }
     with whole(path) as temporary, temporary.open("wb") as file:
-        file.write(header_bytes(MAGIC, VERSION, B, T))
+        file.write(header_bytes(DEBUG_STATE_MAGIC, VERSION, B, T))
         for name, shape, dtype in _shapes(config, B, T):
             if values[name].shape != shape:
                 raise ValueError(f"{name}: expected {shape}, got {values[name].shape}")
@@ -96,7 +114,7 @@ def write_debug_state(path: Path, config: ModelConfig, state: DebugState) -> Non
 
 
 def _shapes(config: ModelConfig, B: int, T: int) -> list[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and dtype of all that follows the header."""
+    """Name, shape and dtype of each array that follows the header, in order."""
     shape = {spec.name: spec.shape for spec in parameters(config)}
     return [
         ("tokens", (B, T), "<i4"),

@@ -1,4 +1,4 @@
-"""Arrays to and from files a part at a time; files that appear whole or not at all; checksums."""
+"""Arrays in files, files that appear whole or not at all, checksums, and errors of bad files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,34 @@ import numpy as np
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.models.weights import Weights
 
-BLOCK_BYTES: Final = 4 << 20  # what is converted at once: little memory, few calls
+BLOCK_BYTES: Final = 4 << 20  # converted at once: little memory, few calls
+
+
+def unexpected(
+    path: Path,
+    found: str,
+    offset: int,
+    expected: str,
+    advice: str = "the file is damaged, so write it again",
+) -> DataError:
+    """The error for a file that holds something else at byte `offset` than its format says."""
+    return DataError(f"{path}: {found} at offset {offset}, expected {expected}; {advice}")
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Turns an OSError into a DataError that names the file and its `kind`, as in "token file"."""
+    try:
+        yield
+    except OSError as e:
+        raise DataError(f"cannot read the {kind} {path}: {e.strerror}") from e
 
 
 def read_array(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Weights:
-    """An array of `shape` that lies at byte `offset` of a file; DataError.
+    """Reads an array of `shape` that begins at byte `offset` of a file; DataError.
 
-    It is read, not mapped: pages of a map count as this process's memory until it is dropped.
+    The array is read rather than mapped, because the pages of a map count as this process's
+    memory until the map is dropped.
     """
     values = np.empty(shape, dtype)
     try:
@@ -31,17 +52,20 @@ def read_array(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[
     except OSError as e:
         raise DataError(f"{path}: cannot be read at offset {offset}: {e.strerror}") from e
     if found != values.nbytes:
-        raise DataError(
-            f"{path}: expected {values.nbytes} bytes at offset {offset}, found {found}; it became "
-            f"shorter while it was read"
+        raise unexpected(
+            path,
+            f"{found} bytes",
+            offset,
+            str(values.nbytes),
+            "the file became shorter while it was read",
         )
     return values
 
 
 def write_array(file: BinaryIO, offset: int, values: Weights, dtype: np.dtype[Any]) -> None:
-    """Puts `values`, which may be a strided view, at byte `offset` as `dtype`. Raises OSError.
+    """Writes `values`, which may be a strided view, at byte `offset` as `dtype`. Raises OSError.
 
-    bfloat16 is rounded to the nearest, ties to even.
+    A conversion to bfloat16 rounds to nearest, ties to even.
     """
     file.seek(offset)
     rows = max(1, BLOCK_BYTES // values[:1].nbytes)
@@ -53,9 +77,10 @@ def write_array(file: BinaryIO, offset: int, values: Weights, dtype: np.dtype[An
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A hidden name beside `path`: what is made there becomes `path` when all of it is on the disk.
+    """Gives a hidden name beside `path`, which becomes `path` once all of it is on the disk.
 
-    Works for a file and for a folder of files. Whatever fails, nothing is left. Raises OSError.
+    The caller makes a file or a folder of files under the hidden name. If anything fails, nothing
+    of it is left. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -70,6 +95,18 @@ def whole(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears as `path` whole or not at all; DataError."""
+    try:
+        with whole(path) as temporary, temporary.open("wb") as file:
+            yield file
+    except OSError as e:
+        raise DataError(
+            f"cannot write {path}: {e.strerror}; make room or choose another folder"
+        ) from e
 
 
 def sync(path: Path) -> None:

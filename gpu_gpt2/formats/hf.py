@@ -1,7 +1,8 @@
-"""Hugging Face GPT-2 folders and safetensors files: bytes on disk and nothing else.
+"""Hugging Face GPT-2 folders and safetensors files: their tensors, names and config.json.
 
-Differences from our layout: layers are separate tensors, the four projections are Conv1D weights
-(in, out), the vocabulary is not padded, and the tied head is not stored, or again as lm_head.
+Differences from our layout: the layers are separate tensors, the four projections are Conv1D
+weights (in, out), and the vocabulary is not padded. The tied head is left out, or stored once more
+as lm_head.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -20,16 +21,17 @@ from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.files import BLOCK_BYTES
 from gpu_gpt2.formats.safetensors import TensorFile, TensorWriter
+from gpu_gpt2.formats.vocabulary import holds_vocabulary
 from gpu_gpt2.models.weights import Piece, Weights, WeightSource, pieces
 
 MODEL_FILE: Final = "model.safetensors"
-INDEX_FILE: Final = "model.safetensors.index.json"  # of a model in several files
+INDEX_FILE: Final = "model.safetensors.index.json"  # names the files of a model in several files
 CONFIG_FILE: Final = "config.json"
 
-_PREFIX: Final = "transformer."  # of GPT2LMHeadModel's names; GPT2Model has none
+_PREFIX: Final = "transformer."  # of tensor names in GPT2LMHeadModel; GPT2Model has no prefix
 _HEAD: Final = "lm_head.weight"
 
-# Our names, what Hugging Face calls them, and whether they are Conv1D weights, (in, out).
+# Hugging Face's names for ours; in a layer, with whether the tensor is a Conv1D weight, (in, out).
 _WHOLE: Final[Mapping[str, str]] = {
     "wte": "wte.weight",
     "wpe": "wpe.weight",
@@ -54,8 +56,8 @@ _LAYER: Final[Mapping[str, tuple[str, bool]]] = {
 _MASK: Final = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks that older files carry
 _SHARD: Final = re.compile(r"[\w.-]+\.safetensors", re.ASCII)  # so it lies in the folder itself
 
-# Settings under which a GPT-2 computes something else than ours, and the values that do not.
-# The first value is what a config.json without the setting means.
+# Settings that change what a GPT-2 computes, with the values under which it computes what our model
+# does. The first value is the one that a config.json without the setting implies.
 _SUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -72,14 +74,18 @@ _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HFModel:
-    """A model whose tensors were all checked, as a source of weights."""
+    """A model whose tensors have all been checked, as a source of weights."""
 
-    folder: Path | None  # with its config.json, if it has one
+    folder: Path | None  # None for a lone .safetensors file without a config.json beside it
     config: ModelConfig
     dtype: np.dtype[Any]
-    eot: int | None  # the token that ends a text
-    prefix: str
+    eot: int | None
+    prefix: str  # of the tensors' names
     files: Mapping[str, TensorFile]  # by the tensor's name
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        return self.folder if self.folder and holds_vocabulary(self.folder) else None
 
     def read(self) -> Iterator[tuple[Piece, Weights]]:
         for piece in pieces(self.config):
@@ -114,15 +120,18 @@ def open_file(path: Path) -> HFModel:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder is meant to be a model, readable or not."""
+    """True if a folder has the files of a model, readable or not."""
     names = (CONFIG_FILE, MODEL_FILE, INDEX_FILE)
     return any((folder / name).is_file() for name in names) or bool(_pickles_in(folder))
 
 
-def write_model(folder: Path, source: WeightSource, eot: int | None) -> None:
+def write_model(
+    folder: Path, source: WeightSource, watch: Callable[[Weights], None] = lambda values: None
+) -> None:
     """Writes a folder that `transformers.GPT2LMHeadModel.from_pretrained` opens unchanged.
 
-    Weights keep the source's dtype; `eot` is the token that ends a text. Raises OSError.
+    The weights keep the source's dtype. watch: called with each piece that has been written.
+    Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes = {}
@@ -134,14 +143,15 @@ def write_model(folder: Path, source: WeightSource, eot: int | None) -> None:
         for piece, values in source.read():
             name, transposed = _stored(piece)
             writer.write(_PREFIX + name, values.T if transposed else values)
+            watch(values)
     settings = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **asdict(source.config),
         **{name: values[0] for name, values in _SUPPORTED.items()},
         "n_inner": None,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
+        "bos_token_id": source.eot,
+        "eos_token_id": source.eot,
         "embd_pdrop": 0.0,  # trained without dropout
         "resid_pdrop": 0.0,
         "attn_pdrop": 0.0,
@@ -166,17 +176,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle, or a zip archive as PyTorch packs pickles into."""
+    """True if a file is a pickle, or a zip archive, into which PyTorch packs pickles."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
     except OSError:
-        return False  # whoever opens it to read says why not
+        return False  # the caller opens the file next, and reports why it cannot be read
     return start == b"PK\3\4" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
 
 
 def refuse_pickle(path: Path) -> DataError:
-    """Says how to convert a pickle, which is never opened here."""
+    """The error for a pickle, which is never opened here; it says how to convert the file."""
     message = (
         f"{path} is a pickle, which can run any program when it is opened, so gpu-gpt2 does not; "
         f"if you trust it, "

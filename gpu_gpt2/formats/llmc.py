@@ -1,60 +1,73 @@
-"""llm.c's model files: a header with the sizes, then the sixteen tensors of parameters.
+"""llm.c's model files: a header with the sizes, then the sixteen parameter tensors.
 
-They stand in llm.c's order, stacked over layers, matrices (out, in) as ours; wte has its padding
-rows, all zero. Version 3 is float32 and 5 is bfloat16; version 1, float32 without padding rows, is
-read but no longer written. Source: llm.c's train_gpt2.py and train_gpt2.cu.
+The tensors are in llm.c's order, each stacked over the layers; matrices are (out, in) as ours, and
+wte has its padding rows, all zero. Version 3 is float32 and version 5 bfloat16. Version 1, float32
+without padding rows, is read but not written. Source: llm.c's train_gpt2.py and train_gpt2.cu.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.formats import tokenizer_bin
 from gpu_gpt2.formats.files import BLOCK_BYTES, read_array, whole, write_array
-from gpu_gpt2.formats.llmc_header import HEADER_BYTES, header_bytes, read_header
+from gpu_gpt2.formats.llmc_header import (
+    HEADER_BYTES,
+    INT32_MAX,
+    KINDS,
+    MODEL_MAGIC,
+    header_bytes,
+    other_kind,
+    read_header,
+)
 from gpu_gpt2.models.gpt2 import parameters
-from gpu_gpt2.models.weights import BFLOAT16, Piece, Weights, WeightSource, pieces
+from gpu_gpt2.models.weights import BFLOAT16, Piece, Weights, WeightSource, gpt2_eot, pieces
 
-MAGIC: Final = 20240326
 TENSORS: Final = (
     "wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
     "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb",
 )  # fmt: skip
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {"fp32": np.dtype(np.float32), "bf16": BFLOAT16}
 
-_READ: Final = {1: "fp32", 3: "fp32", 5: "bf16"}  # dtypes by version
-_WRITTEN: Final = {"fp32": 3, "bf16": 5}
+_UNPADDED_VERSION: Final = 1
+_READ: Final = {_UNPADDED_VERSION: "fp32", 3: "fp32", 5: "bf16"}  # the dtype of each version
+_WRITTEN: Final = {"fp32": 3, "bf16": 5}  # the version of each dtype
 _REFUSED: Final = {
     2: "stood for several byte layouts that cannot be told apart",
     4: "mixes bfloat16 with float32",
 }
-_SIZES: Final = range(1, 2**31)
-_OTHER_FILES: Final = {
-    20240803: "a Llama 3 model",
-    20240327: "a debug state, the numbers that gpu-gpt2 verify compares a model with",
-    20240527: "the optimizer state of a run; the model is in the model_*.bin beside it",
-    20240520: "text as tokens of GPT-2",
-    20240801: "text as tokens of Llama 3",
-    20240522: "questions with answers to choose from, such as HellaSwag",
-    20240328: "a tokenizer",
-}
+_SIZES: Final = range(1, INT32_MAX + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LlmcModel:
-    """A model file that was checked, as a source of weights."""
+    """A checked model file of llm.c as a source of weights."""
 
     path: Path
     config: ModelConfig
     dtype: np.dtype[Any]
-    starts: Mapping[str, int]  # of tensors, in elements
+    starts: Mapping[str, int]  # the first element of each tensor
+    folder: ClassVar[Path | None] = None  # none of its own: other models may lie beside the file
+
+    @property
+    def eot(self) -> int | None:
+        return gpt2_eot(self.config)
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """llm.c's tokenizer file beside the model, unless it is of another model."""
+        path = self.path.parent / tokenizer_bin.TOKENIZER_BIN
+        if path.exists() and tokenizer_bin.read_token_count(path) == self.config.vocab_size:
+            return path
+        return None
 
     def read(self) -> Iterator[tuple[Piece, Weights]]:
         for piece in pieces(self.config):
@@ -65,12 +78,9 @@ class LlmcModel:
 def open_model(path: Path) -> LlmcModel:
     """The model in a file of llm.c, version 1, 3 or 5; DataError says what is wrong."""
     header = read_header(path, "model file of llm.c")
-    if header.magic in _OTHER_FILES:
-        raise DataError(
-            f"{path}: this file of llm.c is {_OTHER_FILES[header.magic]}; name a GPT-2 model "
-            f"(magic number {MAGIC})"
-        )
-    header.expect(0, "magic number", (MAGIC,))
+    if header.magic in KINDS and header.magic != MODEL_MAGIC:
+        raise other_kind(path, header.magic, f"a GPT-2 model (magic number {MODEL_MAGIC})")
+    header.expect_magic(MODEL_MAGIC)
     if header.version in _REFUSED:
         raise DataError(
             f"{path}: version {header.version} at offset 4 {_REFUSED[header.version]}; export the "
@@ -85,7 +95,7 @@ def open_model(path: Path) -> LlmcModel:
         "n_head": header.expect(5, "number of heads", _SIZES),
         "n_embd": header.expect(6, "number of channels", _SIZES),
     }
-    padded = (0,) if version == 1 else range(vocab_size, 2**31)
+    padded = (0,) if version == _UNPADDED_VERSION else range(vocab_size, INT32_MAX + 1)
     rows = header.expect(7, "padded vocabulary size", padded) or vocab_size
     try:
         config = ModelConfig(**sizes)
@@ -103,20 +113,29 @@ def open_model(path: Path) -> LlmcModel:
     return model
 
 
-def write_model(path: Path, source: WeightSource, dtype: str) -> None:
-    """Writes version 3 (`dtype` "fp32") or 5 ("bf16"), whole or not at all. Raises OSError."""
+def write_model(
+    path: Path,
+    source: WeightSource,
+    dtype: str,
+    watch: Callable[[Weights], None] = lambda values: None,
+) -> None:
+    """Writes version 3 (`dtype` "fp32") or 5 ("bf16"), whole or not at all. Raises OSError.
+
+    watch: called with each piece that has been written.
+    """
     c = source.config
     starts, _ = _layout(c, c.padded_vocab_size)
     with whole(path) as temporary, temporary.open("wb") as file:
         sizes = (c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, c.padded_vocab_size)
-        file.write(header_bytes(MAGIC, _WRITTEN[dtype], *sizes))
+        file.write(header_bytes(MODEL_MAGIC, _WRITTEN[dtype], *sizes))
         for piece, values in source.read():
             offset = _offset(starts, piece, DTYPES[dtype])
-            write_array(file, offset, values, DTYPES[dtype])  # what is skipped, padding, is zero
+            write_array(file, offset, values, DTYPES[dtype])  # skipped padding rows read as zero
+            watch(values)
 
 
 def _layout(config: ModelConfig, rows: int) -> tuple[dict[str, int], int]:
-    """The element at which each tensor starts where wte has `rows` rows, and how many there are."""
+    """The first element of each tensor, if wte has `rows` rows, and the count of all elements."""
     sizes = {spec.name: spec.size for spec in parameters(config)}
     sizes["wte"] = rows * config.n_embd
     starts, end = {}, 0
@@ -127,13 +146,13 @@ def _layout(config: ModelConfig, rows: int) -> tuple[dict[str, int], int]:
 
 
 def _offset(starts: Mapping[str, int], piece: Piece, dtype: np.dtype[Any]) -> int:
-    """The byte at which a piece starts."""
+    """The offset of a piece in the file, in bytes."""
     element = starts[piece.name] + (piece.layer or 0) * math.prod(piece.shape)
     return HEADER_BYTES + element * dtype.itemsize
 
 
 def _check_padding(model: LlmcModel, rows: int) -> None:
-    """Refuses rows of wte beyond the vocabulary that are not zero: nothing could keep them."""
+    """Raises DataError if a padding row of wte is not zero, as our models have no place for it."""
     V, C = model.config.vocab_size, model.config.n_embd
     step = max(1, BLOCK_BYTES // (C * model.dtype.itemsize))
     for row in range(V, rows, step):

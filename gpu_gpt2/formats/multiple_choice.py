@@ -1,8 +1,8 @@
-"""llm.c's multiple-choice files: a text and four ways it could go on, as HellaSwag asks.
+"""llm.c's multiple-choice files: contexts with four completions each, such as HellaSwag's.
 
-After the header (magic, version, count of examples, bytes of the longest) the examples as uint16:
-START, bytes of the example, its index, its label, count of completions, then the tokens of the
-context and of each completion, with their count in front.
+A header (magic, version, count of examples, bytes of the longest), then the examples as uint16:
+START, bytes of the example, its index, its label, count of completions, and the tokens of the
+context and of each completion, each with their count in front.
 """
 
 from __future__ import annotations
@@ -16,22 +16,28 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.files import whole
-from gpu_gpt2.formats.llmc_header import HEADER_BYTES, header_bytes, read_header
+from gpu_gpt2.formats.files import new_file, reading, unexpected
+from gpu_gpt2.formats.llmc_header import (
+    HEADER_BYTES,
+    MULTIPLE_CHOICE_MAGIC,
+    header_bytes,
+    read_header,
+)
 
-MAGIC: Final = 20240522
 VERSION: Final = 1
-START: Final = 65535  # in front of every example; so no token may have this id
-COMPLETIONS: Final = 4
+UINT16_MAX: Final = 2**16 - 1
+START: Final = UINT16_MAX  # marks the start of an example, so no token may have this id
+COMPLETIONS: Final = 4  # of every example
+MAX_EXAMPLES: Final = UINT16_MAX  # as an example stores its index in a uint16
+MAX_EXAMPLE_BYTES: Final = UINT16_MAX  # as an example stores its size in a uint16
 
-_FIXED_WORDS: Final = 5  # in front of the context's count
-_LEAST_BYTES: Final = 2 * (_FIXED_WORDS + 2 * (1 + COMPLETIONS))  # one token each
-_LIMIT: Final = 2**16  # of examples, and of bytes in one
+_FIXED_WORDS: Final = 5  # uint16 words in front of the context's count of tokens
+_MIN_EXAMPLE_BYTES: Final = 2 * (_FIXED_WORDS + 2 * (1 + COMPLETIONS))  # with one token in each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Example:
-    """A context and its completions; every token is below START."""
+    """A context with its completions; every token is below START."""
 
     context: npt.NDArray[Any]  # (n,) integers, n >= 1; read as uint16
     completions: tuple[npt.NDArray[Any], ...]  # COMPLETIONS times (m,), m >= 1
@@ -40,22 +46,17 @@ class Example:
 
 def read_choices(path: Path) -> list[Example]:
     """The examples of a multiple-choice file, in order; DataError names what is wrong."""
-    header = read_header(path, "multiple-choice file")
-    header.expect(0, "magic number", (MAGIC,))
+    kind = "multiple-choice file"
+    header = read_header(path, kind)
+    header.expect_magic(MULTIPLE_CHOICE_MAGIC)
     header.expect(1, "version", (VERSION,))
-    count = header.expect(2, "count of examples", range(1, _LIMIT))
-    longest = header.expect(3, "size of the longest example", range(_LEAST_BYTES, _LIMIT))
-    least, most = HEADER_BYTES + _LEAST_BYTES * count, HEADER_BYTES + longest * count
-    if not least <= header.file_bytes <= most or header.file_bytes % 2:
-        raise DataError(
-            f"{path}: {count} examples at offset 8 would make an even number of bytes from {least} "
-            f"to {most}, but the file holds {header.file_bytes}; it was cut off or damaged, so "
-            f"write it again"
-        )
-    try:
+    count = header.expect(2, "count of examples", range(1, MAX_EXAMPLES + 1))
+    allowed = range(_MIN_EXAMPLE_BYTES, MAX_EXAMPLE_BYTES + 1)
+    longest = header.expect(3, "size of the longest example", allowed)
+    least, most = HEADER_BYTES + _MIN_EXAMPLE_BYTES * count, HEADER_BYTES + longest * count
+    header.expect_size(range(least, most + 1, 2), f"{count} examples at offset 8")
+    with reading(path, kind):
         words = np.fromfile(path, "<u2", offset=HEADER_BYTES)
-    except OSError as e:
-        raise DataError(f"cannot read the multiple-choice file {path}: {e.strerror}") from e
     examples = []
     sizes = []
     position = 0
@@ -65,52 +66,43 @@ def read_choices(path: Path) -> list[Example]:
         sizes.append(2 * size)
         position += size
     if position != len(words):
-        raise DataError(
-            f"{path}: {2 * (len(words) - position)} bytes follow the last of {count} examples at "
-            f"offset {HEADER_BYTES + 2 * position}, expected none; the file is damaged, so write "
-            f"it again"
-        )
+        found = f"{2 * (len(words) - position)} bytes follow the last of {count} examples"
+        raise unexpected(path, found, HEADER_BYTES + 2 * position, "none")
     header.expect(3, "size of the longest example", (max(sizes),))
     return examples
 
 
 def write_choices(path: Path, examples: Sequence[Example]) -> None:
     """Writes the examples, so that `path` is complete or untouched; DataError names a bad one."""
-    if not 1 <= len(examples) < _LIMIT:
+    if not 1 <= len(examples) <= MAX_EXAMPLES:
         raise DataError(
-            f"{path}: {len(examples)} examples; a multiple-choice file holds 1 to {_LIMIT - 1}"
+            f"{path}: {len(examples)} examples; a multiple-choice file holds 1 to {MAX_EXAMPLES}"
         )
     streams = [_stream(path, index, example) for index, example in enumerate(examples)]
     longest = max(stream.nbytes for stream in streams)
-    try:
-        with whole(path) as temporary, temporary.open("wb") as file:
-            file.write(header_bytes(MAGIC, VERSION, len(examples), longest))
-            file.write(np.concatenate(streams).tobytes())
-    except OSError as e:
-        raise DataError(
-            f"cannot write {path}: {e.strerror}; make room or choose another folder"
-        ) from e
+    with new_file(path) as file:
+        file.write(header_bytes(MULTIPLE_CHOICE_MAGIC, VERSION, len(examples), longest))
+        file.write(np.concatenate(streams).tobytes())
 
 
 def _example(
     path: Path, words: npt.NDArray[np.uint16], start: int, index: int
 ) -> tuple[Example, int]:
-    """Example `index`, which begins at word `start` behind the header, and its count of words."""
+    """Example `index`, which begins at word `start` after the header, and its count of words."""
 
-    def wrong(position: int, what: str, expected: str) -> DataError:
-        return DataError(
-            f"{path}: example {index}: {what} at offset {HEADER_BYTES + 2 * position}, expected "
-            f"{expected}; the file is damaged, so write it again"
-        )
+    def wrong(position: int, found: str, expected: str) -> DataError:
+        offset = HEADER_BYTES + 2 * position
+        return unexpected(path, f"example {index}: {found}", offset, expected)
 
-    found = len(words) - start
-    if 2 * found < _LEAST_BYTES:
-        raise wrong(start, f"{2 * found} bytes to the end", f"at least {_LEAST_BYTES}")
+    left = 2 * (len(words) - start)  # bytes
+    if left < _MIN_EXAMPLE_BYTES:
+        raise wrong(start, f"{left} bytes to the end", f"at least {_MIN_EXAMPLE_BYTES}")
     mark, size, number, label, completions = map(int, words[start : start + _FIXED_WORDS])
     if mark != START:
         raise wrong(start, f"word {mark}", f"the start mark {START}")
-    if size % 2 or not _LEAST_BYTES <= size <= 2 * found:
-        raise wrong(start + 1, f"size {size}", f"an even number from {_LEAST_BYTES} to {2 * found}")
+    if size % 2 or not _MIN_EXAMPLE_BYTES <= size <= left:
+        expected = f"an even number from {_MIN_EXAMPLE_BYTES} to {left}"
+        raise wrong(start + 1, f"size {size}", expected)
     if number != index:
         raise wrong(start + 2, f"index {number}", str(index))
     if label >= COMPLETIONS:
@@ -139,10 +131,10 @@ def _example(
 
 
 def _stream(path: Path, index: int, example: Example) -> npt.NDArray[np.uint16]:
-    """The words of one example."""
+    """The uint16 words of one example; DataError if the file cannot hold it."""
 
-    def wrong(what: str) -> DataError:
-        return DataError(f"{path}: example {index} {what}")
+    def wrong(reason: str) -> DataError:
+        return DataError(f"{path}: example {index} {reason}")
 
     if len(example.completions) != COMPLETIONS:
         raise wrong(f"has {len(example.completions)} completions; the file holds {COMPLETIONS}")
@@ -155,8 +147,8 @@ def _stream(path: Path, index: int, example: Example) -> npt.NDArray[np.uint16]:
         if int(row.min()) < 0 or int(row.max()) >= START:
             raise wrong(f"has a token outside 0 to {START - 1}; the file cannot hold it")
     size = 2 * (_FIXED_WORDS + sum(1 + row.size for row in rows))
-    if size >= _LIMIT:
-        raise wrong(f"makes {size} bytes; the file holds at most {_LIMIT - 1} in one")
+    if size > MAX_EXAMPLE_BYTES:
+        raise wrong(f"makes {size} bytes; the file holds at most {MAX_EXAMPLE_BYTES} in one")
     fixed = (START, size, index, example.label, COMPLETIONS)
     parts = [np.array(fixed, "<u2")]
     for row in rows:

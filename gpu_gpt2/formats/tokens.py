@@ -1,11 +1,13 @@
-"""Token files, read by memory map: llm.c's shards for GPT-2 and Llama 3, and its first, bare kind.
+"""Token files, read by memory map: llm.c's shards for GPT-2 and Llama 3, and int32 files.
 
-A shard is the header (magic, version, count) and then the tokens, uint16 or uint32; those of
-modded-nanogpt are llm.c's for GPT-2. Files from before May 2024 are int32 tokens alone.
+A shard is a header (magic, version, count of tokens) followed by the tokens, uint16 for GPT-2 and
+uint32 for Llama 3. modded-nanogpt uses llm.c's shards for GPT-2. Files that llm.c made before May
+2024 are int32 tokens without a header.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,18 +18,34 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.files import whole
-from gpu_gpt2.formats.llmc_header import HEADER_BYTES, Header, header_bytes, read_header
+from gpu_gpt2.formats.files import new_file, reading, unexpected
+from gpu_gpt2.formats.llmc_header import (
+    GPT2_SHARD_MAGIC,
+    HEADER_BYTES,
+    INT32_MAX,
+    KINDS,
+    LLAMA3_SHARD_MAGIC,
+    Header,
+    header_bytes,
+    other_kind,
+    read_header,
+)
 
 Tokens: TypeAlias = npt.NDArray[np.integer[Any]]  # uint16, uint32 or int32
 
-MAX_COUNT: Final = 2**31 - 1  # the header counts in an int32
-CHECK_BLOCK: Final = 1 << 22  # tokens looked at together
+MAX_TOKENS: Final = INT32_MAX  # in a shard, whose header holds the count
+SHARD_TOKENS: Final = 10**8  # in every shard of llm.c's data sets but the last
+CHECK_BLOCK: Final = 1 << 22  # tokens compared with the vocabulary at once: little memory
+
+# llm.c's names of token files: STEM_train.bin and STEM_val.bin, or, for a set of numbered shards,
+# STEM_val_000000.bin, STEM_train_000001.bin, STEM_train_000002.bin and so on.
+_FILE_NAME: Final = re.compile(r"(?P<stem>.*)_(?P<split>train|val)(?:_\d+)?\.bin")
+_NUMBER: Final = re.compile(r"_\d{6}\.bin$")
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of shard."""
+    """A kind of shard."""
 
     name: str
     magic: int
@@ -35,25 +53,35 @@ class Kind:
     dtype: np.dtype[Any]
 
 
-GPT2: Final = Kind("GPT-2 shard", 20240520, 1, np.dtype("<u2"))
-LLAMA3: Final = Kind("Llama-3 shard", 20240801, 7, np.dtype("<u4"))
-BARE: Final = np.dtype("<i4")
+GPT2: Final = Kind("GPT-2 shard", GPT2_SHARD_MAGIC, 1, np.dtype("<u2"))
+LLAMA3: Final = Kind("Llama-3 shard", LLAMA3_SHARD_MAGIC, 7, np.dtype("<u4"))
+HEADERLESS: Final = np.dtype("<i4")
 
 _SHARDS: Final[Mapping[int, Kind]] = {kind.magic: kind for kind in (GPT2, LLAMA3)}
-_OTHER_FILES: Final[Mapping[int, str]] = {
-    20240326: "a model of llm.c's",
-    20240803: "a Llama model of llm.c's",
-    20240327: "a debug state of llm.c's",
-    20240328: "a tokenizer of llm.c's",
-    20240522: "an evaluation file of llm.c's",
-    20240527: "an optimizer state of llm.c's",
-    int.from_bytes(b"PK\3\4", "little"): "a zip file, perhaps PyTorch's",
-}
+_ZIP: Final = b"PK\3\4"
 _PICKLE: Final = b"\x80"
+_CHECKED: Final = 1024  # tokens of a file without a header that must look like tokens
+_VOCAB_LIMIT: Final = 2**20  # larger than any vocabulary, smaller than text read as int32
+
+
+def shard_name(stem: str, split: str, number: int | None = None) -> str:
+    """The name of a token file; `split` is "train" or "val", `number` None for a single file."""
+    return f"{stem}_{split}.bin" if number is None else f"{stem}_{split}_{number:06d}.bin"
+
+
+def stem_and_split(name: str) -> tuple[str, str]:
+    """The stem of a token file's name, and "train" or "val"; two empty strings for other names."""
+    match = _FILE_NAME.fullmatch(name)
+    return (match["stem"], match["split"]) if match else ("", "")
+
+
+def shard_pattern(name: str) -> str:
+    """The pattern of a numbered token file's name and those of its set; other names unchanged."""
+    return _NUMBER.sub("_*.bin", name)
 
 
 def is_token_file(path: Path) -> bool:
-    """Whether `path` is named .bin or begins with a shard's magic number, whatever its name."""
+    """True if `path` is named .bin, or begins with a shard's magic number whatever its name."""
     if path.suffix == ".bin":
         return True
     try:
@@ -64,53 +92,54 @@ def is_token_file(path: Path) -> bool:
 
 
 def read_tokens(path: Path) -> Tokens:
-    """tokens (count,) uint16, uint32 or int32 of a token file, mapped, not loaded; DataError.
+    """The tokens (count,) uint16, uint32 or int32 of a token file, as a memory map; DataError.
 
-    They are not checked against a vocabulary: see `check_tokens`.
+    The tokens are not compared with a vocabulary: see `check_tokens`.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-            size = file.seek(0, 2)
-    except OSError as e:
-        raise DataError(f"cannot read the token file {path}: {e.strerror}") from e
+    with reading(path, "token file"), path.open("rb") as file:
+        start = file.read(4)
+        size = file.seek(0, 2)
     magic = int.from_bytes(start, "little")
     if magic in _SHARDS:
         header, kind = read_header(path, "token file"), _SHARDS[magic]
         return _mapped(path, kind.dtype, HEADER_BYTES, _count(header, kind))
-    if magic in _OTHER_FILES or start.startswith(_PICKLE):
-        what = _OTHER_FILES.get(magic, "a pickle, perhaps PyTorch's")
-        raise DataError(f"{path} is {what}, not a token file; name a file of tokens")
-    return _bare_tokens(path, size)
+    if magic in KINDS:
+        raise other_kind(path, magic, "a file of tokens")
+    if start == _ZIP or start.startswith(_PICKLE):
+        archive = "zip file" if start == _ZIP else "pickle"
+        raise DataError(
+            f"{path} is a {archive}, perhaps PyTorch's, not a token file; name a file of tokens"
+        )
+    return _headerless_tokens(path, size)
 
 
 def _count(header: Header, kind: Kind) -> int:
     header.expect(1, f"version of a {kind.name}", (kind.version,))
-    count = header.expect(2, "count of tokens", range(MAX_COUNT + 1))
+    count = header.expect(2, "count of tokens", range(MAX_TOKENS + 1))
     header.expect_size(
         HEADER_BYTES + kind.dtype.itemsize * count, f"{count} tokens, as offset 8 says,"
     )
     return count
 
 
-def _bare_tokens(path: Path, size: int) -> Tokens:
-    """int32 tokens without a header. Nothing marks such a file, so its first ones must look it."""
-    expected = (
-        f"expected a shard (magic number {GPT2.magic} or {LLAMA3.magic}) or int32 tokens alone"
-    )
-    if size == 0 or size % BARE.itemsize:
+def _headerless_tokens(path: Path, size: int) -> Tokens:
+    """int32 tokens without a header; DataError unless the first of them look like tokens."""
+    if size == 0 or size % HEADERLESS.itemsize:
         raise DataError(
-            f"{path} holds {size} bytes and no known magic number at offset 0: {expected}; "
-            f"plain text must not be named .bin"
+            f"{path} holds {size} bytes and no known magic number at offset 0, expected a shard "
+            f"or int32 tokens alone; plain text must not be named .bin"
         )
-    tokens = _mapped(path, BARE, 0, size // BARE.itemsize)
-    first = tokens[:1024]
-    wrong = (first < 0) | (first >= 2**20)  # no vocabulary is as large; text read as int32 is
+    tokens = _mapped(path, HEADERLESS, 0, size // HEADERLESS.itemsize)
+    first = tokens[:_CHECKED]
+    wrong = (first < 0) | (first >= _VOCAB_LIMIT)
     if wrong.any():
         at = int(wrong.argmax())
-        raise DataError(
-            f"{path} is no token file: {int(first[at])} at offset {at * BARE.itemsize}, "
-            f"{expected}; plain text must not be named .bin"
+        raise unexpected(
+            path,
+            f"int32 {int(first[at])}",
+            at * HEADERLESS.itemsize,
+            f"a shard (magic number {GPT2.magic} or {LLAMA3.magic}) or int32 tokens alone",
+            "plain text must not be named .bin",
         )
     return tokens
 
@@ -120,19 +149,19 @@ def _mapped(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> Tokens
 
 
 class TokenWriter:
-    """Takes tokens chunk by chunk for a shard whose length is known only at its end."""
+    """Writes a shard chunk by chunk; its count of tokens may be unknown until the end."""
 
     def __init__(self, file: BinaryIO, kind: Kind) -> None:
         self.count = 0
         self._file, self._kind = file, kind
 
     def write(self, tokens: npt.NDArray[Any]) -> None:
-        """Adds tokens (count,), integers that fit the kind's dtype. Raises OSError."""
+        """Appends tokens (count,), integers that fit the kind's dtype. Raises OSError."""
         limit = np.iinfo(self._kind.dtype).max
         if tokens.size and not (0 <= int(tokens.min()) and int(tokens.max()) <= limit):
             raise ValueError(f"tokens from {tokens.min()} to {tokens.max()} do not fit the file")
-        if self.count + tokens.size > MAX_COUNT:
-            raise ValueError(f"a token file holds at most {MAX_COUNT} tokens")
+        if self.count + tokens.size > MAX_TOKENS:
+            raise ValueError(f"a token file holds at most {MAX_TOKENS} tokens")
         self._file.write(np.ascontiguousarray(tokens, self._kind.dtype).data)
         self.count += tokens.size
 
@@ -140,17 +169,12 @@ class TokenWriter:
 @contextmanager
 def token_writer(path: Path, kind: Kind = GPT2) -> Iterator[TokenWriter]:
     """A writer for the shard `path`, which appears whole at the end or not at all; DataError."""
-    try:
-        with whole(path) as temporary, temporary.open("wb") as file:
-            file.write(header_bytes())  # the count comes at the end
-            writer = TokenWriter(file, kind)
-            yield writer
-            file.seek(0)
-            file.write(header_bytes(kind.magic, kind.version, writer.count))
-    except OSError as e:
-        raise DataError(
-            f"cannot write {path}: {e.strerror}; make room or choose another folder"
-        ) from e
+    with new_file(path) as file:
+        file.write(header_bytes())  # room for the header, which needs the count of tokens
+        writer = TokenWriter(file, kind)
+        yield writer
+        file.seek(0)
+        file.write(header_bytes(kind.magic, kind.version, writer.count))
 
 
 def write_tokens(path: Path, tokens: npt.NDArray[Any], kind: Kind = GPT2) -> None:
@@ -160,7 +184,10 @@ def write_tokens(path: Path, tokens: npt.NDArray[Any], kind: Kind = GPT2) -> Non
 
 
 def check_tokens(tokens: Tokens, vocab_size: int, where: str) -> None:
-    """DataError that names the first token outside the vocabulary, if there is one."""
+    """Raises DataError if a token is outside the vocabulary; it names the first one.
+
+    where: the file or text that the tokens are from, for the message.
+    """
     for start in range(0, len(tokens), CHECK_BLOCK):
         block = tokens[start : start + CHECK_BLOCK]
         if int(block.max()) < vocab_size and int(block.min()) >= 0:

@@ -19,16 +19,17 @@ from typing import Any, Final, TypeAlias
 
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import tokenizer_bin
+from gpu_gpt2.formats.llmc_header import TOKENIZER_MAGIC
 
 Ranks: TypeAlias = dict[bytes, int]
 
 END_OF_TEXT: Final = "<|endoftext|>"
 MAX_VOCAB_SIZE: Final = 65535  # ids are stored as uint16
-MAX_TOKEN_BYTES: Final = tokenizer_bin.LONGEST  # so that llm.c's file can hold every vocabulary
+MAX_TOKEN_BYTES: Final = tokenizer_bin.MAX_TOKEN_BYTES  # so llm.c's file can hold every vocabulary
 MAX_FILE_BYTES: Final = 64 << 20  # some thirty times GPT-2's; what is longer is no tokenizer
 
 # In a folder, the first of these is its tokenizer.
-_FILES: Final = ("tokenizer.json", "vocab.json", "gpt2_tokenizer.bin")
+_FILES: Final = ("tokenizer.json", "vocab.json", tokenizer_bin.TOKENIZER_BIN)
 _PAIR: Final = ("vocab.json", "merges.txt")
 
 _GPT2_URL: Final = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
@@ -108,7 +109,7 @@ def read_vocabulary(path: Path) -> Ranks:
     if path.name in _PAIR:
         return _read_pair(path.parent)
     content = _read(path)
-    if content[:4] == tokenizer_bin.MAGIC.to_bytes(4, "little"):
+    if content[:4] == TOKENIZER_MAGIC.to_bytes(4, "little"):
         tokens, eot = tokenizer_bin.read_tokenizer_bin(path)
         ranks = {token: rank for rank, token in enumerate(tokens) if rank != eot}
         _check(path, ranks, eot)

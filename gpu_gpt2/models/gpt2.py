@@ -18,7 +18,7 @@ from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.arena import TensorSpec, by_layer, bytes_of, element_count, flat_views, views
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.ops.interface import Ops
+from gpu_gpt2.ops.table import Ops
 
 SHAPES_KEPT: Final = 16  # batch shapes whose views are cached: generation brings a new one a token
 

@@ -1,10 +1,14 @@
-"""What is checked: every op at sizes that leave tails everywhere, and at real sizes for GPUs.
+"""The calls that are checked: every op at sizes that leave tails everywhere, and at GPU sizes.
 
-A case is data: an op's name, sizes, and a function that makes its arguments from a seed.
+A case is an op and sizes. The row of the op in `table` gives its tensors: an `=` output starts as
+NaN, everything else is standard normal. A function named after the op gives the values that need
+a meaning or another scale, and scalars.
 """
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,47 +17,45 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
-from gpu_gpt2.ops.interface import AdamWSettings
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.ops.table import TABLE, AdamWSettings, Factors, OpTensor
 
 NDArray = npt.NDArray[Any]
 
-DTYPES: Final = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16, "int32": INT32}
+SPARE_ROWS: Final = 2  # of a tensor (>= T, ...) beyond T: they must not be read or changed
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One argument of an op.
+    """One tensor of a call.
 
-    dtype "X" is the activations' dtype; `role` is "in" (read only), "=" (overwritten) or "+="
-    (updated); `value` is already rounded to the dtype. `same_as` names the tensor whose memory
-    this argument shares, for ops that may work in place.
+    `dtype` is its dtype on the device and `role` its role in the table: "=", "+=" or "in". `value`
+    is float64 or int32, already rounded to `dtype`, or the name of an earlier tensor whose memory
+    this one shares. An `exact` output may not be rounded differently by any device.
     """
 
-    dtype: str = "X"
-    role: str = "in"
-    value: NDArray | None = None
-    exact: bool = False
-    same_as: str = ""
+    dtype: np.dtype[Any]
+    role: str
+    value: NDArray | str
+    exact: bool
 
-    def values(self) -> NDArray:
-        """A copy of what the tensor starts with, in float64 or int32."""
-        if self.value is None:
-            raise ValueError("a tensor that shares another's memory has no value of its own")
+    def copy(self) -> NDArray:
+        """A copy of the value that the tensor starts with."""
+        assert not isinstance(self.value, str)
         return np.array(self.value)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The arguments of one op in the interface's order: tensors, then scalars."""
+    """The arguments of one op: tensors in the table's order, then scalars by name."""
 
     tensors: dict[str, Tensor]
-    scalars: tuple[Any, ...] = ()
+    scalars: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One op at one set of sizes."""
+    """One op at one set of sizes; `make(Maker, **sizes)` makes its call."""
 
     op: str
     sizes: dict[str, int]
@@ -66,228 +68,194 @@ class Case:
     def __str__(self) -> str:
         return f"{self.op}[{self.shape}]"
 
+    def call(self, x_dtype: np.dtype[Any]) -> Call:
+        """The call with X = x_dtype, made with the same values every time."""
+        return self.make(Maker(self, x_dtype), **self.sizes)
+
 
 class Maker:
-    """Makes seeded tensors, rounded to what the device will hold."""
+    """Makes the call of a case from random numbers, seeded by the case's name.
 
-    def __init__(self, seed: int, x_dtype: np.dtype[Any]) -> None:
-        self.rng = np.random.default_rng(seed)
+    Each draw moves the generator on: values given to `call` are drawn first, in the order in which
+    they are written, then all others in the order of the row.
+    """
+
+    def __init__(self, case: Case, x_dtype: np.dtype[Any]) -> None:
+        self.case = case
         self.x_dtype = x_dtype
+        self.rng = np.random.default_rng(zlib.crc32(str(case).encode()))
 
-    def normal(
-        self, *shape: int, dtype: str = "X", role: str = "in", scale: float = 1.0, mean: float = 0.0
-    ) -> Tensor:
-        return self.tensor(mean + scale * self.rng.standard_normal(shape), dtype, role)
+    def call(
+        self,
+        *,
+        exact: bool = False,
+        dtypes: dict[str, np.dtype[Any]] | None = None,
+        scalars: dict[str, Any] | None = None,
+        **values: NDArray | str,
+    ) -> Call:
+        """The call with these values, and all other tensors as the row says.
 
-    def out(self, *shape: int, dtype: str = "X", exact: bool = False) -> Tensor:
-        return Tensor(dtype, "=", np.full(shape, np.nan), exact)
+        A value is rounded to its tensor's dtype; a name instead of a value means the memory of
+        that tensor. `dtypes` are those of tensors of dtype "any". `exact` holds for all outputs.
+        """
+        tensors = {}
+        for tensor in TABLE[self.case.op]:
+            dtype = (dtypes or {}).get(tensor.name) or self._dtype(tensor)
+            value = values.pop(tensor.name) if tensor.name in values else self._value(tensor)
+            if not isinstance(value, str):
+                value = rounded(value, dtype)
+            tensors[tensor.name] = Tensor(dtype, tensor.role, value, exact)
+        assert not values, f"{self.case}: no tensors {', '.join(values)}"
+        return Call(tensors, scalars or {})
 
-    def ints(self, values: NDArray) -> Tensor:
-        return Tensor("int32", "in", values.astype(INT32))
+    def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> NDArray:
+        """Random numbers as float64, not rounded."""
+        return mean + scale * self.rng.standard_normal(shape)
 
-    def tensor(self, value: NDArray, dtype: str = "X", role: str = "in") -> Tensor:
-        return Tensor(dtype, role, value.astype(self.numpy_dtype(dtype)).astype(np.float64))
+    def normal_x(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> NDArray:
+        """Random numbers rounded to X, for values from which others are computed."""
+        return rounded(self.normal(*shape, scale=scale, mean=mean), self.x_dtype)
 
-    def numpy_dtype(self, dtype: str) -> np.dtype[Any]:
-        return self.x_dtype if dtype == "X" else np.dtype(DTYPES[dtype])
+    def _dtype(self, tensor: OpTensor) -> np.dtype[Any]:
+        return {"float32": FLOAT32, "int32": INT32}.get(tensor.dtype, self.x_dtype)
+
+    def _value(self, tensor: OpTensor) -> NDArray:
+        assert tensor.dtype != "int32", f"{self.case}: {tensor.name} needs values with a meaning"
+        shape = tuple(map(self._size, tensor.shape))
+        return np.full(shape, np.nan) if tensor.role == "=" else self.normal(*shape)
+
+    def _size(self, item: str) -> int:
+        """The size of one item of a shape: "3", "C", "B * T" or ">= T"."""
+        if item.isdigit():
+            return int(item)
+        spare = SPARE_ROWS if item.startswith(">= ") else 0
+        letters = item.removeprefix(">= ").split(" * ")
+        return math.prod(self.case.sizes[letter] for letter in letters) + spare
+
+
+def rounded(value: NDArray, dtype: np.dtype[Any]) -> NDArray:
+    """`value` rounded to `dtype`, as float64 or int32."""
+    return value.astype(dtype).astype(INT32 if dtype == INT32 else np.float64)
+
+
+def derived(g: Maker, **sizes: int) -> Call:
+    """The call of an op all of whose values are as the row says."""
+    return g.call()
 
 
 def embedding_fwd(g: Maker, B: int, T: int, C: int, V: int) -> Call:
-    return Call(
-        {
-            "x": g.out(B, T, C, exact=True),  # one addition, one rounding
-            "tokens": g.ints(g.rng.integers(0, V, (B, T))),
-            "wte": g.normal(V + 3, C),
-            "wpe": g.normal(T + 2, C),
-        }
-    )
+    tokens = g.rng.integers(0, V, (B, T))
+    return g.call(tokens=tokens, wte=g.normal(V + 3, C), exact=True)  # one addition, one rounding
 
 
 def embedding_bwd(g: Maker, B: int, T: int, C: int, V: int) -> Call:
     tokens = g.rng.integers(0, V, (B, T))
-    return Call(
-        {
-            "dwte": g.normal(V + 3, C, dtype="float32", role="+="),
-            "dwpe": g.normal(T + 2, C, dtype="float32", role="+="),
-            "dx": g.normal(B, T, C),
-            "tokens": g.ints(tokens),
-            "order": g.ints(np.argsort(tokens.reshape(-1), kind="stable")),
-        }
-    )
+    order = np.argsort(tokens.reshape(-1), kind="stable")
+    return g.call(tokens=tokens, order=order, dwte=g.normal(V + 3, C))
 
 
 def layernorm_fwd(g: Maker, N: int, C: int, offset: int) -> Call:
-    return Call(
-        {
-            "y": g.out(N, C),
-            "mean": g.out(N, dtype="float32"),
-            "rstd": g.out(N, dtype="float32"),
-            "x": g.normal(N, C, mean=offset),
-            "w": g.normal(C),
-            "b": g.normal(C),
-        }
-    )
+    return g.call(x=g.normal(N, C, mean=offset))
 
 
 def residual_layernorm_fwd(g: Maker, N: int, C: int) -> Call:
-    return Call(
-        {
-            "r": g.out(N, C),
-            "y": g.out(N, C),
-            "mean": g.out(N, dtype="float32"),
-            "rstd": g.out(N, dtype="float32"),
-            "x1": g.normal(N, C, mean=3.0),
-            "x2": g.normal(N, C),
-            "bias": g.normal(C),
-            "w": g.normal(C),
-            "b": g.normal(C),
-        }
-    )
+    return g.call(x1=g.normal(N, C, mean=3.0))
 
 
 def layernorm_bwd(g: Maker, N: int, C: int) -> Call:
-    x = g.normal(N, C, mean=3.0)
+    x = g.normal_x(N, C, mean=3.0)
     mean, rstd = np.empty(N), np.empty(N)
-    values = x.values()
-    ReferenceOps().layernorm_fwd(np.empty((N, C)), mean, rstd, values, np.ones(C), np.zeros(C))
-    return Call(
-        {
-            "dx": g.normal(N, C, role="+="),
-            "dw": g.normal(C, dtype="float32", role="+="),
-            "db": g.normal(C, dtype="float32", role="+="),
-            "dy": g.normal(N, C),
-            "x": x,
-            "w": g.normal(C),
-            "mean": g.tensor(mean, "float32"),
-            "rstd": g.tensor(rstd, "float32"),
-        }
-    )
+    ReferenceOps().layernorm_fwd(np.empty((N, C)), mean, rstd, x, np.ones(C), np.zeros(C))
+    return g.call(x=x, mean=mean, rstd=rstd)
 
 
 def attention_fwd(g: Maker, B: int, T: int, H: int, D: int) -> Call:
-    return Call(
-        {
-            "y": g.out(B, T, H, D),
-            "lse": g.out(B, H, T, dtype="float32"),
-            "qkv": g.normal(B, T, 3, H, D, scale=2.0),
-        }
-    )
+    return g.call(qkv=g.normal(B, T, 3, H, D, scale=2.0))
 
 
 def attention_bwd(g: Maker, B: int, T: int, H: int, D: int) -> Call:
-    qkv = g.normal(B, T, 3, H, D, scale=2.0)
+    qkv = g.normal_x(B, T, 3, H, D, scale=2.0)
     y, lse = np.empty((B, T, H, D)), np.empty((B, H, T))
-    ReferenceOps().attention_fwd(y, lse, qkv.values())
-    return Call(
-        {
-            "dqkv": g.out(B, T, 3, H, D),
-            "delta": g.out(B, H, T, dtype="float32"),
-            "dy": g.normal(B, T, H, D),
-            "qkv": qkv,
-            "y": g.tensor(y),
-            "lse": g.tensor(lse, "float32"),
-        }
-    )
+    ReferenceOps().attention_fwd(y, lse, qkv)
+    return g.call(qkv=qkv, y=y, lse=lse)
 
 
 def softmax_fwd(g: Maker, N: int, V: int, offset: int, inplace: int) -> Call:
     """With a large offset, exponentials that are not taken around the maximum leave float32."""
-    x = g.normal(N, V, role="+=" if inplace else "in", scale=5.0, mean=offset)
-    if inplace:
-        return Call({"y": x, "x": Tensor(same_as="y")})
-    return Call({"y": g.out(N, V), "x": x})
+    x = g.normal(N, V, scale=5.0, mean=offset)
+    return g.call(y=x, x="y") if inplace else g.call(x=x)
 
 
 def softmax_bwd(g: Maker, N: int, V: int, inplace: int) -> Call:
-    p = np.exp(g.rng.standard_normal((N, V)))
-    y = g.tensor(p / p.sum(axis=1, keepdims=True))
-    if inplace:
-        return Call({"dx": g.normal(N, V, role="+="), "dy": Tensor(same_as="dx"), "y": y})
-    return Call({"dx": g.out(N, V), "dy": g.normal(N, V), "y": y})
+    p = np.exp(g.normal(N, V))
+    y = p / p.sum(axis=1, keepdims=True)
+    return g.call(y=y, dx=g.normal(N, V), dy="dx") if inplace else g.call(y=y)
 
 
 def gelu_fwd(g: Maker, N: int, O: int) -> Call:
-    return Call({"y": g.out(N, O), "x": g.normal(N, O, scale=3.0), "b": g.normal(O)})
+    return g.call(x=g.normal(N, O, scale=3.0))
 
 
 def gelu_bwd(g: Maker, N: int, O: int, inplace: int) -> Call:
-    inputs = {"x": g.normal(N, O, scale=3.0), "b": g.normal(O)}
-    if inplace:
-        return Call({"dx": g.normal(N, O, role="+="), "dy": Tensor(same_as="dx"), **inputs})
-    return Call({"dx": g.out(N, O), "dy": g.normal(N, O), **inputs})
+    x, b = g.normal(N, O, scale=3.0), g.normal(O)
+    return g.call(x=x, b=b, dx=g.normal(N, O), dy="dx") if inplace else g.call(x=x, b=b)
 
 
 def bias_fwd(g: Maker, N: int, O: int) -> Call:
-    y = g.normal(N, O, role="+=")
-    return Call({"y": Tensor("X", "+=", y.value, exact=True), "b": g.normal(O)})
-
-
-def bias_bwd(g: Maker, N: int, O: int) -> Call:
-    return Call({"db": g.normal(O, dtype="float32", role="+="), "dy": g.normal(N, O)})
+    return g.call(exact=True)
 
 
 def classifier_fwd(g: Maker, N: int, V: int, Vp: int) -> Call:
-    tensors = _classifier_tensors(g, N, V, Vp, "in")
-    return Call(tensors, (V,))
+    logits, targets = _classifier_values(g, N, V, Vp)
+    return g.call(logits=logits, targets=targets, scalars={"vocab_size": V})
 
 
 def classifier_fwd_bwd(g: Maker, N: int, V: int, Vp: int) -> Call:
-    tensors = _classifier_tensors(g, N, V, Vp, "+=")
-    tensors["loss_scale"] = g.tensor(np.array([2.0]), "float32")
-    return Call(tensors, (V, 1.0 / N))
+    logits, targets = _classifier_values(g, N, V, Vp)
+    scalars = {"vocab_size": V, "dloss": 1.0 / N}
+    return g.call(logits=logits, targets=targets, loss_scale=np.array([2.0]), scalars=scalars)
 
 
-def _classifier_tensors(g: Maker, N: int, V: int, Vp: int, role: str) -> dict[str, Tensor]:
-    logits = g.normal(N, Vp, scale=4.0).values()
-    logits[:, V:] = np.nan  # padding that is read anywhere makes a result that is not a number
+def _classifier_values(g: Maker, N: int, V: int, Vp: int) -> tuple[NDArray, NDArray]:
+    logits = g.normal(N, Vp, scale=4.0)
+    logits[:, V:] = np.nan  # a kernel that reads padding makes a NaN of its result
     targets = g.rng.integers(0, V, N)
     targets[-1] = V - 1
-    return {
-        "losses": g.normal(N, dtype="float32", role="+="),
-        "logits": Tensor("X", role, logits),
-        "targets": g.ints(targets),
-    }
-
-
-def squared_norm(g: Maker, n: int) -> Call:
-    return Call({"out": g.out(1, dtype="float32"), "x": g.normal(n, dtype="float32")})
+    return logits, targets
 
 
 def prepare_update(g: Maker, N: int, clipped: int) -> Call:
     """The fourth update, with the gradient in a scale of 4."""
     norm = 3.0
-    tensors = {
-        "factors": g.out(5, dtype="float32"),
-        "report": g.out(3, dtype="float32"),
-        "loss_scale": g.tensor(np.array([4.0]), "float32", "+="),
-        "counts": g.tensor(np.array([3.0, 2.0]), "float32", "+="),
-        "losses": g.normal(N, dtype="float32", mean=3.0),
-        "grad_sq": g.tensor(np.array([(4.0 * norm) ** 2]), "float32"),
-        "lr": g.tensor(np.array([0.5]), "float32"),
-    }
     settings = _adamw_settings(norm * (0.5 if clipped else 2.0))
-    return Call(tensors, (1.0 / N, settings))
+    return g.call(
+        loss_scale=np.array([4.0]),
+        counts=np.array([3.0, 2.0]),
+        losses=g.normal(N, mean=3.0),
+        grad_sq=np.array([(4.0 * norm) ** 2]),
+        lr=np.array([0.5]),
+        scalars={"loss_weight": 1.0 / N, "settings": settings},
+    )
 
 
 def adamw(g: Maker, n: int, decayed: int) -> Call:
     """The third update of weights whose moments are already under way."""
-    master = g.normal(n, dtype="float32", role="+=", scale=0.02)
-    tensors = {
-        "master": master,
-        "m": g.normal(n, dtype="float32", role="+=", scale=0.1),
-        "v": g.tensor(g.rng.uniform(0.0, 0.1, n), "float32", "+="),
-        "param": Tensor(same_as="master") if g.x_dtype == FLOAT32 else g.out(n),
-        "grad": g.normal(n, dtype="float32"),
-        "factors": g.tensor(np.array([1.0, 0.3, 1e-2, 1 - 0.9**3, 1 - 0.999**3]), "float32"),
-    }
-    return Call(tensors, (decayed, _adamw_settings(1.0)))
+    factors = Factors(apply=1.0, grad_factor=0.3, lr=1e-2, c1=1 - 0.9**3, c2=1 - 0.999**3)
+    return g.call(
+        master=g.normal(n, scale=0.02),
+        m=g.normal(n, scale=0.1),
+        v=g.rng.uniform(0.0, 0.1, n),
+        param="master" if g.x_dtype == FLOAT32 else np.full(n, np.nan),
+        factors=np.array(factors),
+        scalars={"decayed": decayed, "settings": _adamw_settings(1.0)},
+    )
 
 
 def _adamw_settings(max_grad_norm: float) -> AdamWSettings:
     return AdamWSettings(
         beta1=0.9,
         beta2=0.999,
-        eps=1e-3,  # large enough to be missed
+        eps=1e-3,  # so large that an update without it differs
         weight_decay=0.1,
         max_grad_norm=max_grad_norm,
         max_loss_scale=8.0,
@@ -295,7 +263,7 @@ def _adamw_settings(max_grad_norm: float) -> AdamWSettings:
 
 
 def cast_to_float32(g: Maker, n: int) -> Call:
-    return Call({"y": g.out(n, dtype="float32", exact=True), "x": g.normal(n, dtype="bfloat16")})
+    return g.call(dtypes={"y": FLOAT32, "x": BFLOAT16}, exact=True)
 
 
 def cast_to_bfloat16(g: Maker, n: int) -> Call:
@@ -303,41 +271,47 @@ def cast_to_bfloat16(g: Maker, n: int) -> Call:
 
     Of all NaNs, the one with every bit set is the one that rounding would carry into a zero.
     """
-    x = g.normal(n).values()
+    x = g.normal_x(n)
     special = [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.4028235e38, 1e-40, -0.0, np.inf, -np.inf]
     x[: len(special)] = special[:n]
     x[n // 2 :: 97] = np.array(0x7FFFFFFF, np.uint32).view(np.float32)
-    return Call({"y": g.out(n, dtype="bfloat16", exact=True), "x": g.tensor(x, "float32")})
+    return g.call(dtypes={"y": BFLOAT16, "x": FLOAT32}, x=x, exact=True)
 
 
 def cast_every_float16(g: Maker, n: int) -> Call:
     """All that is not a NaN, if n = 2 x 0x7c01: zeros, infinities, all between."""
     magnitudes = np.arange(n // 2, dtype=np.uint16)
-    x = np.concatenate([magnitudes, magnitudes | 0x8000]).view(np.float16).astype(np.float64)
-    return Call({"y": g.out(n, dtype="float32", exact=True), "x": Tensor("float16", "in", x)})
+    x = np.concatenate([magnitudes, magnitudes | 0x8000]).view(np.float16)
+    return g.call(dtypes={"y": FLOAT32, "x": FLOAT16}, x=x, exact=True)
 
 
 def cast_to_float16(g: Maker, n: int) -> Call:
     """Among numbers of all sizes: ties, the last that stay finite, the first that vanish."""
-    x = g.normal(n).values() * 2.0 ** g.rng.integers(-30, 16, n)
+    x = g.normal_x(n) * 2.0 ** g.rng.integers(-30, 16, n)
     special = [1 + 2**-11, 1 + 3 * 2**-11, 65519.99, 65520, -1e9, 2**-14 - 2**-26, 2**-25,
                3 * 2**-25, -(2**-25 + 2**-40), 1e-9, -0.0, np.inf, -np.inf]  # fmt: skip
     x[: len(special)] = special[:n]
     x[n // 2 :: 97] = np.array(0x7FFFFFFF, np.uint32).view(np.float32)
-    return Call({"y": g.out(n, dtype="float16", exact=True), "x": g.tensor(x, "float32")})
+    return g.call(dtypes={"y": FLOAT16, "x": FLOAT32}, x=x, exact=True)
 
 
 def cast_copy(g: Maker, n: int) -> Call:
-    return Call({"y": g.out(n, exact=True), "x": g.normal(n)})
+    return g.call(exact=True)
 
 
 def matmul(g: Maker, M: int, K: int, N: int, accumulate: int) -> Call:
-    out = g.normal(M, N, dtype="float32", role="+=") if accumulate else g.out(M, N)
-    return Call({"out": out, "a": g.normal(M, K), "b": g.normal(K, N)}, (bool(accumulate),))
+    scalars = {"accumulate": bool(accumulate)}
+    if accumulate:
+        return g.call(dtypes={"out": FLOAT32}, out=g.normal(M, N), scalars=scalars)
+    return g.call(scalars=scalars)
 
 
-def _cases(make: Callable[..., Call], names: str, *sizes: tuple[int, ...]) -> list[Case]:
-    op = "cast" if make.__name__.startswith("cast") else make.__name__
+def _cases(make: Callable[..., Call] | str, names: str, *sizes: tuple[int, ...]) -> list[Case]:
+    """One case per tuple of sizes; `make` is a function named after its op, or an op's name."""
+    if isinstance(make, str):
+        op, make = make, derived
+    else:
+        op = "cast" if make.__name__.startswith("cast") else make.__name__
     return [Case(op, dict(zip(names.split(), size, strict=True)), make) for size in sizes]
 
 
@@ -347,7 +321,7 @@ EMBEDDING_SIZES: Final = (
 )
 ROWS: Final = (
     *((1, 1), (7, 31), (31, 33), (33, 127), (9, 129), (129, 65), (300, 7)),
-    *((33, 128), (70, 768), (9, 1600), (1, 8)),  # whole pieces of 16 bytes
+    *((33, 128), (70, 768), (9, 1600), (1, 8)),  # C a multiple of 16 bytes
 )
 SOFTMAX_SIZES: Final = (
     *((1, 1, 0), (3, 31, 1), (7, 33, 0), (2, 257, 1), (5, 1025, 0), (1, 4099, 1)),
@@ -380,7 +354,7 @@ ATTENTION_SIZES: Final = (
     (1, 130, 1, 96),
     (1, 70, 2, 128),
 )
-LONG_ROW: Final = (2, 8200)  # several pieces of 16 bytes for each thread of a block
+LONG_ROW: Final = (2, 8200)  # several 16-byte vectors per thread
 LENGTHS: Final = ((1,), (31,), (257,), (1000,))
 CASES: Final[tuple[Case, ...]] = (
     *_cases(embedding_fwd, "B T C V", *EMBEDDING_SIZES),
@@ -395,10 +369,10 @@ CASES: Final[tuple[Case, ...]] = (
     *_cases(gelu_fwd, "N O", *ROWS, LONG_ROW),
     *_cases(gelu_bwd, "N O inplace", *((*size, i % 2) for i, size in enumerate((*ROWS, LONG_ROW)))),
     *_cases(bias_fwd, "N O", *ROWS, LONG_ROW),
-    *_cases(bias_bwd, "N O", *ROWS, (5000, 3)),
+    *_cases("bias_bwd", "N O", *ROWS, (5000, 3)),
     *_cases(classifier_fwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
     *_cases(classifier_fwd_bwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
-    *_cases(squared_norm, "n", *LENGTHS, (300_000,)),
+    *_cases("squared_norm", "n", *LENGTHS, (300_000,)),
     *_cases(prepare_update, "N clipped", (1, 0), (31, 1), (257, 0), (3000, 1)),
     *_cases(adamw, "n decayed", (1, 1), (31, 0), (258, 101), (1000, 1000), (1027, 1025)),
     *_cases(cast_to_float32, "n", *LENGTHS),
@@ -408,7 +382,7 @@ CASES: Final[tuple[Case, ...]] = (
     *_cases(cast_copy, "n", (31,)),
     *_cases(matmul, "M K N accumulate", (1, 1, 1, 0), (7, 31, 33, 0), (33, 129, 127, 1)),
 )
-# Real sizes, too slow for the emulator: for GPUs.
+# Sizes of real models, for GPUs: too slow for the emulator.
 LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases(embedding_fwd, "B T C V", (4, 1024, 768, 50257)),
     *_cases(embedding_bwd, "B T C V", (4, 1024, 768, 50257), (4, 1024, 768, 10)),
@@ -422,10 +396,10 @@ LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases(gelu_fwd, "N O", (4096, 3072)),
     *_cases(gelu_bwd, "N O inplace", (4096, 3072, 1)),
     *_cases(bias_fwd, "N O", (4096, 3072)),
-    *_cases(bias_bwd, "N O", (4096, 3072), (20_001, 777)),
+    *_cases("bias_bwd", "N O", (4096, 3072), (20_001, 777)),
     *_cases(classifier_fwd, "N V Vp", (64, 50257, 50304)),
     *_cases(classifier_fwd_bwd, "N V Vp", (64, 50257, 50304)),
-    *_cases(squared_norm, "n", (5_000_001,)),
+    *_cases("squared_norm", "n", (5_000_001,)),
     *_cases(prepare_update, "N clipped", (65_536, 1)),
     *_cases(adamw, "n decayed", (3_000_001, 2_000_001)),
     *_cases(cast_to_bfloat16, "n", (3_000_001,)),

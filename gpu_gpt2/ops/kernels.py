@@ -1,8 +1,9 @@
 """Every op as launches of the files in kernels/, on a GPU or in the emulator.
 
-All that has to agree with a kernel's text is decided in this one file: compile-time names, grid,
-block, and the size of scratch memory. Blocks and chunks follow from tensor sizes alone, never from
-the GPU, so sums are made in one order everywhere.
+Everything that must agree with the text of a kernel is decided in this one file: compile-time
+names, grid, block, and the size of scratch memory. A method checks its tensors against the row of
+its op in `table`, then any constraint that the row cannot express, then launches. Blocks and chunks
+follow from tensor sizes alone, never from the GPU, so that sums have one order everywhere.
 """
 
 from __future__ import annotations
@@ -12,48 +13,50 @@ import math
 from typing import Any, Final
 
 from gpu_gpt2.config import MAX_HEAD_SIZE
-from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, X_DTYPES, Array, Device
-from gpu_gpt2.device.launch import MAX_GRID, MAX_THREADS, Dim3
+from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array, Device
+from gpu_gpt2.device.launch import ELEMENT_DTYPES, MAX_GRID, MAX_THREADS, Dim3
 from gpu_gpt2.device.source import DTYPES, KernelSource, kernel_files, kernel_source
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.ops.interface import GROWTH_INTERVAL, AdamWSettings, Ops
+from gpu_gpt2.ops.table import GROWTH_INTERVAL, MAX_SIZE, AdamWSettings, Ops, at_most, sizes
 
-WARP: Final = 32
-THREADS: Final = 256  # of a block, where nothing asks for another number
-ROW_THREADS: Final = 512  # at most, of a block with a row: the 4 C columns of GPT-2 124M in one go
-MAX_SIZE: Final = 2**30  # of each dimension and of rows, so that int counters cannot overflow
+WARP: Final = 32  # threads of a warp
+THREADS: Final = 256  # threads of a block, unless the op needs another number
+ROW_THREADS: Final = 512  # most threads of a row with a bias: enough for 4 C of GPT-2 124M in bf16
+VECTOR_BYTES: Final = 16  # widest load or store of one thread
 
-VECTOR_BYTES: Final = 16  # that a thread moves at a time, where sizes allow it
-
-# Sums down columns (kernels/bias.cu, layernorm.cu): rows are cut into chunks, each summed by
-# itself: as many as make about CHUNK_BLOCKS blocks of work, if their sums fit.
+# Column sums (kernels/bias.cu, kernels/layernorm.cu) cut the rows into chunks and sum each chunk
+# by itself. There are as many chunks as make about CHUNK_BLOCKS blocks, several for each
+# multiprocessor of the largest GPUs, unless chunks would have fewer than MIN_CHUNK_ROWS rows or
+# their sums would not fit into scratch memory.
 MIN_CHUNK_ROWS: Final = 32
 CHUNK_BLOCKS: Final = 1024
-COLUMN_WARPS: Final = 8
-SCRATCH_FLOATS: Final = 1 << 21  # for partial sums: 8 MiB
+COLUMN_WARPS: Final = 8  # warps of a block of column sums: 256 threads
+SCRATCH_FLOATS: Final = 1 << 21  # float32 elements of scratch memory for partial sums: 8 MiB
 
-# Layernorm: channels of a row that a thread keeps in registers, in the backward pass four times.
+# Most channels of a layernorm's row that one thread keeps in registers; the backward pass keeps
+# four such sets (z, g, dw and db).
 CHANNELS_PER_THREAD: Final = 32
 
-NORM_BLOCKS: Final = 1024  # partial sums of squared_norm
+NORM_BLOCKS: Final = 1024  # most blocks, and so partial sums, of squared_norm
 
-# Attention (kernels/attention.cu): 16 numbers a lane keep the backward pass within registers, and
-# two tiles of 16 rows of the largest head stay under the 48 KiB of shared memory every GPU has.
+# Attention (kernels/attention.cu): 16 elements of a head per lane keep the backward pass within
+# registers, and two tiles of 16 rows of the largest head stay below the 48 KiB of shared memory
+# that every GPU has.
 ATTENTION_THREADS: Final = 128
 ATTENTION_TILE: Final = 16
-NUMBERS_PER_LANE: Final = 16
+ELEMENTS_PER_LANE: Final = 16
 
 
 def attention_defines(head_size: int) -> dict[str, int]:
-    """The compile-time names of kernels/attention.cu for heads of `head_size` numbers."""
+    """The compile-time names of kernels/attention.cu for heads of `head_size` elements."""
     if not 1 <= head_size <= MAX_HEAD_SIZE:
         raise ConfigError(
             f"head size {head_size}: kernels/attention.cu takes 1 to {MAX_HEAD_SIZE}; "
             f"use another number of heads"
         )
     lanes = 1
-    while lanes * NUMBERS_PER_LANE < head_size:
-        lanes *= 2  # a power of two: lanes of one position sum by pairs within a warp
+    while lanes * ELEMENTS_PER_LANE < head_size:
+        lanes *= 2  # a power of two, because the lanes of one position sum by pairs within a warp
     return {
         "HEAD_SIZE": head_size,
         "LANES": lanes,
@@ -62,8 +65,9 @@ def attention_defines(head_size: int) -> dict[str, int]:
     }
 
 
-# Flash attention (kernels/flash_attention.cu). Two row tiles a warp halve what is read from shared
-# memory, and fit into registers up to D = 64; two buffers of two tiles stay within 48 KiB.
+# Flash attention (kernels/flash_attention.cu). Two tiles of query rows per warp halve the reads
+# from shared memory and fit into registers up to D = 64; two buffers of two tiles of keys and
+# values stay within 48 KiB of shared memory.
 FLASH_HEAD_SIZES: Final = range(16, 129, 16)
 FLASH_WARPS: Final = 4
 
@@ -96,7 +100,7 @@ def layernorm_defines(C: int, width: int) -> dict[str, int]:
 class KernelOps(Ops):
     """The ops as kernel launches, with X named by `dtype`: "fp32", "bf16" or "fp16".
 
-    The scratch array of SCRATCH_FLOATS float32 numbers is the only memory allocated here.
+    The scratch array of SCRATCH_FLOATS float32 elements is the only memory allocated here.
     """
 
     def __init__(self, device: Device, dtype: str) -> None:
@@ -109,38 +113,19 @@ class KernelOps(Ops):
     # --- embedding ---
 
     def embedding_fwd(self, x: Array, tokens: Array, wte: Array, wpe: Array) -> None:
-        B, T, C = _sizes(
-            "embedding_fwd",
-            "BTC",
-            x=(x, "BTC"),
-            tokens=(tokens, "BT"),
-            wte=(wte, "VC"),
-            wpe=(wpe, "PC"),
-        )
-        _at_most("embedding_fwd", "B * T", B * T, MAX_SIZE)
-        _at_most("embedding_fwd", "T", T, wpe.shape[0])
-        args = (x, tokens, wte, wpe, T, C)
+        B, T, C = self._sizes("embedding_fwd", "B T C", x, tokens, wte, wpe)
+        N = at_most("embedding_fwd", "B * T", B * T, MAX_SIZE)
         width = self._width(C)
         threads = _row_threads(C // width, THREADS)
-        self._launch("embedding_fwd", (B * T,), (threads,), args, WIDTH=width)
+        args = (x, tokens, wte, wpe, T, C)
+        self._launch("embedding_fwd", (N,), (threads,), args, WIDTH=width)
 
     def embedding_bwd(
         self, dwte: Array, dwpe: Array, dx: Array, tokens: Array, order: Array
     ) -> None:
-        B, T, C = _sizes(
-            "embedding_bwd",
-            "BTC",
-            dwte=(dwte, "VC"),
-            dwpe=(dwpe, "PC"),
-            dx=(dx, "BTC"),
-            tokens=(tokens, "BT"),
-            order=(order, "N"),
-        )
-        N = _at_most("embedding_bwd", "B * T", B * T, MAX_SIZE)
-        _at_most("embedding_bwd", "T", T, dwpe.shape[0])
-        _at_most("embedding_bwd", "C", C, MAX_GRID[1] * THREADS)
-        if order.shape[0] != N:
-            raise ValueError(f"embedding_bwd: order is {order.shape}, expected ({N},) for B * T")
+        B, T, C = self._sizes("embedding_bwd", "B T C", dwte, dwpe, dx, tokens, order)
+        at_most("embedding_bwd", "C", C, MAX_GRID[1] * THREADS)
+        N = B * T
         width = self._width(C)
         threads = _row_threads(C // width, THREADS)
         columns = _blocks(C // width, threads)
@@ -153,17 +138,7 @@ class KernelOps(Ops):
     def layernorm_fwd(
         self, y: Array, mean: Array, rstd: Array, x: Array, w: Array, b: Array
     ) -> None:
-        N, C = _sizes(
-            "layernorm_fwd",
-            "NC",
-            y=(y, "NC"),
-            mean=(mean, "N"),
-            rstd=(rstd, "N"),
-            x=(x, "NC"),
-            w=(w, "C"),
-            b=(b, "C"),
-        )
-        self._launch_by_row_groups("layernorm_fwd", N, C, (y, mean, rstd, x, w, b))
+        self._launch_by_row_groups("layernorm_fwd", y, mean, rstd, x, w, b)
 
     def residual_layernorm_fwd(
         self,
@@ -177,21 +152,7 @@ class KernelOps(Ops):
         w: Array,
         b: Array,
     ) -> None:
-        N, C = _sizes(
-            "residual_layernorm_fwd",
-            "NC",
-            r=(r, "NC"),
-            y=(y, "NC"),
-            mean=(mean, "N"),
-            rstd=(rstd, "N"),
-            x1=(x1, "NC"),
-            x2=(x2, "NC"),
-            bias=(bias, "C"),
-            w=(w, "C"),
-            b=(b, "C"),
-        )
-        tensors = (r, y, mean, rstd, x1, x2, bias, w, b)
-        self._launch_by_row_groups("residual_layernorm_fwd", N, C, tensors)
+        self._launch_by_row_groups("residual_layernorm_fwd", r, y, mean, rstd, x1, x2, bias, w, b)
 
     def layernorm_bwd(
         self,
@@ -204,18 +165,7 @@ class KernelOps(Ops):
         mean: Array,
         rstd: Array,
     ) -> None:
-        N, C = _sizes(
-            "layernorm_bwd",
-            "NC",
-            dx=(dx, "NC"),
-            dw=(dw, "C"),
-            db=(db, "C"),
-            dy=(dy, "NC"),
-            x=(x, "NC"),
-            w=(w, "C"),
-            mean=(mean, "N"),
-            rstd=(rstd, "N"),
-        )
+        N, C = self._sizes("layernorm_bwd", "N C", dx, dw, db, dy, x, w, mean, rstd)
         defines = layernorm_defines(C, self._width(C))
         rows, blocks = _chunks("layernorm_bwd", N, 2 * C, CHUNK_BLOCKS)
         partial = self._scratch[: blocks * 2 * C]
@@ -228,9 +178,7 @@ class KernelOps(Ops):
     # --- attention ---
 
     def attention_fwd(self, y: Array, lse: Array, qkv: Array) -> None:
-        B, T, H, D = _sizes(
-            "attention_fwd", "BTHD", y=(y, "BTHD"), lse=(lse, "BHT"), qkv=(qkv, "BT3HD")
-        )
+        B, T, H, D = self._sizes("attention_fwd", "B T H D", y, lse, qkv)
         if self._is_flash(D):
             self._launch_flash("flash_attention_fwd", (B, T, H, D), (y, lse, qkv))
         else:
@@ -239,22 +187,13 @@ class KernelOps(Ops):
     def attention_bwd(
         self, dqkv: Array, delta: Array, dy: Array, qkv: Array, y: Array, lse: Array
     ) -> None:
-        B, T, H, D = _sizes(
-            "attention_bwd",
-            "BTHD",
-            dqkv=(dqkv, "BT3HD"),
-            delta=(delta, "BHT"),
-            dy=(dy, "BTHD"),
-            qkv=(qkv, "BT3HD"),
-            y=(y, "BTHD"),
-            lse=(lse, "BHT"),
-        )
+        B, T, H, D = self._sizes("attention_bwd", "B T H D", dqkv, delta, dy, qkv, y, lse)
         if self._is_flash(D):
-            sizes = (B, T, H, D)
-            self._launch_flash("flash_attention_bwd_dq", sizes, (dqkv, delta, dy, qkv, y, lse))
-            self._launch_flash("flash_attention_bwd_dkv", sizes, (dqkv, delta, dy, qkv, lse))
+            dq_args = (dqkv, delta, dy, qkv, y, lse)
+            self._launch_flash("flash_attention_bwd_dq", (B, T, H, D), dq_args)
+            self._launch_flash("flash_attention_bwd_dkv", (B, T, H, D), (dqkv, delta, dy, qkv, lse))
             return
-        rows = _at_most("attention_bwd", "B * T * H", B * T * H, MAX_SIZE)
+        rows = at_most("attention_bwd", "B * T * H", B * T * H, MAX_SIZE)
         defines = attention_defines(D)
         self._launch_by_warps("attention_delta", rows, (delta, dy, y, B, T, H), **defines)
         args = (dqkv, delta, dy, qkv, lse)
@@ -264,13 +203,13 @@ class KernelOps(Ops):
     # --- softmax ---
 
     def softmax_fwd(self, y: Array, x: Array) -> None:
-        N, V = _sizes("softmax_fwd", "NV", y=(y, "NV"), x=(x, "NV"))
+        N, V = self._sizes("softmax_fwd", "N V", y, x)
         width = self._width(V)
         threads = _row_threads(V // width, MAX_THREADS)
         self._launch("softmax_fwd", (N,), (threads,), (y, x, V), WIDTH=width)
 
     def softmax_bwd(self, dx: Array, dy: Array, y: Array) -> None:
-        N, V = _sizes("softmax_bwd", "NV", dx=(dx, "NV"), dy=(dy, "NV"), y=(y, "NV"))
+        N, V = self._sizes("softmax_bwd", "N V", dx, dy, y)
         width = self._width(V)
         threads = _row_threads(V // width, MAX_THREADS)
         self._launch("softmax_bwd", (N,), (threads,), (dx, dy, y, V), WIDTH=width)
@@ -278,22 +217,18 @@ class KernelOps(Ops):
     # --- GELU ---
 
     def gelu_fwd(self, y: Array, x: Array, b: Array) -> None:
-        N, O = _sizes("gelu_fwd", "NO", y=(y, "NO"), x=(x, "NO"), b=(b, "O"))
-        self._launch_with_bias("gelu_fwd", N, O, (y, x), b)
+        self._launch_with_bias("gelu_fwd", y, x, b)
 
     def gelu_bwd(self, dx: Array, dy: Array, x: Array, b: Array) -> None:
-        tensors = {"dx": (dx, "NO"), "dy": (dy, "NO"), "x": (x, "NO")}
-        N, O = _sizes("gelu_bwd", "NO", **tensors, b=(b, "O"))
-        self._launch_with_bias("gelu_bwd", N, O, (dx, dy, x), b)
+        self._launch_with_bias("gelu_bwd", dx, dy, x, b)
 
     # --- bias ---
 
     def bias_fwd(self, y: Array, b: Array) -> None:
-        N, O = _sizes("bias_fwd", "NO", y=(y, "NO"), b=(b, "O"))
-        self._launch_with_bias("bias_fwd", N, O, (y,), b, COLUMN_WARPS=COLUMN_WARPS)
+        self._launch_with_bias("bias_fwd", y, b, COLUMN_WARPS=COLUMN_WARPS)
 
     def bias_bwd(self, db: Array, dy: Array) -> None:
-        N, O = _sizes("bias_bwd", "NO", db=(db, "O"), dy=(dy, "NO"))
+        N, O = self._sizes("bias_bwd", "N O", db, dy)
         width = self._width(O)
         columns = _blocks(O // width, WARP)
         rows, chunks = _chunks("bias_bwd", N, O, max(1, CHUNK_BLOCKS // columns))
@@ -307,8 +242,7 @@ class KernelOps(Ops):
     # --- fused classifier ---
 
     def classifier_fwd(self, losses: Array, logits: Array, targets: Array, vocab_size: int) -> None:
-        tensors = (losses, logits, targets)
-        self._launch_classifier("classifier_fwd", tensors, vocab_size)
+        self._launch_classifier("classifier_fwd", (losses, logits, targets), vocab_size)
 
     def classifier_fwd_bwd(
         self,
@@ -319,17 +253,16 @@ class KernelOps(Ops):
         vocab_size: int,
         dloss: float,
     ) -> None:
-        _sizes("classifier_fwd_bwd", "", loss_scale=(loss_scale, "1"))
         tensors = (losses, logits, targets, loss_scale)
         self._launch_classifier("classifier_fwd_bwd", tensors, vocab_size, dloss)
 
     # --- optimizer ---
 
     def squared_norm(self, out: Array, x: Array) -> None:
-        _sizes("squared_norm", "", out=(out, "1"))
-        blocks = min(_blocks(x.size, 4 * THREADS), NORM_BLOCKS)
+        (n,) = self._sizes("squared_norm", "n", out, x)
+        blocks = min(_blocks(n, 4 * THREADS), NORM_BLOCKS)
         partial = self._scratch[:blocks]
-        self._launch("squared_norm_partial", (blocks,), (THREADS,), (partial, x, x.size))
+        self._launch("squared_norm_partial", (blocks,), (THREADS,), (partial, x, n))
         self._launch("squared_norm_total", (1,), (THREADS,), (out, partial, blocks))
 
     def prepare_update(
@@ -344,18 +277,8 @@ class KernelOps(Ops):
         loss_weight: float,
         settings: AdamWSettings,
     ) -> None:
-        (N,) = _sizes(
-            "prepare_update",
-            "N",
-            factors=(factors, "5"),
-            report=(report, "3"),
-            loss_scale=(loss_scale, "1"),
-            counts=(counts, "2"),
-            losses=(losses, "N"),
-            grad_sq=(grad_sq, "1"),
-            lr=(lr, "1"),
-        )
         tensors = (factors, report, loss_scale, counts, losses, grad_sq, lr)
+        (N,) = self._sizes("prepare_update", "N", *tensors)
         scalars = (
             loss_weight,
             math.log(settings.beta1),
@@ -364,9 +287,8 @@ class KernelOps(Ops):
             settings.max_loss_scale,
             GROWTH_INTERVAL,
         )
-        args = (*tensors, N, *scalars)
         threads = _row_threads(N, MAX_THREADS)
-        self._launch("prepare_update", (1,), (threads,), args)
+        self._launch("prepare_update", (1,), (threads,), (*tensors, N, *scalars))
 
     def adamw(
         self,
@@ -379,8 +301,8 @@ class KernelOps(Ops):
         decayed: int,
         settings: AdamWSettings,
     ) -> None:
-        n = _one_shape("adamw", master=master, m=m, v=v, param=param, grad=grad)
-        _sizes("adamw", "", factors=(factors, "5"))
+        tensors = (master, m, v, param, grad, factors)
+        (n,) = self._sizes("adamw", "n", *tensors)
         if not 0 <= decayed <= n:
             raise ValueError(f"adamw: decayed {decayed} is not within 0 to {n} elements")
         scalars = (
@@ -389,18 +311,17 @@ class KernelOps(Ops):
             settings.eps,
             settings.weight_decay,
         )
-        args = (master, m, v, param, grad, factors, n, decayed, *scalars)
-        self._launch("adamw", (_blocks(n, 4 * THREADS),), (THREADS,), args)
+        grid = (_blocks(n, 4 * THREADS),)
+        self._launch("adamw", grid, (THREADS,), (*tensors, n, decayed, *scalars))
 
     # --- casts ---
 
     def cast(self, y: Array, x: Array) -> None:
+        (n,) = self._sizes("cast", "n", y, x)
         if x.dtype == y.dtype:
-            _one_shape("cast", y=y, x=x)
             y[...] = x
         else:
             name = f"{_c_name(x)}_to_{_c_name(y)}"
-            n = _one_shape(name, y=y, x=x)
             self._launch(name, (_blocks(n, THREADS),), (THREADS,), (y, x, n))
 
     # --- launches ---
@@ -411,29 +332,34 @@ class KernelOps(Ops):
         source = _source(name, self.dtype, **defines)
         self.device.launch(source, name, grid, block, args)
 
-    def _width(self, *sizes: int) -> int:
-        """Numbers of X that a kernel moves at a time for tensors of these sizes: see common.cuh."""
+    def _sizes(self, op: str, letters: str, *tensors: Array) -> tuple[int, ...]:
+        """Checks all tensors against the row of `op` and returns the sizes that `letters` name."""
+        layout = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        return sizes(op, letters, X_DTYPES[self.dtype], layout)
+
+    def _width(self, columns: int) -> int:
+        """Elements of X that a thread loads or stores at once in rows of `columns`: WIDTH."""
         width = VECTOR_BYTES // X_DTYPES[self.dtype].itemsize
-        return width if all(size % width == 0 for size in sizes) else 1
+        return width if columns % width == 0 else 1
 
-    def _launch_with_bias(
-        self, name: str, N: int, O: int, tensors: tuple[Array, ...], b: Array, **defines: int
-    ) -> None:
-        """One block per row of tensors (N, O), with a bias (O,).
+    def _launch_with_bias(self, op: str, *tensors: Array, **defines: int) -> None:
+        """One block per row of tensors (N, O), the last of which is a bias (O).
 
-        Of all tensors only a bias may begin anywhere: one of 4 C numbers, if C is odd. Its address
-        may decide, for there are no sums, whose order would follow it.
+        Only a bias can be misaligned, when O is odd, so its address is checked. The vector width
+        may depend on an address here because these ops sum nothing.
         """
-        width = 1 if self.device.address(b) % VECTOR_BYTES else self._width(O)
+        N, O = self._sizes(op, "N O", *tensors)
+        width = 1 if self.device.address(tensors[-1]) % VECTOR_BYTES else self._width(O)
         threads = _row_threads(O // width, ROW_THREADS)
-        self._launch(name, (N,), (threads,), (*tensors, b, O), WIDTH=width, **defines)
+        self._launch(op, (N,), (threads,), (*tensors, O), WIDTH=width, **defines)
 
-    def _launch_by_row_groups(self, name: str, N: int, C: int, tensors: tuple[Array, ...]) -> None:
+    def _launch_by_row_groups(self, op: str, *tensors: Array) -> None:
         """One group of THREADS_PER_ROW threads per row: see kernels/layernorm.cu."""
+        N, C = self._sizes(op, "N C", *tensors)
         defines = layernorm_defines(C, self._width(C))
         threads = defines["THREADS"]
         grid = (_blocks(N, threads // defines["THREADS_PER_ROW"]),)
-        self._launch(name, grid, (threads,), (*tensors, N, C), **defines)
+        self._launch(op, grid, (threads,), (*tensors, N, C), **defines)
 
     def _launch_by_warps(self, name: str, rows: int, args: tuple[Any, ...], **defines: int) -> None:
         """One warp per row."""
@@ -442,47 +368,45 @@ class KernelOps(Ops):
     def _launch_attention(
         self, name: str, sizes: tuple[int, int, int, int], tensors: tuple[Array, ...]
     ) -> None:
+        """One group of LANES threads per query or key: see kernels/attention.cu."""
         B, T, H, D = sizes
         defines = attention_defines(D)
         rows = defines["THREADS"] // defines["LANES"]
-        _at_most(name, "B * T * H", B * T * H, MAX_SIZE)
-        _at_most(name, "T", T, MAX_GRID[1] * rows)
+        at_most(name, "B * T * H", B * T * H, MAX_SIZE)
+        at_most(name, "T", T, MAX_GRID[1] * rows)
         grid = (B * H, _blocks(T, rows))
         self._launch(name, grid, (defines["THREADS"],), (*tensors, T, H), **defines)
 
     def _is_flash(self, head_size: int) -> bool:
-        """Whether attention runs on tensor cores: else kernels/attention.cu, which takes all."""
+        """True if kernels/flash_attention.cu takes this head size here, on tensor cores.
+
+        kernels/attention.cu takes everything else.
+        """
         fits = self.dtype != "fp32" and head_size in FLASH_HEAD_SIZES
         return fits and self.device.has_tensor_cores
 
     def _launch_flash(
         self, name: str, sizes: tuple[int, int, int, int], tensors: tuple[Array, ...]
     ) -> None:
+        """One tile of queries or keys per block: see kernels/flash_attention.cu."""
         B, T, H, D = sizes
         defines = flash_attention_defines(D)
-        _at_most(name, "B * H", B * H, MAX_GRID[1])
+        at_most(name, "B * H", B * H, MAX_GRID[1])
         tiles = 1 if name == "flash_attention_bwd_dkv" else defines["QUERY_TILES"]
         rows = 16 * tiles * defines["WARPS"]
         grid = (_blocks(T, rows), B * H)
         self._launch(name, grid, (defines["WARPS"] * WARP,), (*tensors, T, H), **defines)
 
     def _launch_classifier(
-        self,
-        name: str,
-        tensors: tuple[Array, ...],
-        vocab_size: int,
-        *scalars: float,
+        self, op: str, tensors: tuple[Array, ...], vocab_size: int, *scalars: float
     ) -> None:
-        losses, logits, targets = tensors[:3]
-        N, Vp = _sizes(
-            name, "NP", losses=(losses, "N"), logits=(logits, "NP"), targets=(targets, "N")
-        )
+        """One block per row of logits (N, Vp)."""
+        N, Vp = self._sizes(op, "N Vp", *tensors)
         if not 1 <= vocab_size <= Vp:
-            raise ValueError(f"{name}: vocab_size {vocab_size} is not within 1 to {Vp} columns")
-        args = (*tensors, vocab_size, Vp, *scalars)
+            raise ValueError(f"{op}: vocab_size {vocab_size} is not within 1 to {Vp} columns")
         width = self._width(Vp)
         threads = _row_threads(_blocks(vocab_size, width), MAX_THREADS)
-        self._launch(name, (N,), (threads,), args, WIDTH=width)
+        self._launch(op, (N,), (threads,), (*tensors, vocab_size, Vp, *scalars), WIDTH=width)
 
 
 @functools.cache
@@ -491,8 +415,8 @@ def _source(kernel: str, dtype: str, **defines: int) -> KernelSource:
 
 
 def _c_name(array: Array) -> str:
-    """What the kernels call an element of the array."""
-    return {FLOAT32: "float", BFLOAT16: "bf16", FLOAT16: "fp16"}[array.dtype]
+    """The name of the array's dtype in kernels/cast.cu: "float", "bf16" or "fp16"."""
+    return next(name for name, dtype in ELEMENT_DTYPES.items() if dtype == array.dtype)
 
 
 @functools.cache
@@ -508,7 +432,7 @@ def _blocks(size: int, per_block: int) -> int:
 
 
 def _row_threads(columns: int, limit: int) -> int:
-    """Threads of a block that works on one row: whole warps, at most `limit`."""
+    """Threads of a block that works on one row of `columns`: whole warps, at most `limit`."""
     return min(_blocks(columns, WARP) * WARP, limit)
 
 
@@ -517,44 +441,6 @@ def _chunks(op: str, rows: int, sums: int, most: int) -> tuple[int, int]:
 
     Each chunk has `sums` partial sums.
     """
-    most = min(most, SCRATCH_FLOATS // _at_most(op, "column sums", sums, SCRATCH_FLOATS))
+    most = min(most, SCRATCH_FLOATS // at_most(op, "column sums", sums, SCRATCH_FLOATS))
     per_chunk = max(MIN_CHUNK_ROWS, _blocks(rows, most))
     return per_chunk, _blocks(rows, per_chunk)
-
-
-def _sizes(op: str, wanted: str, **tensors: tuple[Array, str]) -> list[int]:
-    """The sizes named by the letters `wanted`, once all shapes agree.
-
-    x=(array, "BT3") says that array is (B, T, 3). Raises ValueError naming op and tensor.
-    """
-    found: dict[str, int] = {}
-    for name, (array, letters) in tensors.items():
-        expected = tuple(
-            int(letter) if letter.isdigit() else found.setdefault(letter, size)
-            for letter, size in zip(letters, array.shape, strict=False)
-        )
-        if array.shape != expected or len(letters) != len(expected):
-            known = ", ".join(f"{letter} = {size}" for letter, size in found.items())
-            raise ValueError(
-                f"{op}: {name} is {array.shape}, expected ({', '.join(letters)}) with {known}"
-            )
-    for letter, size in found.items():
-        _at_most(op, letter, size, MAX_SIZE)
-    return [found[letter] for letter in wanted]
-
-
-def _one_shape(op: str, **tensors: Array) -> int:
-    """The number of elements of tensors that must all have one shape."""
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"{op}: expected one shape, got {listed}")
-    n = math.prod(next(iter(shapes.values())))
-    return _at_most(op, "elements", n, MAX_GRID[0] * THREADS)
-
-
-def _at_most(op: str, name: str, size: int, limit: int) -> int:
-    """`size`, if it is from 1 to `limit`; else raises ConfigError naming both."""
-    if not 1 <= size <= limit:
-        raise ConfigError(f"{op}: {name} = {size} must be 1 to {limit}")
-    return size

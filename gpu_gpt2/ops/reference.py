@@ -1,9 +1,9 @@
 """Every op in NumPy: the definition that kernels are checked against, and the CPU trainer.
 
-Works in the dtype of its arrays, float32 or float64. Each op is the formula of its docstring in
-`interface`, applied to blocks of rows small enough to stay in cache, on all cores. Blocks depend
-on sizes only and partial sums are added in order, so results do not depend on how many threads take
-the blocks (inside a matrix product, BLAS decides).
+The ops compute in the dtype of their arrays, float32 or float64. Each op is the formula of its
+docstring in `table`, applied on all cores to blocks of rows that are small enough to stay in cache.
+Blocks depend on sizes only and partial sums are added in order, so results do not depend on how
+many threads take the blocks (inside a matmul, BLAS decides).
 """
 
 from __future__ import annotations
@@ -21,8 +21,17 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
+from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.cpu import CpuDevice
-from gpu_gpt2.ops.interface import GROWTH_INTERVAL, MIN_LOSS_SCALE, AdamWSettings, Ops
+from gpu_gpt2.ops.table import (
+    GROWTH_INTERVAL,
+    MIN_LOSS_SCALE,
+    AdamWSettings,
+    Counts,
+    Factors,
+    Ops,
+    Report,
+)
 
 NDArray = npt.NDArray[Any]
 Item = TypeVar("Item")
@@ -31,10 +40,12 @@ Result = TypeVar("Result")
 LAYERNORM_EPS: Final = 1e-5
 GELU_SCALE: Final = math.sqrt(2.0 / math.pi)
 GELU_CUBIC: Final = 0.044715
-BLOCK_ELEMENTS: Final = 1 << 17  # of one array: hides the interpreter lock, still fits into L2
-SCORE_ELEMENTS: Final = 1 << 19  # of attention scores held at once
+# Elements of one array in a block of rows: as many as fit into an L2 cache, because threads take
+# turns at the interpreter lock between any two array operations.
+BLOCK_ELEMENTS: Final = 1 << 17
+SCORE_ELEMENTS: Final = 1 << 19  # attention scores that one thread holds at once: 2 MiB in float32
 
-_TURN: Final = threading.RLock()  # one op at a time has all cores
+_TURN: Final = threading.RLock()  # held by the op that uses all cores: one op at a time
 
 
 @functools.cache
@@ -48,9 +59,9 @@ def _blas() -> ThreadpoolController:
 
 
 def _by_blocks(rows: int, row_size: int, work: Callable[[slice], Result]) -> list[Result]:
-    """work(block) for consecutive blocks of rows, in parallel; results in order.
+    """Calls work(block) for consecutive blocks of rows, in parallel; returns results in order.
 
-    NumPy releases the interpreter lock inside each array operation, so threads do help.
+    Threads run in parallel because NumPy releases the interpreter lock in each array operation.
     """
     step = max(1, BLOCK_ELEMENTS // row_size)
     blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
@@ -58,10 +69,10 @@ def _by_blocks(rows: int, row_size: int, work: Callable[[slice], Result]) -> lis
 
 
 def _in_parallel(items: list[Item], work: Callable[[Item], Result]) -> list[Result]:
-    """[work(item) for item in items], each thread taking one run of consecutive items.
+    """Returns [work(item) for item in items]; each thread takes one run of consecutive items.
 
-    BLAS is told to stay in the thread that calls it: products of several threads, each cut into
-    pieces for all cores, wait for each other (attention took 20 times as long).
+    BLAS is limited to the thread that calls it: when several threads each split their matmul
+    over all cores, the matmuls wait for each other (attention took 20 times as long).
     """
     threads = min(os.cpu_count() or 1, len(items))
     if threads <= 1:
@@ -73,7 +84,7 @@ def _in_parallel(items: list[Item], work: Callable[[Item], Result]) -> list[Resu
         try:
             results = _each(work, runs[0])
         finally:
-            wait(others)  # nobody works on after an error
+            wait(others)  # after an error too, so that no thread still writes to the arrays
     for other in others:
         results += other.result()
     return results
@@ -84,7 +95,7 @@ def _each(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
 
 
 def _by_rows(x: NDArray, work: Callable[[slice], Result]) -> list[Result]:
-    """work(block) for consecutive blocks of rows of a matrix."""
+    """Calls `_by_blocks` for the rows of a matrix."""
     return _by_blocks(x.shape[0], x.shape[1], work)
 
 
@@ -94,21 +105,23 @@ def _ones(n: int, dtype: np.dtype[Any]) -> NDArray:
 
 
 def _column_sums(x: NDArray) -> NDArray:
-    """(C,): the sum of the rows of x (N, C). BLAS does it several times faster than NumPy."""
+    """Returns the sum (C,) of the rows of x (N, C), by BLAS: several times faster than np.sum."""
     sums: NDArray = np.dot(_ones(len(x), x.dtype), x)
     return sums
 
 
 @functools.lru_cache(maxsize=8)
 def _future(T: int, dtype: np.dtype[Any]) -> NDArray:
-    """(T, T): -inf where the key is later than the query, else 0."""
+    """Returns the causal mask (T, T): -inf where the key is later than the query, else 0."""
     return np.triu(np.full((T, T), -np.inf, dtype), k=1)
 
 
 class ReferenceOps(Ops):
     """The ops on NumPy arrays."""
 
-    def __init__(self, device: CpuDevice | None = None) -> None:
+    dtype = "fp32"
+
+    def __init__(self, device: Device | None = None) -> None:
         self.device = device or CpuDevice()
         self.dtype = "fp32"
 
@@ -341,20 +354,22 @@ class ReferenceOps(Ops):
         scale = float(loss_scale[0])
         norm = float(np.sqrt(grad_sq[0])) / scale
 
-        updates, in_a_row = counts[0] + finite, (counts[1] + 1) * finite
+        before = Counts(*counts)
+        updates, good_steps = before.updates + finite, (before.good_steps + 1) * finite
         clip = settings.max_grad_norm / norm if norm > settings.max_grad_norm else 1.0
         c1 = -math.expm1(updates * math.log(settings.beta1))  # 1 - beta1^updates
         c2 = -math.expm1(updates * math.log(settings.beta2))
-        factors[:] = finite, clip / scale, lr[0], c1, c2
+        factors[:] = Factors(apply=finite, grad_factor=clip / scale, lr=lr[0], c1=c1, c2=c2)
 
         if not finite:
             scale /= 2
-        elif in_a_row >= GROWTH_INTERVAL:
-            scale, in_a_row = 2 * scale, 0
+        elif good_steps >= GROWTH_INTERVAL:
+            scale, good_steps = 2 * scale, 0
         scale = min(max(scale, MIN_LOSS_SCALE), settings.max_loss_scale)
-        report[:] = losses.sum(dtype="float64") * loss_weight, norm, scale
+        loss = losses.sum(dtype="float64") * loss_weight
+        report[:] = Report(loss=loss, norm=norm, loss_scale=scale)
         loss_scale[0] = scale
-        counts[:] = updates, in_a_row
+        counts[:] = Counts(updates=updates, good_steps=good_steps)
 
     def adamw(
         self,
@@ -367,20 +382,21 @@ class ReferenceOps(Ops):
         decayed: int,
         settings: AdamWSettings,
     ) -> None:
-        apply, grad_factor, lr, c1, c2 = map(float, factors)
-        if not apply:
+        f = Factors(*map(float, factors))
+        if not f.apply:
             return
-        # lr * m_hat / (sqrt(v_hat) + eps), with both bias corrections moved into constants
-        root = math.sqrt(c2)
-        step_size = lr * root / c1
+        # The update is lr (m / c1) / (sqrt(v / c2) + eps). Multiplying numerator and denominator
+        # by sqrt(c2) turns both bias corrections into constants of all elements.
+        root = math.sqrt(f.c2)
+        step_size = f.lr * root / f.c1
 
         def work(i: slice, decay: float) -> None:
             g, m_i, v_i, w = grad[i], m[i], v[i], master[i]
             m_i *= settings.beta1
-            t = g * (grad_factor * (1.0 - settings.beta1))
+            t = g * (f.grad_factor * (1.0 - settings.beta1))
             m_i += t
             np.multiply(g, g, out=t)
-            t *= grad_factor * grad_factor * (1.0 - settings.beta2)
+            t *= f.grad_factor * f.grad_factor * (1.0 - settings.beta2)
             v_i *= settings.beta2
             v_i += t
             np.sqrt(v_i, out=t)
@@ -393,7 +409,7 @@ class ReferenceOps(Ops):
             if param is not master:
                 param[i] = w
 
-        decay = 1.0 - lr * settings.weight_decay
+        decay = 1.0 - f.lr * settings.weight_decay
         _by_blocks(decayed, 1, lambda i: work(i, decay))
         rest = master.size - decayed
         _by_blocks(rest, 1, lambda i: work(slice(decayed + i.start, decayed + i.stop), 1.0))
@@ -401,18 +417,21 @@ class ReferenceOps(Ops):
     # --- casts ---
 
     def cast(self, y: NDArray, x: NDArray) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):  # infinity is what float16 has for it
+        with np.errstate(over="ignore", invalid="ignore"):  # float16 overflows to infinity
             y[...] = x
 
 
 def _heads(qkv: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """q, k, v as (B, H, T, D) views of (B, T, 3, H, D)."""
+    """Returns q, k and v as (B, H, T, D) views of qkv (B, T, 3, H, D)."""
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)
     return q, k, v
 
 
 def _by_heads(shape: tuple[int, ...], work: Callable[[tuple[slice, slice]], None]) -> None:
-    """work((batches, heads)) in parallel over parts whose (T, T) scores stay near the cache."""
+    """Calls work((batches, heads)) in parallel, on parts of at most SCORE_ELEMENTS scores.
+
+    `shape` is (B, H, T, D). A part is at least one head, whatever its size.
+    """
     B, H, T, _ = shape
     heads = min(H, max(1, SCORE_ELEMENTS // (T * T)))
     batches = max(1, min(B, SCORE_ELEMENTS // (T * T * H)))
@@ -425,7 +444,7 @@ def _by_heads(shape: tuple[int, ...], work: Callable[[tuple[slice, slice]], None
 
 
 def _scores(q: NDArray, k: NDArray) -> NDArray:
-    """Scaled and masked scores (b, h, T, T) of q, k (b, h, T, D)."""
+    """Returns the scaled and masked scores (b, h, T, T) of q, k (b, h, T, D)."""
     s: NDArray = q @ k.swapaxes(-1, -2)
     s *= 1.0 / math.sqrt(q.shape[-1])
     s += _future(q.shape[-2], q.dtype)
@@ -433,7 +452,7 @@ def _scores(q: NDArray, k: NDArray) -> NDArray:
 
 
 def _gelu_tanh(x: NDArray) -> NDArray:
-    """tanh(sqrt(2 / pi) (x + 0.044715 x^3)) as a new array."""
+    """Returns tanh(sqrt(2 / pi) (x + 0.044715 x^3)) as a new array."""
     u = x * x
     u *= GELU_CUBIC * GELU_SCALE
     u += GELU_SCALE
@@ -443,7 +462,10 @@ def _gelu_tanh(x: NDArray) -> NDArray:
 
 
 def _add_losses(losses: NDArray, x: NDArray, targets: NDArray) -> NDArray:
-    """losses (n,) += cross-entropy of logits x (n, V); x becomes exp(x - max); returns its sums."""
+    """Adds the cross-entropy of logits x (n, V) to losses (n,); x becomes exp(x - max).
+
+    Returns the sums (n,) of the rows of exp(x - max).
+    """
     x -= x.max(axis=1, keepdims=True)
     picked = x[np.arange(len(x)), targets]  # a copy: the next line overwrites x
     np.exp(x, out=x)

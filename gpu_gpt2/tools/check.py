@@ -1,23 +1,23 @@
 """Every op on one device, measured against NumPy in float64 on the same inputs.
 
-One case runs three times: on the device under test; as NumPy in float64, which counts as the
-truth; and as NumPy in float32, rounded to the output's dtype, whose error says how much error this
-precision must make. Limits follow from the third (docs/numerics.md):
+One case runs three times: on the device under test; in NumPy with float64, which counts as the
+truth; and in NumPy with float32, rounded to the output's dtype, whose error shows how much error
+this precision must make. Limits follow from the third run (docs/numerics.md):
 
     limit = MULTIPLE x the float32 error + FLOOR x e,  and at most  rounding + CEILING x e
 
 with e the last place of float32 and rounding half the last place of the output's own dtype, both at
 the largest output. A second limit of this form holds for the root mean square of the error, with e
 at the root mean square of the output.
-Outputs that no device may round differently are compared exactly. Overwritten outputs start as
-NaN, all tensors lie between guard elements that must survive, and inputs must come back unchanged.
+
+Outputs that no device may round differently are compared exactly. Overwritten outputs start as NaN,
+each tensor lies between guard elements that must survive, and inputs must come back unchanged.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,10 +27,10 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array
-from gpu_gpt2.ops.cases import CASES, Call, Case, Maker
-from gpu_gpt2.ops.interface import Ops
+from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array
+from gpu_gpt2.ops.cases import CASES, Call, Case
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.ops.table import Ops
 
 NDArray = npt.NDArray[Any]
 
@@ -75,7 +75,7 @@ class CheckResult:
 class RoundingReference(ReferenceOps):
     """ReferenceOps that stores the residual sum in X before its statistics are taken.
 
-    That rounding is part of the op's definition, not an error of whoever computes it.
+    That rounding is part of the op's definition, so it does not count as an error.
     """
 
     def __init__(self, x_dtype: np.dtype[Any]) -> None:
@@ -106,37 +106,36 @@ def run_checks(
     for dtype in dtypes:
         ops = make_ops(dtype)
         for case in cases:
-            yield from run_case(case, ops, dtype)
+            yield from run_case(case, ops)
 
 
-def run_case(case: Case, ops: Ops, dtype: str) -> list[CheckResult]:
-    """Runs one case on `ops`, whose X must be that of `dtype`."""
-    x_dtype = X_DTYPES[dtype]
-    maker = Maker(zlib.crc32(str(case).encode()), x_dtype)
-    call = case.make(maker, **case.sizes)
+def run_case(case: Case, ops: Ops) -> list[CheckResult]:
+    """Runs one case on `ops`; one result per output."""
+    x_dtype = X_DTYPES[ops.dtype]
+    call = case.call(x_dtype)
     truth = _in_numpy(case.op, call, x_dtype, np.float64)
     float32 = _in_numpy(case.op, call, x_dtype, np.float32)
-    actual, damage = _on_device(case.op, call, maker, ops)
+    actual, damage = _on_device(case.op, call, ops)
 
     results = []
     for name, tensor in call.tensors.items():
         if name in damage:
             errors = (math.inf, 0.0, math.inf, 0.0)
-        elif tensor.role == "in":
+        elif tensor.role == "in" or isinstance(tensor.value, str):
             continue
         else:
             with np.errstate(over="ignore", invalid="ignore"):
-                rounded = float32[name].astype(maker.numpy_dtype(tensor.dtype))
+                rounded = float32[name].astype(tensor.dtype)
             if tensor.exact:
                 errors = _exact(actual[name], rounded)
             else:
-                extra = _extra(case, dtype, tensor.dtype)
+                extra = _extra(case, ops.dtype, tensor.dtype)
                 errors = _compare(actual[name], rounded, truth[name], extra)
         worst, limit, rms, rms_limit = errors
         results.append(
             CheckResult(
                 op=case.op,
-                dtype=dtype,
+                dtype=ops.dtype,
                 shape=case.shape,
                 output=name,
                 worst_error=worst,
@@ -166,40 +165,31 @@ def table(results: Iterable[CheckResult]) -> Table:
     return columns
 
 
-def _invoke(op: str, ops: Ops, arrays: dict[str, Array], scalars: tuple[Any, ...]) -> None:
-    if op == "matmul":
-        ops.matmul(*arrays.values(), accumulate=scalars[0])
-    else:
-        getattr(ops, op)(*arrays.values(), *scalars)
-
-
 def _in_numpy(
     op: str, call: Call, x_dtype: np.dtype[Any], dtype: npt.DTypeLike
 ) -> dict[str, NDArray]:
     arrays: dict[str, NDArray] = {}
     for name, tensor in call.tensors.items():
-        if tensor.same_as:
-            arrays[name] = arrays[tensor.same_as]
+        if isinstance(tensor.value, str):
+            arrays[name] = arrays[tensor.value]
         else:
-            value = tensor.values()
-            arrays[name] = value if tensor.dtype == "int32" else value.astype(dtype)
-    _invoke(op, RoundingReference(x_dtype), arrays, call.scalars)
+            value = tensor.copy()
+            arrays[name] = value if tensor.dtype == INT32 else value.astype(dtype)
+    getattr(RoundingReference(x_dtype), op)(*arrays.values(), **call.scalars)
     return arrays
 
 
-def _on_device(
-    op: str, call: Call, maker: Maker, ops: Ops
-) -> tuple[dict[str, NDArray], dict[str, str]]:
-    """What the device made of each tensor, and what it damaged: {tensor: how}."""
+def _on_device(op: str, call: Call, ops: Ops) -> tuple[dict[str, NDArray], dict[str, str]]:
+    """Returns each tensor as the device leaves it, and the damage it did: {tensor: how}."""
     device = ops.device
     before: dict[str, NDArray] = {}
     buffers: dict[str, Array] = {}
     arrays: dict[str, Array] = {}
     for name, tensor in call.tensors.items():
-        if tensor.same_as:
-            arrays[name] = arrays[tensor.same_as]
+        if isinstance(tensor.value, str):
+            arrays[name] = arrays[tensor.value]
             continue
-        value = tensor.values().astype(maker.numpy_dtype(tensor.dtype))
+        value = tensor.copy().astype(tensor.dtype)
         guarded = np.frombuffer(
             bytes([GUARD_BYTE]) * ((value.size + 2 * GUARD) * value.itemsize), value.dtype
         ).copy()
@@ -208,7 +198,7 @@ def _on_device(
         buffers[name] = device.empty(guarded.shape, value.dtype)
         device.upload(buffers[name], guarded)
         arrays[name] = buffers[name][GUARD:-GUARD].reshape(value.shape)
-    _invoke(op, ops, arrays, call.scalars)
+    getattr(ops, op)(*arrays.values(), **call.scalars)
     device.synchronize()
 
     actual: dict[str, NDArray] = {}
@@ -237,15 +227,15 @@ def _exact(actual: NDArray, expected: NDArray) -> tuple[float, float, float, flo
     return float(error.max()), 0.0, _rms(error), 0.0
 
 
-def _extra(case: Case, dtype: str, output_dtype: str) -> float:
-    """What an op may add to the error because of how GPUs do it, as a part of the output's size.
+def _extra(case: Case, dtype: str, output_dtype: np.dtype[Any]) -> float:
+    """Returns the error that an op may add because of how GPUs compute it, relative to the output.
 
-    Matrix products: NumPy's BLAS sums K products in blocks. A GPU sums one after the other (errors
-    grow with the square root of K), and tensor cores cut off, not round, after every few (errors
-    grow with K). Attention on tensor cores rounds p and ds to X on their way into a product.
+    Matmul: NumPy's BLAS sums K terms in blocks. A GPU sums one after the other (errors grow
+    with the square root of K), and tensor cores truncate instead of rounding after every few
+    (errors grow with K). Attention on tensor cores rounds p and ds to X before a matmul.
     """
-    if case.op.startswith("attention") and dtype != "fp32" and output_dtype == "X":
-        return float(ml_dtypes.finfo(X_DTYPES[dtype]).eps) / 2
+    if case.op.startswith("attention") and dtype != "fp32" and output_dtype == X_DTYPES[dtype]:
+        return float(ml_dtypes.finfo(output_dtype).eps) / 2
     if case.op != "matmul":
         return 0.0
     K = case.sizes["K"]

@@ -13,12 +13,22 @@ import numpy.typing as npt
 
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import debug_state, llmc, multiple_choice, tokenizer_bin, tokens
-from gpu_gpt2.formats.llmc_header import HEADER_BYTES, Header, read_header
+from gpu_gpt2.formats.llmc_header import (
+    DEBUG_STATE_MAGIC,
+    GPT2_SHARD_MAGIC,
+    HEADER_BYTES,
+    LLAMA3_SHARD_MAGIC,
+    MODEL_MAGIC,
+    MULTIPLE_CHOICE_MAGIC,
+    OPTIMIZER_STATE_MAGIC,
+    TOKENIZER_MAGIC,
+    Header,
+    read_header,
+)
 from gpu_gpt2.models.gpt2 import parameters
 from gpu_gpt2.tokenizer import Tokenizer
 
 SHOWN_TOKENS: Final = 64
-STATE_MAGIC: Final = 20240527
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +82,7 @@ def _bare_tokens(path: Path, magic: int, tokenizer: Tokenizer) -> Description:
 def _tokens(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
     values = tokens.read_tokens(path)
     first = values[:SHOWN_TOKENS]
-    llama = header.magic == tokens.LLAMA3.magic  # whose vocabulary is not here
+    llama = header.magic == LLAMA3_SHARD_MAGIC  # whose vocabulary gpu-gpt2 does not have
     return Description(
         rows=(("tokens", f"{len(values):,} as {values.dtype}"),),
         text=_numbers(first) if llama else _text(first, tokenizer),
@@ -122,9 +132,7 @@ def _model(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
 
 
 def _debug_state(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
-    header.expect(1, "version", (debug_state.VERSION,))
-    B = header.expect(2, "batch size", range(1, 2**15))
-    T = header.expect(3, "sequence length", range(1, 2**31))
+    B, T = debug_state.batch_shape(debug_state.read_debug_header(path))
     if header.file_bytes < HEADER_BYTES + 8 * B * T:
         raise DataError(
             f"{path}: a batch of {B} x {T} at offset 8 needs {HEADER_BYTES + 8 * B * T} bytes and "
@@ -137,7 +145,7 @@ def _debug_state(path: Path, header: Header, tokenizer: Tokenizer) -> Descriptio
     )
 
 
-def _state(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
+def _optimizer_state(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
     return Description(
         rows=(
             ("processes", f"{header.words[2]}, of which number {header.words[3]}"),
@@ -150,13 +158,13 @@ def _state(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
 
 
 _KINDS: Final[Mapping[int, tuple[str, Callable[[Path, Header, Tokenizer], Description]]]] = {
-    tokens.GPT2.magic: ("tokens of GPT-2", _tokens),
-    tokens.LLAMA3.magic: ("tokens of Llama 3", _tokens),
-    multiple_choice.MAGIC: ("multiple-choice file", _examples),
-    tokenizer_bin.MAGIC: ("tokenizer file", _vocabulary),
-    llmc.MAGIC: ("model", _model),
-    debug_state.MAGIC: ("debug state", _debug_state),
-    STATE_MAGIC: ("optimizer state", _state),
+    GPT2_SHARD_MAGIC: ("tokens of GPT-2", _tokens),
+    LLAMA3_SHARD_MAGIC: ("tokens of Llama 3", _tokens),
+    MULTIPLE_CHOICE_MAGIC: ("multiple-choice file", _examples),
+    TOKENIZER_MAGIC: ("tokenizer file", _vocabulary),
+    MODEL_MAGIC: ("model", _model),
+    DEBUG_STATE_MAGIC: ("debug state", _debug_state),
+    OPTIMIZER_STATE_MAGIC: ("optimizer state", _optimizer_state),
 }
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import DEFAULTS, ModelConfig
 from gpu_gpt2.device.cuda import FLUSH_BYTES
 from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.models.weights import FloatArray, Piece, named, part_of, pieces
@@ -112,7 +112,13 @@ def torch_step(
     if device == "cuda":
         torch.set_float32_matmul_precision("highest" if dtype == "fp32" else "high")
     model = TorchGPT2(config, config.padded_vocab_size).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=lr,
+        betas=(DEFAULTS["beta1"], DEFAULTS["beta2"]),
+        eps=DEFAULTS["eps"],
+        fused=True,
+    )
     forward = torch.compile(model) if compiled else model
     x, y = (torch.from_numpy(a).long().to(device) for a in (tokens, targets))
     precision = torch.float16 if dtype == "fp16" else torch.bfloat16
@@ -122,7 +128,7 @@ def torch_step(
         with torch.autocast(device, precision, enabled=dtype != "fp32"):
             _, loss = forward(x, y)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), DEFAULTS["max_grad_norm"])
         optimizer.step()
         return lambda: float(loss.item())
 

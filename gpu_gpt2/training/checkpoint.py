@@ -199,7 +199,7 @@ def bytes_needed(model: ModelConfig) -> int:
 
 def _write(folder: Path, state: TrainingState, tokenizer: Tokenizer) -> None:
     """Writes all files of a checkpoint and waits until they are on the disk."""
-    hf.write_model(folder, Arena(state.model, state.weights), tokenizer.eot)
+    hf.write_model(folder, Arena(state.model, state.weights, tokenizer.eot))
     tokenizer.save(folder)
     moments = _moments(state.model, state.m, state.v)
     with (folder / OPTIMIZER_FILE).open("wb") as file:

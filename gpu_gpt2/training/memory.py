@@ -1,4 +1,4 @@
-"""How much memory training takes, known without a GPU, and what fits into how much of it."""
+"""The memory that training needs, computed without a GPU, and the batch that fits into a size."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from gpu_gpt2.models.arena import bytes_of
 from gpu_gpt2.models.gpt2 import activations, parameter_count
 from gpu_gpt2.ops.kernels import SCRATCH_FLOATS
 
-# What a process needs on a GPU before the first tensor: the driver's context, cuBLAS with its
-# workspace, the kernels. An estimate, for it depends on GPU and versions.
-LIBRARIES: Final = 768 << 20
+# Bytes that a process takes on a GPU beside its tensors: the CUDA context, cuBLAS with its
+# workspace, the compiled kernels. An estimate: the size depends on the GPU and on the versions.
+CUDA_OVERHEAD: Final = 768 << 20
 RECOMPUTE_LEVELS: Final = range(MAX_RECOMPUTE + 1)
-ENOUGH_TOKENS: Final = 4096  # in a micro-batch: more is worth less than a higher level costs
-UNITS: Final = {
+# Tokens in a micro-batch that keep a GPU busy. Beyond them a larger batch gains less than the
+# recomputation costs that makes it fit.
+ENOUGH_TOKENS: Final = 4096
+UNITS: Final = {  # bytes
     "B": 1,
     **{f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)},
     **{f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", 1)},
@@ -30,21 +32,22 @@ UNITS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes by purpose of a training run at one batch size and recompute level."""
+    """The memory of a training run at one batch size and recompute level, by purpose."""
 
     batch_size: int
     recompute: int
-    rows: tuple[tuple[str, int], ...]
+    rows: tuple[tuple[str, int], ...]  # purpose and bytes
 
     @property
     def total(self) -> int:
+        """Bytes."""
         return sum(size for _, size in self.rows)
 
 
 def memory_plan(
     config: ModelConfig, dtype: str, batch_size: int, seq_len: int, recompute: int
 ) -> MemoryPlan:
-    """What training allocates for micro-batches of (batch_size, seq_len) tokens in `dtype`."""
+    """The memory that training on micro-batches of (batch_size, seq_len) tokens allocates."""
     n, x = parameter_count(config), X_DTYPES[dtype]
     specs = activations(config, batch_size, seq_len, recompute=recompute)
     logits = tuple(spec for spec in specs if spec.name == "logits")
@@ -53,10 +56,10 @@ def memory_plan(
         rows.append(("master weights, float32", n * FLOAT32.itemsize))
     rows += [
         ("gradients, float32", n * FLOAT32.itemsize),
-        ("moments of AdamW, float32", 2 * n * FLOAT32.itemsize),
+        ("optimizer state, float32", 2 * n * FLOAT32.itemsize),
         ("logits", bytes_of(logits, x)),
         ("other activations", bytes_of(specs, x) - bytes_of(logits, x)),
-        ("scratch of the kernels", SCRATCH_FLOATS * FLOAT32.itemsize),
+        ("kernel scratch", SCRATCH_FLOATS * FLOAT32.itemsize),
     ]
     return MemoryPlan(batch_size=batch_size, recompute=recompute, rows=tuple(rows))
 
@@ -64,7 +67,7 @@ def memory_plan(
 def planned_bytes(
     config: ModelConfig, dtype: str, batch_size: int, seq_len: int, recompute: int = 0
 ) -> int:
-    """The total of `memory_plan`."""
+    """The total of `memory_plan` in bytes."""
     return memory_plan(config, dtype, batch_size, seq_len, recompute).total
 
 
@@ -76,9 +79,9 @@ def largest_batch(
     memory: int,
     sequences: int | None = None,
 ) -> int:
-    """The most sequences of a micro-batch whose plan fits into `memory` bytes, or 0.
+    """The largest batch size whose plan fits into `memory` bytes, or 0 if none does.
 
-    With `sequences`, how many an optimizer step has in all, only divisors of it count.
+    `sequences` is the number of sequences in an optimizer step: the batch size then divides it.
     """
 
     def fits(batch_size: int) -> bool:
@@ -103,34 +106,35 @@ def best_fit(
     seq_len: int,
     memory: int,
     *,
-    reserved: int = 0,
+    headroom: int = 0,
     recompute: int | None = None,
     sequences: int | None = None,
 ) -> MemoryPlan:
-    """The batch size and recompute level to train with in `memory` bytes less `reserved`.
+    """The plan with the best batch size and recompute level for `memory` less `headroom` bytes.
 
-    The lowest level whose largest batch holds ENOUGH_TOKENS; if none does, the lowest of those with
-    the largest batch. `recompute` fixes the level. ConfigError if nothing fits.
+    The level is the lowest whose largest batch holds ENOUGH_TOKENS; if no level's does, it is the
+    lowest of those with the largest batch. `recompute` fixes the level, and `sequences` is as for
+    `largest_batch`. Raises ConfigError if nothing fits.
     """
     levels = RECOMPUTE_LEVELS if recompute is None else (recompute,)
     best = (0, levels[-1])
     for level in levels:
-        batch_size = largest_batch(config, dtype, seq_len, level, memory - reserved, sequences)
+        batch_size = largest_batch(config, dtype, seq_len, level, memory - headroom, sequences)
         if batch_size > best[0]:
             best = batch_size, level
         if batch_size * seq_len >= ENOUGH_TOKENS:
             break
     fit = memory_plan(config, dtype, max(1, best[0]), seq_len, best[1])
-    check_fits(fit, memory, reserved=reserved)
+    check_fits(fit, memory, headroom=headroom)
     return fit
 
 
-def check_fits(plan: MemoryPlan, memory: int, *, reserved: int = 0, resumed: bool = False) -> None:
-    """ConfigError if the plan needs more than `memory` less `reserved`, with what can be done.
+def check_fits(plan: MemoryPlan, memory: int, *, headroom: int = 0, resumed: bool = False) -> None:
+    """Raises ConfigError, with advice, if the plan needs more than `memory` less `headroom` bytes.
 
-    A run that is `resumed` has the batches that it began with.
+    The advice for a `resumed` run leaves out options that it cannot change.
     """
-    needed = plan.total + reserved
+    needed = plan.total + headroom
     if needed <= memory:
         return
     ways = []
@@ -148,7 +152,10 @@ def check_fits(plan: MemoryPlan, memory: int, *, reserved: int = 0, resumed: boo
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "8GB", "16 GiB" or "500MB": GB is 10^9 bytes, GiB 2^30. ConfigError."""
+    """The bytes of a size such as "8GB" (10^9 bytes each) or "16 GiB" (2^30 bytes each).
+
+    Raises ConfigError for other text.
+    """
     match = re.fullmatch(r"(\d+\.?\d*(?:e\d+)?)\s*([A-Z]*)", text.strip(), re.IGNORECASE)
     size = float(match[1]) * UNITS.get(match[2].upper(), math.nan) if match else math.nan
     if not math.isfinite(size):
@@ -157,15 +164,15 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """The size in MB or GB, powers of ten as on a card's box."""
+    """The size in MB (10^6 bytes) or GB (10^9 bytes), as GPUs are labelled."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def plan_table(plan: MemoryPlan) -> Table:
-    """The rows and the total, for the console."""
+    """The rows and the total of a plan as a table for the console."""
     columns = Table(box=None, show_header=False)
     columns.add_column()
     columns.add_column(justify="right")
-    for name, size in (*plan.rows, ("in all", plan.total)):
+    for name, size in (*plan.rows, ("total", plan.total)):
         columns.add_row(name, format_bytes(size))
     return columns

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gpu_gpt2.device.base import FLOAT16, FLOAT32, Array, AsyncRead
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.gpt2 import GPT2, decayed_count, parameter_count
-from gpu_gpt2.ops.interface import MIN_LOSS_SCALE, AdamWSettings
+from gpu_gpt2.ops.table import MIN_LOSS_SCALE, AdamWSettings, Counts, Factors, Report
 
 INITIAL_LOSS_SCALE: Final = 2.0**16  # for float16, whose largest number is just below it
 MAX_LOSS_SCALE: Final = 2.0**24
@@ -68,7 +68,8 @@ class PendingStep:
     report: AsyncRead
 
     def result(self) -> StepResult:
-        return StepResult(*map(float, self.report.result()))
+        loss, norm, loss_scale = map(float, Report(*self.report.result()))
+        return StepResult(loss=loss, grad_norm=norm, loss_scale=loss_scale)
 
 
 class AdamW:
@@ -110,9 +111,9 @@ class AdamW:
         self.loss_scale = device.zeros((1,), FLOAT32)
         self._grad_sq = device.zeros((1,), FLOAT32)
         self._lr = device.zeros((1,), FLOAT32)
-        self._factors = device.zeros((5,), FLOAT32)
-        self._report = device.zeros((3,), FLOAT32)
-        self._counts = device.zeros((2,), FLOAT32)
+        self._factors = device.zeros((len(Factors._fields),), FLOAT32)
+        self._report = device.zeros((len(Report._fields),), FLOAT32)
+        self._counts = device.zeros((len(Counts._fields),), FLOAT32)
         self._stage_lr = device.stager(self._lr)
         self._graphs: dict[tuple[int, int, int], Callable[[], None]] = {}
         self.load_state(UpdateState(updates=0, good_steps=0, loss_scale=INITIAL_LOSS_SCALE))
@@ -138,15 +139,18 @@ class AdamW:
         device = self.model.ops.device
         scale = min(state.loss_scale, self.settings.max_loss_scale)
         device.upload(self.loss_scale, np.array([scale], np.float32))
-        device.upload(self._counts, np.array([state.updates, state.good_steps], np.float32))
+        counts = Counts(updates=state.updates, good_steps=state.good_steps)
+        device.upload(self._counts, np.array(counts, np.float32))
 
     def state(self) -> UpdateState:
         """Returns the state after the last update; waits for the device."""
         device = self.model.ops.device
-        updates, good_steps = device.download(self._counts)
+        counts = Counts(*device.download(self._counts))
         scale = device.download(self.loss_scale)
         return UpdateState(
-            updates=int(updates), good_steps=int(good_steps), loss_scale=float(scale[0])
+            updates=int(counts.updates),
+            good_steps=int(counts.good_steps),
+            loss_scale=float(scale[0]),
         )
 
     def step(self, lr: float, losses: Array, *, micro_steps: int = 1) -> PendingStep:

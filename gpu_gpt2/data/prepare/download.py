@@ -1,17 +1,19 @@
-"""Files from the web: what has come stays in NAME.part, and the next attempt goes on from there."""
+"""Downloads: data sets of the Hugging Face Hub through huggingface_hub, other files by requests.
+
+A file of the Hub arrives in NAME.VERSION.part, where a later attempt resumes; VERSION is from the
+file's ETag. huggingface_hub's hf_hub_download cannot be used for this: it deletes what arrived when
+it is interrupted, and compares a file's size but not its SHA-256.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import glob
+import io
+import queue
 import re
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from http import HTTPStatus
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,58 +22,102 @@ import requests
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.files import sha256_of, sync
 
-AT_ONCE: Final = 4  # downloads
-ATTEMPTS: Final = 5  # in a row without a single byte
-FIRST_PAUSE_S: Final = 0.5  # between attempts; doubled each time
-TIMEOUT_S: Final = (10, 30)  # to connect, and for the next bytes
-BLOCK_BYTES: Final = 1 << 16
+MAX_PARALLEL: Final = 4  # more downloads at a time do not fill a home line faster
+TIMEOUT_S: Final = (10, 30)  # for a connection, and for the next bytes
+BLOCK_BYTES: Final = 1 << 16  # of a file that is not on the Hub, between two reports of progress
 
-_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+)")
-_SHA256: Final = re.compile(r'"?([0-9a-f]{64})"?')
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remote:
-    """A file on the web, and what it is to be here."""
+    """A file on the web and its path on this machine."""
 
     url: str
     path: Path
-    check: Callable[[Path], object]  # DataError unless that is such a file; may mend its header
+    check: Callable[[Path], object]  # raises DataError unless the file is of the expected kind
+    on_hub: bool  # whether the URL is one of the Hugging Face Hub
     size: int | None = None  # bytes, if known
-    usual_size: int | None = None  # bytes of most files of its set, if that is all that is known
-    limit: int | None = None  # bytes wanted from its beginning, if not all
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Origin:
-    """What a .part file is a part of; kept beside it."""
-
-    url: str
-    total: int | None  # bytes
-    validator: str | None  # ETag or date, by which the server knows whether it has changed
-    sha256: str | None
+    sha256: str | None = None  # of a file that is not on the Hub, if known
 
 
 class _StoppedError(Exception):
-    """Another download failed, or Ctrl-C came."""
+    """Another download failed, or the user pressed Ctrl-C."""
+
+
+class _Part(io.BufferedWriter):
+    """An incomplete file, opened for appending, that reports the bytes written to it."""
+
+    def __init__(self, path: Path, advance: Callable[[int], None], stop: threading.Event) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self._advance, self._stop = advance, stop
+        advance(self.tell())
+
+    def write(self, block: Any) -> int:
+        if self._stop.is_set():
+            raise _StoppedError
+        written = super().write(block)
+        self._advance(written)
+        return written
+
+
+def hub_url(dataset: str, name: str) -> str:
+    """The URL of a file of a data set on the Hugging Face Hub, or on the mirror in HF_ENDPOINT."""
+    from huggingface_hub import hf_hub_url  # imported late, as it takes a third of a second
+
+    url: str = hf_hub_url(dataset, name, repo_type="dataset")
+    return url
+
+
+def hub_listing(dataset: str, folder: str) -> list[tuple[str, int]]:
+    """The names in a folder of a data set on the Hub, with their sizes in bytes; DataError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        entries = list(HfApi().list_repo_tree(dataset, folder, repo_type="dataset"))
+    except (HTTPError, OSError, ValueError) as e:  # ValueError: an answer that is not JSON
+        raise DataError(
+            f"cannot list {folder} of the data set {dataset} on the Hugging Face Hub "
+            f"({_reason(e)}); try again with a network, or get its files by hand and name their "
+            f"folder with --from"
+        ) from e
+    return [(Path(e.path).name, e.size) for e in entries if isinstance(e, RepoFile)]
 
 
 def download_all(remotes: Sequence[Remote], advance: Callable[[int], None]) -> None:
-    """Gets the files that are not here yet, a few at a time; DataError says what to do by hand.
+    """Gets the files that are missing, a few at a time; DataError says what to do by hand.
 
-    advance: called with the count of bytes that have come, from several threads.
+    advance: called with the bytes that have arrived since its last call, from several threads.
     """
+    waiting: queue.SimpleQueue[Remote] = queue.SimpleQueue()
+    for remote in remotes:
+        waiting.put(remote)
+    results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     stop = threading.Event()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = [pool.submit(download, remote, advance, stop) for remote in remotes]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # Ctrl-C too
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-    errors = [e for future in done if (e := future.exception()) is not None]
-    for error in sorted(errors, key=lambda e: isinstance(e, _StoppedError)):
-        raise error
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                download(waiting.get_nowait(), advance, stop)
+            except queue.Empty:
+                return
+            except BaseException as e:  # the main thread raises it
+                results.put(e)
+            else:
+                results.put(None)
+
+    # Daemons, so that Ctrl-C does not wait for the network. A part that is cut anywhere is a
+    # beginning of its file all the same.
+    for _ in range(min(MAX_PARALLEL, len(remotes))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in remotes:
+            if (error := results.get()) is not None:
+                raise error
+    finally:
+        stop.set()
 
 
 def download(
@@ -79,220 +125,97 @@ def download(
     advance: Callable[[int], None] = lambda count: None,
     stop: threading.Event | None = None,
 ) -> None:
-    """Gets a file unless it is here; it has its name only when all of it came and is right."""
-    stop = stop or threading.Event()
-    part = remote.path.with_name(f"{remote.path.name}.part")
-    record = part.with_name(f"{part.name}.json")
+    """Gets a file unless it is there; it gets its name only when it is complete and checked."""
+    from huggingface_hub.errors import HTTPError
+
+    path = remote.path
     try:
-        remote.path.parent.mkdir(parents=True, exist_ok=True)
-        with requests.Session() as session:
-            session.headers["Accept-Encoding"] = "identity"  # sizes are those of the file
-            if _is_here(session, remote):
-                advance(remote.path.stat().st_size)
-                return
-            origin = _Transfer(session, remote, part, record, advance, stop).run()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _is_there(remote):
+            advance(path.stat().st_size)
+            return
+        get = _get_from_hub if remote.on_hub else _get_from_elsewhere
+        part, sha256 = get(remote, advance, stop or threading.Event())
         try:
-            _check(remote, part, origin)
+            _check(part, sha256, remote)
         except DataError as e:
             part.unlink()
             raise DataError(f"{remote.url}: what came is not that file: {e}") from e
         sync(part)
-        part.replace(remote.path)
-        record.unlink(missing_ok=True)
-    except requests.RequestException as e:  # these are OSErrors too
-        raise _unreachable(remote, type(e).__name__) from e
-    except OSError as e:
+        part.replace(path)
+    except (HTTPError, OSError) as e:
+        if isinstance(e, OSError) and e.strerror:
+            raise DataError(
+                f"cannot write {path}: {e.strerror}; make room or choose another --out"
+            ) from e
         raise DataError(
-            f"cannot write {remote.path}: {e.strerror}; make room or choose another --out"
+            f"cannot get {remote.url} ({_reason(e)}); give the same command again where there is a "
+            f"network, or get that file by hand and put it here: {path}"
         ) from e
 
 
-def get_json(url: str) -> Any:
-    """What a web service answers; requests.RequestException or ValueError."""
-    response = requests.get(url, timeout=TIMEOUT_S)
-    response.raise_for_status()
-    return response.json()
-
-
-def _is_here(session: requests.Session, remote: Remote) -> bool:
-    """Whether the file is here with the size it should have; asks the server if need be."""
-    if not remote.path.exists():
-        return False
-    size = remote.path.stat().st_size
-    if size in (remote.size, remote.usual_size) or size >= (remote.limit or sys.maxsize):
-        return True
-    if remote.size is not None:
+def _is_there(remote: Remote) -> bool:
+    """True if the file exists with the size and the kind of content that it should have."""
+    if not remote.path.exists() or remote.size not in (None, remote.path.stat().st_size):
         return False
     try:
-        response = session.head(remote.url, timeout=TIMEOUT_S, allow_redirects=True)
-    except requests.RequestException:
-        if remote.usual_size is not None:
-            raise  # it may be one that was cut
         remote.check(remote.path)
-        return True
-    total = response.headers.get("Content-Length", "")
-    return response.ok and total.isdecimal() and size == _wanted(remote, int(total))
+    except DataError:
+        return False
+    return True
 
 
-class _Transfer:
-    """One file on its way into its .part file."""
+def _get_from_hub(
+    remote: Remote, advance: Callable[[int], None], stop: threading.Event
+) -> tuple[Path, str | None]:
+    """Gets a file of the Hub, or the rest of it: its .part file, and its SHA-256 if it is known."""
+    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers, disable_progress_bars, logging
 
-    def __init__(
-        self,
-        session: requests.Session,
-        remote: Remote,
-        part: Path,
-        record: Path,
-        advance: Callable[[int], None],
-        stop: threading.Event,
-    ) -> None:
-        self._session = session
-        self._remote = remote
-        self._part, self._record = part, record
-        self._advance, self._stop = advance, stop
-        self._shown = 0  # bytes
-        self._origin = _read_record(record, remote.url)
-
-    def run(self) -> _Origin:
-        """Makes the .part file as long as it should be, in as many attempts as it takes."""
-        failures = 0
-        while True:
-            before = self._have()
-            reason = "the connection was cut"
-            try:
-                if self._attempt(before) and self._origin:
-                    return self._origin
-            except requests.RequestException as e:
-                reason = type(e).__name__
-            failures = 1 if self._have() > before else failures + 1
-            if failures == ATTEMPTS:
-                raise _unreachable(self._remote, reason)
-            if self._stop.wait(FIRST_PAUSE_S * 2 ** (failures - 1)):
-                raise _StoppedError
-
-    def _have(self) -> int:
-        """Bytes that are here and can be gone on with."""
-        if self._origin is None or self._origin.validator is None or not self._part.exists():
-            return 0
-        return self._part.stat().st_size
-
-    def _attempt(self, have: int) -> bool:
-        """Whether all is here after one request, which asks for what is missing."""
-        origin = self._origin
-        if origin and have and have >= _wanted(self._remote, origin.total):
-            os.truncate(self._part, _wanted(self._remote, origin.total))
-            return True
-        headers = {}
-        if have or self._remote.limit is not None:
-            last = "" if self._remote.limit is None else str(self._remote.limit - 1)
-            headers["Range"] = f"bytes={have}-{last}"
-        if have and origin and origin.validator:
-            headers["If-Range"] = origin.validator  # all of it if it has changed
-        with self._session.get(
-            self._remote.url, headers=headers, stream=True, timeout=TIMEOUT_S
-        ) as response:
-            self._refuse(response)
-            start, total = _extent(response)
-            if start not in (0, have) or (start and origin and total != origin.total):
-                self._origin = None  # begin again
-                return False
-            if start == 0:
-                origin = self._begin(response, total)
-            return origin is not None and self._receive(response, start, origin)
-
-    def _refuse(self, response: requests.Response) -> None:
-        """DataError where asking again cannot help; HTTPError where it may."""
-        status = response.status_code
-        if status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
-            return
-        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            self._origin = None  # the file has become shorter: begin again
-        elif status != HTTPStatus.TOO_MANY_REQUESTS and status < 500:
-            raise DataError(
-                f"{self._remote.url}: the server answers {status} {response.reason}; if the file "
-                f"has moved, get it by hand and put it here: {self._remote.path}"
-            )
-        raise requests.HTTPError(f"status {status}")
-
-    def _begin(self, response: requests.Response, total: int | None) -> _Origin:
-        self._part.unlink(missing_ok=True)  # so that it never lies beside another file's record
-        self._origin = _Origin(
-            url=self._remote.url,
-            total=total,
-            validator=_validator(response),
-            sha256=_linked_sha256(response),
+    disable_progress_bars()  # `advance` moves a bar of ours
+    logging.set_verbosity_error()  # an attempt that is repeated is no news
+    known = get_hf_file_metadata(remote.url)
+    version = re.sub(r"\W", "", known.etag or "")
+    part = remote.path.with_name(f"{remote.path.name}.{version[:16]}.part")
+    for other in part.parent.glob(f"{glob.escape(remote.path.name)}.*.part"):
+        if other != part or not version:  # of another version, or of an unknown one
+            other.unlink()
+    if known.size is not None and part.exists() and part.stat().st_size > known.size:
+        part.unlink()
+    with _Part(part, advance, stop) as file:
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        http_get(
+            remote.url, file, resume_size=file.tell(), headers=headers, expected_size=known.size
         )
-        self._record.write_text(json.dumps(asdict(self._origin)))
-        return self._origin
+    return part, version if _SHA256.fullmatch(version) else None
 
-    def _receive(self, response: requests.Response, start: int, origin: _Origin) -> bool:
-        wanted = _wanted(self._remote, origin.total)
-        have = start
-        with self._part.open("ab") as file:
+
+def _get_from_elsewhere(
+    remote: Remote, advance: Callable[[int], None], stop: threading.Event
+) -> tuple[Path, str | None]:
+    """Gets a file that is not on the Hub from its beginning: its .part file and its SHA-256."""
+    part = remote.path.with_name(f"{remote.path.name}.part")
+    part.unlink(missing_ok=True)
+    with requests.get(remote.url, stream=True, timeout=TIMEOUT_S) as response:
+        response.raise_for_status()
+        with _Part(part, advance, stop) as file:
             for block in response.iter_content(BLOCK_BYTES):
-                if self._stop.is_set():
-                    raise _StoppedError
-                kept = block[: wanted - have]
-                file.write(kept)
-                have += len(kept)
-                self._advance(have - self._shown)
-                self._shown = have
-                if have == wanted:
-                    break
-        return have == wanted or origin.total is None
+                file.write(block)
+    return part, remote.sha256
 
 
-def _wanted(remote: Remote, total: int | None) -> int:
-    """Bytes that are to come, if the file has so many."""
-    return min(size for size in (remote.limit, total, sys.maxsize) if size is not None)
-
-
-def _extent(response: requests.Response) -> tuple[int, int | None]:
-    """Where the answer begins in the file, and the bytes of the whole file if it says so."""
-    if response.status_code == HTTPStatus.PARTIAL_CONTENT:
-        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if match:
-            return int(match[1]), int(match[2])
-        return -1, None
-    length = response.headers.get("Content-Length", "")
-    return 0, int(length) if length.isdecimal() else None
-
-
-def _validator(response: requests.Response) -> str | None:
-    etag: str = response.headers.get("ETag", "")
-    if etag and not etag.startswith("W/"):  # a weak one allows other bytes
-        return etag
-    date: str | None = response.headers.get("Last-Modified")
-    return date
-
-
-def _linked_sha256(response: requests.Response) -> str | None:
-    """The sum that huggingface.co names when it sends us on to where a large file lies."""
-    for answer in (*response.history, response):
-        if match := _SHA256.fullmatch(answer.headers.get("X-Linked-Etag", "")):
-            return match[1]
-    return None
-
-
-def _read_record(record: Path, url: str) -> _Origin | None:
-    with suppress(OSError, ValueError, TypeError):
-        origin = _Origin(**json.loads(record.read_bytes()))
-        if origin.url == url:
-            return origin
-    return None
-
-
-def _check(remote: Remote, part: Path, origin: _Origin) -> None:
-    size = part.stat().st_size
-    if remote.size is not None and size != _wanted(remote, remote.size):
-        raise DataError(f"{size} bytes, expected {_wanted(remote, remote.size)}")
-    if origin.sha256 and size == origin.total and (found := sha256_of(part)) != origin.sha256:
-        raise DataError(f"its SHA-256 is {found}, expected {origin.sha256}")
+def _check(part: Path, sha256: str | None, remote: Remote) -> None:
+    """Raises DataError unless a downloaded file is the one that is expected."""
+    if remote.size not in (None, size := part.stat().st_size):
+        raise DataError(f"{size} bytes, expected {remote.size}")
+    if sha256 and (found := sha256_of(part)) != sha256:
+        raise DataError(f"its SHA-256 is {found}, expected {sha256}")
     remote.check(part)
 
 
-def _unreachable(remote: Remote, reason: str) -> DataError:
-    return DataError(
-        f"cannot get {remote.url} ({reason}); give the same command again where there is a "
-        f"network, or put that file here: {remote.path}"
-    )
+def _reason(error: Exception) -> str:
+    """A few words on why a request failed: the status that the server gave, or the error's name."""
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    return f"status {status}" if status else type(error).__name__

@@ -1,6 +1,6 @@
 """The data sets that `data prepare` knows by name, and the user's own files: text, split, names.
 
-What comes out has the names that llm.c's dev/data scripts give, and the same tokens.
+The token files of a data set have the names and the tokens that llm.c's dev/data scripts give them.
 """
 
 from __future__ import annotations
@@ -15,53 +15,51 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import requests
-
 from gpu_gpt2.data.prepare.documents import Source, find_sources, json_lines
-from gpu_gpt2.data.prepare.download import Remote, get_json
-from gpu_gpt2.data.prepare.shards import MOST_TOKENS, Plan, Stream
+from gpu_gpt2.data.prepare.download import Remote, hub_listing, hub_url
+from gpu_gpt2.data.prepare.shards import Plan, Stream
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.files import whole
 from gpu_gpt2.formats.multiple_choice import COMPLETIONS, Example, write_choices
+from gpu_gpt2.formats.tokens import MAX_TOKENS, SHARD_TOKENS
 from gpu_gpt2.tokenizer import cache_key, make_tokenizer, vocab_size_of
 
-HUGGING_FACE: Final = "https://huggingface.co"
-SHARD_TOKENS: Final = 10**8
-MOST_VAL_TOKENS: Final = 10**7  # held out of own files where nothing else is said
+MAX_DEFAULT_VAL_TOKENS: Final = 10**7  # held out of own files without --val-tokens
 ALIASES: Final[Mapping[str, str]] = {
     "fineweb": "fineweb10B",
     "edu-fineweb": "edu_fineweb10B",
     "edu_fineweb": "edu_fineweb10B",
 }
-_TEXT_BYTES_PER_TOKEN: Final = {"bytes": 1}  # of others about 4
-_LISTING: Final = "files.json"  # of what is to be got, so that it is asked for once
+_BYTES_PER_TOKEN: Final = {"bytes": 1}  # of text; about 4 with any other tokenizer
+_LISTING: Final = "files.json"  # in the folder raw: the files to download, asked for only once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A data set by name."""
+    """A data set by name: its raw text, and how its token files are made of it."""
 
-    manifest: str  # the beginning of its name
+    stem: str  # of the token files' and the manifest's names
     suffix: str  # of the files of raw text
-    sharded: bool
-    streams: Callable[[Sequence[Path], int], tuple[Stream, ...]]  # of the files, tokens in a shard
-    url: str  # of the raw text: a file, or a folder of Hugging Face's
+    sharded: bool  # whether there are several training files of --shard-tokens each
+    streams: Callable[[Sequence[Path], int], tuple[Stream, ...]]  # from raw files, shard_tokens
+    dataset: str | None  # of the raw text on the Hugging Face Hub; None if it is elsewhere
+    place: str  # of the raw text: a file or a folder in the data set, or else a URL
     bytes: int | None = None  # of that file, if known
+    sha256: str | None = None  # of that file, if known
 
 
 def _tinyshakespeare(files: Sequence[Path], shard_tokens: int) -> tuple[Stream, ...]:
     return (
         Stream(
             sources=tuple(Source(path=path, kind="sections") for path in files),
-            train="tiny_shakespeare_train",
-            val="tiny_shakespeare_val",
+            stem="tiny_shakespeare",
             val_tokens=32_768,
         ),
     )
 
 
 def _tinystories(files: Sequence[Path], shard_tokens: int) -> tuple[Stream, ...]:
-    """The first file is held out; stories are shuffled within each."""
+    """One stream for the first file, which is held out, and one for the others."""
     if len(files) < 2:
         raise DataError(
             f"{files[0]} is the only file of TinyStories, and the first of several is held out; "
@@ -72,8 +70,8 @@ def _tinystories(files: Sequence[Path], shard_tokens: int) -> tuple[Stream, ...]
         return tuple(Source(path=p, kind="stories", seed=1337 + i) for i, p in enumerate(paths))
 
     return (
-        Stream(sources=sources(files[:1]), train="TinyStories_val"),
-        Stream(sources=sources(files[1:]), train="TinyStories_train"),
+        Stream(sources=sources(files[:1]), stem="TinyStories", split="val"),
+        Stream(sources=sources(files[1:]), stem="TinyStories"),
     )
 
 
@@ -82,9 +80,8 @@ def _fineweb(stem: str) -> Callable[[Sequence[Path], int], tuple[Stream, ...]]:
         return (
             Stream(
                 sources=tuple(Source(path=path, kind="parquet") for path in files),
-                train=f"{stem}_train",
+                stem=stem,
                 shard_tokens=shard_tokens,
-                val=f"{stem}_val_000000",
                 val_tokens=shard_tokens,
             ),
         )
@@ -92,33 +89,36 @@ def _fineweb(stem: str) -> Callable[[Sequence[Path], int], tuple[Stream, ...]]:
     return streams
 
 
-def _fineweb_recipe(stem: str, repository: str, sample: str) -> Recipe:
+def _fineweb_recipe(stem: str, dataset: str, sample: str) -> Recipe:
     return Recipe(
-        manifest=stem,
+        stem=stem,
         suffix=".parquet",
         sharded=True,
         streams=_fineweb(stem),
-        url=f"{HUGGING_FACE}/datasets/HuggingFaceFW/{repository}/resolve/main/sample/{sample}",
+        dataset=f"HuggingFaceFW/{dataset}",
+        place=f"sample/{sample}",
     )
 
 
 RECIPES: Final[Mapping[str, Recipe]] = {
     "tinyshakespeare": Recipe(
-        manifest="tiny_shakespeare",
+        stem="tiny_shakespeare",
         suffix=".txt",
         sharded=False,
         streams=_tinyshakespeare,
-        url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+        dataset=None,
+        place="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
         "input.txt",
         bytes=1_115_394,
+        sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
     "tinystories": Recipe(
-        manifest="TinyStories",
+        stem="TinyStories",
         suffix=".json",
         sharded=False,
         streams=_tinystories,
-        url=f"{HUGGING_FACE}/datasets/roneneldan/TinyStories/resolve/main/"
-        "TinyStories_all_data.tar.gz",
+        dataset="roneneldan/TinyStories",
+        place="TinyStories_all_data.tar.gz",
     ),
     "fineweb10B": _fineweb_recipe("fineweb", "fineweb", "10BT"),
     "fineweb100B": _fineweb_recipe("fineweb", "fineweb", "100BT"),
@@ -135,18 +135,18 @@ Download = Callable[[Sequence[Remote]], None]
 
 
 def plan_named(name: str, out: Path, tokenizer: str, shard_tokens: int | None) -> Plan:
-    """The plan of a data set of RECIPES, still without its text; ConfigError."""
+    """The plan of a data set of RECIPES, without its text, which `with_text` adds; ConfigError."""
     recipe = RECIPES[name]
     if shard_tokens is not None and not recipe.sharded:
         raise ConfigError(f"{name} is not cut into shards; leave out --shard-tokens")
     settings = _settings(tokenizer)
     if recipe.sharded:
         settings["shard_tokens"] = _checked_shard_tokens(shard_tokens)
-    return Plan(name=recipe.manifest, folder=out / name, tokenizer=tokenizer, settings=settings)
+    return Plan(name=recipe.stem, folder=out / name, tokenizer=tokenizer, settings=settings)
 
 
 def with_text(plan: Plan, name: str, given: Path | None, download: Download) -> Plan:
-    """The plan with its raw text: `given`, a file or folder, else from the folder raw or the web.
+    """Adds its raw text to a plan: `given`, a file or folder, or else the folder raw or the web.
 
     DataError says which file to put where if there is no network.
     """
@@ -156,7 +156,9 @@ def with_text(plan: Plan, name: str, given: Path | None, download: Download) -> 
     elif recipe.suffix == ".parquet":
         files = _sample(recipe, plan.folder / "raw", download)
     else:
-        raw = raw_file(recipe.url, plan.folder, recipe.bytes, download)
+        raw = plan.folder / "raw" / recipe.place.rpartition("/")[2]
+        if not raw.exists():
+            download([_remote(recipe.dataset, recipe.place, raw, recipe.bytes, recipe.sha256)])
         files = _unpacked(raw) if raw.suffix == ".gz" else [raw]
     streams = recipe.streams(files, int(plan.settings.get("shard_tokens", 0)))
     return replace(plan, streams=streams)
@@ -172,15 +174,15 @@ def plan_own(
 ) -> Plan:
     """The plan of the user's own files and folders, named after the first of them; UserError.
 
-    val_tokens: None is about a tenth of the text, at most MOST_VAL_TOKENS.
+    val_tokens: None means about a tenth of the text, but at most MAX_DEFAULT_VAL_TOKENS.
     """
     sources = find_sources(paths, field)
     if val_tokens is None:
         size = sum(source.path.stat().st_size for source in sources)
-        per_token = _TEXT_BYTES_PER_TOKEN.get(tokenizer, 4)
-        val_tokens = min(max(1, size // (10 * per_token)), MOST_VAL_TOKENS)
-    if not 0 <= val_tokens <= MOST_TOKENS:
-        raise ConfigError(f"--val-tokens {val_tokens} must be 0 to {MOST_TOKENS}")
+        per_token = _BYTES_PER_TOKEN.get(tokenizer, 4)
+        val_tokens = min(max(1, size // (10 * per_token)), MAX_DEFAULT_VAL_TOKENS)
+    if not 0 <= val_tokens <= MAX_TOKENS:
+        raise ConfigError(f"--val-tokens {val_tokens} must be 0 to {MAX_TOKENS}")
     first = paths[0].resolve()
     name = (first.name if first.is_dir() else first.stem) or "text"
     settings = _settings(tokenizer)
@@ -191,9 +193,8 @@ def plan_own(
     }
     stream = Stream(
         sources=sources,
-        train=f"{name}_train",
+        stem=name,
         shard_tokens=int(settings["shard_tokens"]),
-        val=f"{name}_val_000000" if val_tokens else None,
         val_tokens=val_tokens,
     )
     return Plan(
@@ -204,11 +205,13 @@ def plan_own(
 def prepare_hellaswag(
     out: Path, given: Path | None, tokenizer: str, download: Download
 ) -> tuple[Path, int]:
-    """Writes hellaswag_val.bin: the file and its count of examples; UserError."""
+    """Writes hellaswag_val.bin and returns its path and its count of examples; UserError."""
     _settings(tokenizer)
     folder = out / HELLASWAG
     if given is None:
-        given = raw_file(HELLASWAG_URL, folder, None, download)
+        given = folder / "raw" / HELLASWAG_URL.rpartition("/")[2]
+        if not given.exists():
+            download([_remote(None, HELLASWAG_URL, given)])
     encode = make_tokenizer(tokenizer, ()).encode
     examples: list[Example] = []
     try:
@@ -234,12 +237,18 @@ def prepare_hellaswag(
     return path, len(examples)
 
 
-def raw_file(url: str, folder: Path, size: int | None, download: Download) -> Path:
-    """A file of raw text in the folder raw, got from the web if it is not there."""
-    path = folder / "raw" / url.rpartition("/")[2]
-    if not path.exists():
-        download([Remote(url=url, path=path, check=lambda path: None, size=size)])
-    return path
+def _remote(
+    dataset: str | None, place: str, path: Path, size: int | None = None, sha256: str | None = None
+) -> Remote:
+    """A file of raw text at `place` in a data set of the Hub, or else at the URL `place`."""
+    return Remote(
+        url=place if dataset is None else hub_url(dataset, place),
+        path=path,
+        check=lambda path: None,  # the text is read, and so checked, later
+        on_hub=dataset is not None,
+        size=size,
+        sha256=sha256,
+    )
 
 
 def _settings(tokenizer: str) -> dict[str, str | int]:
@@ -255,12 +264,13 @@ def _settings(tokenizer: str) -> dict[str, str | int]:
 def _checked_shard_tokens(shard_tokens: int | None) -> int:
     if shard_tokens is None:
         return SHARD_TOKENS
-    if not 1 <= shard_tokens <= MOST_TOKENS:
-        raise ConfigError(f"--shard-tokens {shard_tokens} must be 1 to {MOST_TOKENS}")
+    if not 1 <= shard_tokens <= MAX_TOKENS:
+        raise ConfigError(f"--shard-tokens {shard_tokens} must be 1 to {MAX_TOKENS}")
     return shard_tokens
 
 
 def _given(path: Path, suffix: str) -> list[Path]:
+    """The file `path`, or the files with `suffix` in the folder `path`, sorted; DataError."""
     if not path.is_dir():
         if not path.exists():
             raise DataError(f"no file or folder {path}; name the raw text with --from")
@@ -272,38 +282,31 @@ def _given(path: Path, suffix: str) -> list[Path]:
 
 
 def _sample(recipe: Recipe, raw: Path, download: Download) -> list[Path]:
-    """The files of a folder of Hugging Face's."""
+    """The files of a sample of a data set, downloaded into the folder `raw`."""
+    assert recipe.dataset is not None
     listing = raw / _LISTING
-    question = recipe.url.replace("/datasets/", "/api/datasets/").replace("/resolve/", "/tree/")
     try:
         if not listing.exists():
-            entries = [[Path(e["path"]).name, int(e["size"])] for e in get_json(question)]
+            entries = hub_listing(recipe.dataset, recipe.place)
             raw.mkdir(parents=True, exist_ok=True)
             with whole(listing) as temporary:
                 temporary.write_text(json.dumps(entries))
         found: list[tuple[str, int]] = [
             (str(name), int(size)) for name, size in json.loads(listing.read_bytes())
         ]
-    except requests.RequestException as e:
+    except (ValueError, TypeError) as e:
         raise DataError(
-            f"cannot get the list of files {question} ({type(e).__name__}); get the .parquet "
-            f"files of {recipe.url.replace('/resolve/', '/tree/')} by hand and name their folder "
-            f"with --from"
-        ) from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise DataError(
-            f"{question} or {listing} is no list of files ({type(e).__name__}); delete {listing} "
-            f"and try again"
+            f"{listing} is no list of files ({type(e).__name__}); delete it and try again"
         ) from e
     except OSError as e:
         raise DataError(f"cannot write in {raw}: {e.strerror}; choose another --out") from e
     remotes = [
-        Remote(url=f"{recipe.url}/{name}", path=raw / name, check=lambda path: None, size=size)
+        _remote(recipe.dataset, f"{recipe.place}/{name}", raw / name, size)
         for name, size in sorted(found)
         if name.endswith(recipe.suffix) and Path(name).name == name
     ]
     if not remotes:
-        raise DataError(f"{question} lists no {recipe.suffix} file; use --from FOLDER")
+        raise DataError(f"{listing} lists no {recipe.suffix} file; delete it, or use --from FOLDER")
     download(remotes)
     return [remote.path for remote in remotes]
 

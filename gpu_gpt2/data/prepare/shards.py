@@ -1,7 +1,7 @@
-"""Text to token files that llm.c reads: on all cores, file by file, and it can be gone on with.
+"""Text to token files that llm.c reads, on all cores, and resumed where an earlier run stopped.
 
-A manifest beside the files holds what they were made from, the SHA-256 of each, and where in the
-text the next one begins.
+A manifest beside the token files holds their sources and settings, the SHA-256 of each file, and
+the place in the text where the next file begins.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ import numpy.typing as npt
 from gpu_gpt2.data.prepare.documents import Piece, Source, read_pieces
 from gpu_gpt2.data.prepare.encode import Encoded, Place, encode_pieces
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.files import sha256_of, whole
-from gpu_gpt2.formats.tokens import token_writer
+from gpu_gpt2.formats.files import new_file, sha256_of
+from gpu_gpt2.formats.tokens import MAX_TOKENS, shard_name, stem_and_split, token_writer
 
 FORMAT: Final = 1  # raised whenever the same text would give other files
-MOST_TOKENS: Final = 2**31 - 1  # in a file, as its header counts them
 
-Progress = Callable[[int, int], None]  # bytes of the sources read and tokens written, in all
+Progress = Callable[[int, int], None]  # total bytes of the sources read, total tokens written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
-    """Sources whose tokens run on from one file into the next."""
+    """Sources whose tokens continue from one token file into the next."""
 
     sources: tuple[Source, ...]
-    train: str  # name of the files, which are numbered from 000001 on if `shard_tokens` is given
-    shard_tokens: int | None = None
-    val: str | None = None  # name of a file in front of them
-    val_tokens: int = 0
+    stem: str  # of the file names
+    split: str = "train"  # what the tokens are for; "val" if all of them are held out
+    shard_tokens: int | None = None  # tokens of a numbered file; None for one file without number
+    val_tokens: int = 0  # held out from the beginning, in a file of their own
 
     def file(self, index: int) -> tuple[str, int]:
-        """Name and most tokens of file `index`."""
-        if self.val is not None:
+        """Name of file `index`, and the most tokens it may have."""
+        numbered = self.shard_tokens is not None
+        if self.val_tokens:
             if index == 0:
-                return f"{self.val}.bin", self.val_tokens
+                return shard_name(self.stem, "val", 0 if numbered else None), self.val_tokens
             index -= 1
         if self.shard_tokens is None:
-            return f"{self.train}.bin", MOST_TOKENS
-        return f"{self.train}_{index + 1:06d}.bin", self.shard_tokens
+            return shard_name(self.stem, self.split), MAX_TOKENS
+        return shard_name(self.stem, self.split, index + 1), self.shard_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to become of which text."""
+    """The token files to make, and the text to make them from."""
 
-    name: str  # of the manifest
-    folder: Path
-    tokenizer: str  # "gpt2", "bytes" or the path of one
-    settings: Mapping[str, str | int]  # what decides, beside the text, which files come out
-    streams: tuple[Stream, ...] = ()  # none while the text has not been found
+    name: str  # the beginning of the manifest's name
+    folder: Path  # of the token files
+    tokenizer: str  # "gpt2", "bytes" or the path of a tokenizer
+    settings: Mapping[str, str | int]  # together with the text they decide every byte of the files
+    streams: tuple[Stream, ...] = ()  # empty while the text has not been found
 
     @property
     def manifest(self) -> Path:
@@ -74,21 +74,21 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A finished file, and where the text behind it begins."""
+    """A finished token file, and the place in the text where the next one begins."""
 
     file: str
     tokens: int
     sha256: str
-    stream: int
-    index: int  # in the stream
-    source: int  # of the stream
-    piece: int  # of the source
-    skip: int  # tokens of the piece that stand in this file
+    stream: int  # index of the stream in the plan
+    index: int  # of the file in the stream
+    source: int  # index of the next file's source in the stream
+    piece: int  # index of the next file's piece in that source
+    skip: int  # tokens of that piece that are in this file or an earlier one
 
 
 @dataclass(slots=True, kw_only=True)
 class Prepared:
-    """The files that are finished, and how fast those of this run were made."""
+    """The finished token files, and the text and time that this run took for its part of them."""
 
     shards: list[Shard] = field(default_factory=list)
     complete: bool = False
@@ -101,7 +101,10 @@ class Prepared:
 
 
 def finished(plan: Plan) -> Prepared | None:
-    """The run that made all files of `plan`, whatever has become of its text, if there is one."""
+    """The result of the run that made all files of `plan`, if there was one; DataError.
+
+    The raw text, which may be gone by now, is not compared.
+    """
     if not plan.manifest.exists():
         return None
     done = _read_manifest(plan)
@@ -109,10 +112,10 @@ def finished(plan: Plan) -> Prepared | None:
 
 
 def prepare(plan: Plan, progress: Progress) -> Prepared:
-    """Makes the files of `plan`, or those that are missing; checks those that are there.
+    """Makes the files of `plan` that are missing and checks those that exist already.
 
-    DataError where they were begun with other settings or other text. To be called in the main
-    thread.
+    Raises DataError if they were begun with other settings or other text. Must be called in the
+    main thread.
     """
     done = _read_manifest(plan) if plan.manifest.exists() else Prepared()
     if done.complete:
@@ -134,10 +137,10 @@ def prepare(plan: Plan, progress: Progress) -> Prepared:
 
 
 def _write_stream(plan: Plan, number: int, done: Prepared, progress: Progress) -> None:
-    """The files of a stream that are missing."""
+    """Writes the missing files of stream `number`, and the manifest after each."""
     stream = plan.streams[number]
-    for left_behind in plan.folder.glob(f".{glob.escape(stream.train)}*.bin.*.tmp"):
-        left_behind.unlink()  # by a run that was killed
+    for leftover in plan.folder.glob(f".{glob.escape(stream.stem)}_*.bin.*.tmp"):
+        leftover.unlink()  # of a run that was killed
     last = done.shards[-1] if done.shards and done.shards[-1].stream == number else None
     index, place, skip = 0, Place(0, 0, 0), 0
     if last:
@@ -149,8 +152,8 @@ def _write_stream(plan: Plan, number: int, done: Prepared, progress: Progress) -
     with closing(chunks):
         feed = _Feed(chunks, place, skip)
         while True:
-            name, most = stream.file(index)
-            tokens = feed.take(most)
+            name, max_tokens = stream.file(index)
+            tokens = feed.take(max_tokens)
             if not tokens.size:
                 break
             count, before = 0, done.tokens
@@ -159,7 +162,7 @@ def _write_stream(plan: Plan, number: int, done: Prepared, progress: Progress) -
                     out.write(tokens)
                     count += tokens.size
                     progress(starts[first + feed.place.source] + feed.place.read, before + count)
-                    tokens = feed.take(most - count)
+                    tokens = feed.take(max_tokens - count)
             done.shards.append(
                 Shard(
                     file=name,
@@ -187,32 +190,32 @@ def _pieces(stream: Stream, start: Place) -> Iterator[tuple[Place, Piece]]:
 
 
 class _Feed:
-    """The tokens of a stream, as many as are wanted, and the place where the next one stands."""
+    """The tokens of a stream in portions of any size, and the next token's place in the text."""
 
     def __init__(
         self, chunks: Iterator[tuple[list[Place], Encoded]], place: Place, skip: int
     ) -> None:
-        """skip: tokens of the first piece to leave out."""
+        """skip: tokens of the first piece to leave out, as an earlier file has them."""
         self._chunks = chunks
         self._places: list[Place] = []
         self._tokens = np.empty(0, np.uint16)
         self._ends = np.empty(0, np.int64)
-        self._position = 0  # in the tokens of the chunk
-        self.place = place  # `read` is where the last token stands
-        self.skip = skip  # tokens of the piece that have been taken
+        self._position = 0  # of the next token in the chunk
+        self.place = place  # the piece of the next token
+        self.skip = skip  # tokens of that piece that have been taken
         self.text_bytes = 0  # of all chunks so far
 
-    def take(self, most: int) -> npt.NDArray[np.uint16]:
-        """The next tokens, 1 to `most` of them; none if `most` is 0 or at the end of the text."""
-        while most and self._position == self._tokens.size:
+    def take(self, max_tokens: int) -> npt.NDArray[np.uint16]:
+        """The next 1 to `max_tokens` tokens; none if that is 0 or at the end of the text."""
+        while max_tokens and self._position == self._tokens.size:
             chunk = next(self._chunks, None)
             if chunk is None:
                 break
             self._places, encoded = chunk
             self._tokens, self._ends = encoded.tokens, encoded.ends
-            self._position = self.skip  # 0 but for the first chunk
+            self._position = self.skip  # 0 except in the first chunk
             self.text_bytes += encoded.text_bytes
-        taken = self._tokens[self._position : self._position + most]
+        taken = self._tokens[self._position : self._position + max_tokens]
         self._position += taken.size
         if taken.size:
             i = int(np.searchsorted(self._ends, self._position, side="right"))
@@ -226,9 +229,8 @@ class _Feed:
 
 
 def _check_split(plan: Plan, done: Prepared) -> None:
-    """DataError, and nothing is left, unless there is text to train on."""
-    trained = [s for s in done.shards if plan.streams[s.stream].val is None or s.index > 0]
-    if trained:
+    """Deletes all files and raises DataError if none of them is for training."""
+    if any(stem_and_split(shard.file)[1] == "train" for shard in done.shards):
         return
     for path in (plan.manifest, *(plan.folder / shard.file for shard in done.shards)):
         path.unlink(missing_ok=True)
@@ -240,7 +242,7 @@ def _check_split(plan: Plan, done: Prepared) -> None:
 
 
 def _read_manifest(plan: Plan) -> Prepared:
-    """What is finished; DataError unless it was made by the same plan and is undamaged."""
+    """The finished files; DataError unless the same plan made them and they are undamaged."""
     path = plan.manifest
     again = f"to begin again, delete {path} or choose another --out"
     try:
@@ -279,11 +281,12 @@ def _read_manifest(plan: Plan) -> Prepared:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """Of a manifest's contents, for most of them nothing else could tell that they changed."""
+    """The SHA-256 of a manifest's content, by which damage to the manifest is found."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _difference(then: Any, now: Any) -> str:
+    """A few words on how a manifest's entry differs from what it would be now."""
     if isinstance(then, dict) and isinstance(now, dict):
         changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
         return ", ".join(f"{key} {then.get(key)}, now {now.get(key)}" for key in changed)
@@ -301,18 +304,13 @@ def _write_manifest(plan: Plan, done: Prepared) -> None:
         "shards": [asdict(shard) for shard in done.shards],
         "complete": done.complete,
     }
-    try:
-        with whole(plan.manifest) as temporary:
-            text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
-            temporary.write_text(text + "\n")
-    except OSError as e:
-        raise DataError(
-            f"cannot write {plan.manifest}: {e.strerror}; make room or choose another folder"
-        ) from e
+    text = json.dumps(content | {"sha256": _digest(content)}, indent=1)
+    with new_file(plan.manifest) as file:
+        file.write(text.encode() + b"\n")
 
 
 def _sources(plan: Plan) -> list[list[str | int]]:
-    """Name, bytes and time of change of every file of text: what tells that it is the same."""
+    """Name, bytes and modification time of every file of text, by which a change is found."""
     found: list[list[str | int]] = []
     for source in plan.sources:
         stat = source.path.stat()

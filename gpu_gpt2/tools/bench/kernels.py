@@ -1,4 +1,4 @@
-"""`bench kernels`: each op's time beside what the device could do."""
+"""`bench kernels`: times every op and compares it with the measured limits of the device."""
 
 from __future__ import annotations
 
@@ -11,68 +11,67 @@ from rich.table import Table
 
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.device.base import FLOAT32
-from gpu_gpt2.ops.interface import Ops
+from gpu_gpt2.ops.table import Ops
 from gpu_gpt2.tools.bench.cases import BenchCase, Tensors, cases
 
-COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}  # far more than caches hold
+COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}  # of the timed copy: more than caches hold
 HEAD: Final = ("op", "ms", "GB/s", "TFLOP/s", "of the limit")
-PRODUCT_SIZE: Final = {"cuda": 8192, "cpu": 1024}  # of each side of the square matrices
+# Rows and columns of the timed matmul: large enough to reach the peak, small enough not to wait for.
+MATMUL_SIZE: Final = {"cuda": 8192, "cpu": 1024}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What this device does when asked for one thing only, measured."""
+    """The bandwidth and the arithmetic that this device reaches, measured one at a time."""
 
-    copy_gb_s: float  # bytes read and bytes written by a large copy
-    matmul_tflops: float  # of a large square product in the dtype at hand
+    copy_gb_s: float  # bytes read plus bytes written by a large copy
+    matmul_tflops: float  # of a large square matmul in the dtype of the ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelTime:
-    """One op. The share is of the limit that binds: bytes moved or products."""
+    """The time of one op, and its share of the limit that binds it: bandwidth or arithmetic."""
 
     name: str
     ms: float  # median
-    gb_s: float
-    tflops: float  # 0 where there are no products
-    share: float  # 1 = as fast as the device's limit
+    gb_s: float  # of the least bytes that the op must move
+    tflops: float  # of its matmuls; 0 for an op without matmuls
+    share: float  # 1 for an op that reaches a limit of the device
 
 
-def measure_limits(ops: Ops, dtype: str) -> Limits:
-    """Copies and multiplies random numbers on the device of `ops`."""
+def measure_limits(ops: Ops) -> Limits:
+    """Measures a large copy and a large matmul on the device of `ops`."""
     copied = 2 * COPY_BYTES[ops.device.name]
-    return Limits(
-        copy_gb_s=copied / _copy_ms(ops, dtype) / 1e6, matmul_tflops=product_tflops(ops, dtype)
-    )
+    return Limits(copy_gb_s=copied / _copy_ms(ops) / 1e6, matmul_tflops=large_matmul_tflops(ops))
 
 
-def product_tflops(ops: Ops, dtype: str) -> float:
-    """What a large square product of random numbers reaches."""
-    size, new = PRODUCT_SIZE[ops.device.name], Tensors(ops, dtype)
+def large_matmul_tflops(ops: Ops) -> float:
+    """Returns the TFLOP/s of a large square matmul of random numbers."""
+    size, new = MATMUL_SIZE[ops.device.name], Tensors(ops)
     a, b, out = new(size, size), new(size, size), new(size, size)
     ms = statistics.median(ops.device.time_ms(lambda: ops.matmul(out, a, b), repeat=10))
     return 2 * size**3 / ms / 1e9
 
 
-def _copy_ms(ops: Ops, dtype: str) -> float:
-    device, new = ops.device, Tensors(ops, dtype)
+def _copy_ms(ops: Ops) -> float:
+    device, new = ops.device, Tensors(ops)
     count = COPY_BYTES[device.name] // FLOAT32.itemsize
     src, dst = new.float32(count), new.float32(count)
     return statistics.median(device.time_ms(lambda: device.copy(dst, src), repeat=10))
 
 
 def measure(
-    ops: Ops, dtype: str, config: ModelConfig, B: int, T: int, limits: Limits, repeat: int
+    ops: Ops, config: ModelConfig, B: int, T: int, limits: Limits, repeat: int
 ) -> Iterator[KernelTime]:
-    """The time of every op in bench.cases; on a GPU in caches that hold nothing of it.
+    """Yields the time of every op in bench/cases.py; on a GPU the caches are empty at its start.
 
-    On a GPU that PyTorch can use too, its flash attention follows ours.
+    On a GPU that PyTorch can use too, PyTorch's flash attention follows ours.
     """
-    for case in cases(ops, dtype, config, B, T):
+    for case in cases(ops, config, B, T):
         yield _result(case, statistics.median(ops.device.time_ms(case.run, repeat=repeat)), limits)
-        if case.name.startswith("attention") and ops.device.is_gpu and dtype != "fp32":
+        if case.name.startswith("attention") and ops.device.is_gpu and ops.dtype != "fp32":
             backward = case.name == "attention_bwd"
-            if ms := _torch_attention_ms(dtype, config, B, T, repeat, backward=backward):
+            if ms := _torch_attention_ms(ops.dtype, config, B, T, repeat, backward=backward):
                 peer = replace(case, name=f"{case.name} of PyTorch")
                 yield _result(peer, ms, limits)
 
@@ -80,7 +79,7 @@ def measure(
 def _torch_attention_ms(
     dtype: str, config: ModelConfig, B: int, T: int, repeat: int, *, backward: bool
 ) -> float:
-    """Median of PyTorch's flash attention on (B, H, T, D), or 0 without PyTorch or a GPU for it."""
+    """Returns the median time of PyTorch's flash attention, or 0 if it cannot run."""
     try:
         from gpu_gpt2.tools.torch_gpt2 import torch_attention_ms
     except ImportError:  # no PyTorch
@@ -102,11 +101,11 @@ def _result(case: BenchCase, ms: float, limits: Limits) -> KernelTime:
 
 
 def table(times: list[KernelTime], limits: Limits) -> Table:
-    """The times for the console."""
+    """Returns the times as a table for the terminal."""
     columns = Table(
         box=None,
         caption=f"limits measured here: copy {limits.copy_gb_s:,.0f} GB/s, "
-        f"products {limits.matmul_tflops:,.1f} TFLOP/s",
+        f"matmul {limits.matmul_tflops:,.1f} TFLOP/s",
         caption_justify="left",
     )
     for title in HEAD:
@@ -117,7 +116,7 @@ def table(times: list[KernelTime], limits: Limits) -> Table:
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A KernelTime by names as text, under HEAD."""
+    """Returns a KernelTime, given by names, as the texts of the columns of HEAD."""
     return (
         row["name"],
         f"{row['ms']:.3f}",

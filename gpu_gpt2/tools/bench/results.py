@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from gpu_gpt2.config import AUTO, OPTIONS, Option, preset
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.cuda import cuda_versions
 from gpu_gpt2.errors import DataError
@@ -89,7 +90,7 @@ def newest(kind: str, folder: Path = FOLDER) -> list[tuple[Path, dict[str, Any]]
 
 
 def write_tables(root: Path) -> list[Path]:
-    """Writes the tables of README.md and kernels/README.md and plots; returns the changed files."""
+    """Rewrites the generated tables and plots of the documentation; returns the files written."""
     folder = root / FOLDER
 
     def tables(kind: str, render: Callable[[dict[str, Any]], str], missing: str) -> str:
@@ -118,6 +119,7 @@ def write_tables(root: Path) -> list[Path]:
             "static": tables("static", _static, NOT_COMPILED),
             "counts": tables("static", _counts, NOT_COMPILED),
         },
+        root / "docs/training-options.md": {"options": option_tables()},
     }
     for path, blocks in texts.items():
         old = new = path.read_text()
@@ -136,6 +138,30 @@ def replace_block(text: str, name: str, block: str) -> str:
         raise DataError(f"expected the marks {start.strip()} and {stop}")
     pattern = re.escape(start) + ".*?" + re.escape(stop)
     return re.sub(pattern, lambda match: f"{start}{block.strip()}\n{stop}", text, flags=re.DOTALL)
+
+
+def option_tables() -> str:
+    """The tables of docs/training-options.md: all settings of TrainConfig, one table a group."""
+    devices = OPTIONS["device"].choices
+    head = ("option", "meaning", "allowed", *(f"default on {name}" for name in devices), "resume")
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for option in OPTIONS.values():
+        line = (
+            f"`{option.flag} {option.metavar}".rstrip().replace("|", "\\|") + "`",
+            option.help + (f" {AUTO}: {option.auto}." if option.auto else ""),
+            option.allowed,
+            *(_default(option, device) for device in devices),
+            "may change" if option.resumable else "",
+        )
+        groups.setdefault(option.group, []).append(line)
+    return "\n\n".join(f"## {name}\n\n{_markdown(head, lines)}" for name, lines in groups.items())
+
+
+def _default(option: Option, device: str) -> str:
+    default = preset(device).get(option.name, option.default)
+    if default is None:
+        return AUTO if option.auto else ""
+    return f"`{default}`" if option.kind is not bool else "off"
 
 
 def plot(result: Mapping[str, Any], folder: Path) -> Path:

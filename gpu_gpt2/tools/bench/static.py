@@ -86,11 +86,11 @@ def launches(config: ModelConfig) -> dict[tuple[KernelSource, str], int]:
     for dtype in DTYPES:
         device = RecordingDevice()
         ops = KernelOps(device, dtype)
-        for case in cases(ops, dtype, config, B=1, T=16):
+        for case in cases(ops, config, B=1, T=16):
             case.run()
         for head_size in HEAD_SIZES:
             small = replace(config, n_embd=head_size, n_head=1, n_layer=1, vocab_size=128)
-            for case in cases(ops, dtype, small, B=1, T=16):
+            for case in cases(ops, small, B=1, T=16):
                 if case.name.startswith("attention"):
                     case.run()
         found |= device.launches
@@ -102,7 +102,7 @@ def counts(config: ModelConfig, dtype: str) -> list[dict[str, Any]]:
     ops = KernelOps(RecordingDevice(), dtype)
     return [
         {"name": case.name, "dtype": dtype, "bytes": case.moved, "flops": case.flops}
-        for case in cases(ops, dtype, config, B=1, T=config.n_positions)
+        for case in cases(ops, config, B=1, T=config.n_positions)
     ]
 
 

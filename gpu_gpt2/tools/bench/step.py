@@ -22,7 +22,7 @@ from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.gpt2 import GPT2, check_seq_len, parameter_count
 from gpu_gpt2.models.init import initial_weights
 from gpu_gpt2.ops import ops_for
-from gpu_gpt2.tools.bench.kernels import product_tflops
+from gpu_gpt2.tools.bench.kernels import large_matmul_tflops
 from gpu_gpt2.training.memory import check_fits, memory_plan
 from gpu_gpt2.training.optimizer import AdamW
 
@@ -185,7 +185,7 @@ def measure_all(
     device: Device, dtype: str, sizes: Sequence[Size], names: Sequence[str], steps: int
 ) -> Iterator[StepTime]:
     """Times the programs `names` at every size; one that fails yields a row with the problem."""
-    matmul_tflops = product_tflops(ops_for(device, dtype), dtype)
+    matmul_tflops = large_matmul_tflops(ops_for(device, dtype))
     for size in sizes:
         for name in names:
             try:
