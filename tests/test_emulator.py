@@ -81,7 +81,7 @@ PLANTED: Final = [planted for file in PLANTED_FILES for planted in planted_in(fi
 every_planted = pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.kernel)
 
 
-def numbers(on: EmulatorDevice, n: int, dtype: Any = F32) -> Any:
+def integers(on: EmulatorDevice, n: int, dtype: Any = F32) -> Any:
     """The integers 1 to n, exact in every dtype used here (in bfloat16 up to n = 256)."""
     array = on.empty((n,), dtype)
     on.upload(array, np.arange(1, n + 1).astype(dtype))
@@ -99,7 +99,7 @@ def run_planted(on: EmulatorDevice, planted: Planted, fault: int) -> list[Any]:
     for parameter in kernels.parameters(planted.kernel):
         dtype = pointer_dtype(parameter, kernels)
         if parameter.const or parameter.name == "z_in_out":
-            arrays.append(numbers(on, n, dtype))
+            arrays.append(integers(on, n, dtype))
         elif dtype == I32:
             arrays.append(on.zeros((n,), dtype))
         else:
@@ -141,7 +141,7 @@ def test_a_kernel_without_its_fault_is_not_reported(order: Order, planted: Plant
 
 def test_a_reported_launch_leaves_the_arrays_unchanged(emulator: EmulatorDevice) -> None:
     kernels = kernel_source("bounds.cu", "fp32", FAULT=1)
-    y, x = emulator.zeros((64,), F32), numbers(emulator, 64)
+    y, x = emulator.zeros((64,), F32), integers(emulator, 64)
     with pytest.raises(KernelError):
         emulator.launch(kernels, "read_past_end", (2,), (32,), (y, x))
     assert not y.any()
@@ -154,7 +154,7 @@ def test_a_reported_launch_leaves_the_arrays_unchanged(emulator: EmulatorDevice)
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 33), (32, 32), (65, 31)])
 def test_a_transpose_through_shared_memory_is_exact(order: Order, n: int, m: int) -> None:
     on = EmulatorDevice(order, seed=3)
-    y, x = on.empty((m, n), F32), numbers(on, n * m).reshape(n, m)
+    y, x = on.empty((m, n), F32), integers(on, n * m).reshape(n, m)
     grid = (-(-m // 32), -(-n // 32))
     on.launch(kernel_source("right.cu", "fp32"), "transpose", grid, (32, 32), (y, x, n, m))
     np.testing.assert_array_equal(y, x.T)
@@ -201,17 +201,17 @@ def test_the_poison_pattern_written_by_a_kernel_counts_as_written(emulator: Emul
 @pytest.mark.parametrize("order", ORDERS)
 def test_threads_that_write_halves_of_one_word_do_not_race(order: Order) -> None:
     on = EmulatorDevice(order)
-    y, x = on.empty((64,), BF16), numbers(on, 64, BF16)
+    y, x = on.empty((64,), BF16), integers(on, 64, BF16)
     on.launch(kernel_source("right.cu", "bf16"), "reverse_halves", (1,), (64,), (y, x))
     np.testing.assert_array_equal(y, x[::-1])
 
 
 def test_overlapping_arguments_share_their_memory_during_a_launch(emulator: EmulatorDevice) -> None:
     right = kernel_source("right.cu", "fp32")
-    x = numbers(emulator, 64)
+    x = integers(emulator, 64)
     emulator.launch(right, "add", (2,), (32,), (x, x))
     np.testing.assert_array_equal(x, 2 * np.arange(1, 65))
-    arena = numbers(emulator, 96)
+    arena = integers(emulator, 96)
     emulator.launch(right, "add", (1,), (32,), (arena[:64], arena[32:]))
     np.testing.assert_array_equal(arena[:32], 2 * np.arange(1, 33) + 32)
     np.testing.assert_array_equal(arena[32:], np.arange(33, 97))
@@ -222,14 +222,14 @@ def test_overlapping_arguments_share_their_memory_during_a_launch(emulator: Emul
 def test_an_index_into_the_next_array_of_an_arena_is_out_of_bounds(
     emulator: EmulatorDevice,
 ) -> None:
-    arena = numbers(emulator, 128)
+    arena = integers(emulator, 128)
     kernels = kernel_source("bounds.cu", "fp32", FAULT=1)
     with pytest.raises(KernelError, match=r"reads x\[64\] out of bounds \(x has 64 elements"):
         emulator.launch(kernels, "read_past_end", (2,), (32,), (arena[64:], arena[:64]))
 
 
 def test_a_view_keeps_the_alignment_of_its_address(emulator: EmulatorDevice) -> None:
-    arena = numbers(emulator, 96)
+    arena = integers(emulator, 96)
     right = kernel_source("bounds.cu", "fp32", FAULT=0)
     y = emulator.empty((32,), F32)
     emulator.launch(right, "misaligned", (1,), (32,), (y, arena[4:]))
@@ -263,7 +263,7 @@ def test_atomic_sums_of_integers_are_exact_in_every_order(order: Order) -> None:
     on = EmulatorDevice(order)
     counts = on.zeros((2,), I32)
     right = kernel_source("right.cu", "fp32")
-    on.launch(right, "count", (3,), (32,), (counts, numbers(on, 77, I32), 77))
+    on.launch(right, "count", (3,), (32,), (counts, integers(on, 77, I32), 77))
     assert counts.tolist() == [38, 39]
 
 
@@ -394,16 +394,14 @@ def test_a_compiler_without_sanitizers_is_an_error() -> None:
 
 
 def test_without_addr2line_reports_lack_the_line_but_not_the_fault(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    emulator: EmulatorDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     planted = next(planted for planted in PLANTED if planted.kernel == "read_past_end")
-    device = EmulatorDevice()
-    run_planted(device, planted, fault=0)
     with pytest.raises(KernelError, match=r"out of bounds .* at bounds\.cu:\d+"):
-        run_planted(device, planted, fault=1)
+        run_planted(emulator, planted, fault=1)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(KernelError, match="out of bounds") as caught:
-        run_planted(device, planted, fault=1)
+        run_planted(emulator, planted, fault=1)
     assert "bounds.cu" not in str(caught.value)
 
 
