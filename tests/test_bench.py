@@ -17,9 +17,12 @@ from typer.testing import CliRunner
 from gpu_gpt2.cli.app import app
 from gpu_gpt2.config import ModelConfig, model_config
 from gpu_gpt2.device.cpu import CpuDevice
+from gpu_gpt2.device.nvrtc import KernelResources
 from gpu_gpt2.errors import ConfigError, DataError, DeviceError
 from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.tools import torch_gpt2
 from gpu_gpt2.tools.bench import kernels, results, static, step
 from gpu_gpt2.tools.bench.cases import BenchCase, cases
 from gpu_gpt2.tools.bench.kernels import Limits
@@ -87,6 +90,50 @@ def test_every_op_is_timed_on_the_cpu() -> None:
     times = list(kernels.measure(ReferenceOps(), CONFIG, 1, 8, limits, repeat=1))
     assert {"embedding_bwd", "softmax_bwd", "squared_norm", "adamw"} <= {t.name for t in times}
     assert all(time.ms > 0 and time.share > 0 for time in times)
+
+
+@pytest.fixture
+def gpu_ops(monkeypatch: pytest.MonkeyPatch) -> KernelOps:
+    """The ops of a device that pretends to be a GPU: launches take 2 ms and compute nothing."""
+    monkeypatch.setattr(static.RecordingDevice, "is_gpu", True)
+    monkeypatch.setattr(static.RecordingDevice, "time_ms", lambda *args, **kwargs: [2.0])
+    return KernelOps(static.RecordingDevice(), "bf16")
+
+
+def test_pytorchs_attention_follows_ours_on_a_gpu(
+    gpu_ops: KernelOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torch_attention_ms(*args: object) -> list[float]:
+        *sizes, backward = args
+        assert sizes == ["bf16", 1, 2, 8, 8, 3]
+        return [3.0, 4.0, 9.0] if backward else [1.0, 1.0, 5.0]
+
+    monkeypatch.setattr(torch_gpt2, "torch_attention_ms", torch_attention_ms)
+    limits = Limits(copy_gb_s=1.0, matmul_tflops=1.0)
+    times = {row.name: row.ms for row in kernels.measure(gpu_ops, CONFIG, 1, 8, limits, repeat=3)}
+    attention = {name: ms for name, ms in times.items() if name.startswith("attention")}
+    assert attention == {
+        "attention_fwd": 2.0, "attention_fwd of PyTorch": 1.0,
+        "attention_bwd": 2.0, "attention_bwd of PyTorch": 4.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("torch", ["not installed", "without a GPU"])
+def test_without_pytorchs_attention_only_ours_is_timed(
+    torch: str, gpu_ops: KernelOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch == "not installed":
+        monkeypatch.setitem(sys.modules, "gpu_gpt2.tools.torch_gpt2", None)
+    limits = Limits(copy_gb_s=1.0, matmul_tflops=1.0)
+    times = kernels.measure(gpu_ops, CONFIG, 1, 8, limits, repeat=3)
+    assert not [row.name for row in times if "PyTorch" in row.name]
+
+
+def test_the_peak_memory_is_unknown_where_the_system_does_not_count_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert CpuDevice().peak_memory == 0
 
 
 def test_the_peak_memory_on_a_cpu_is_unknown_once_pytorch_is_imported(
@@ -365,6 +412,41 @@ def test_the_commands_kernels_step_and_peers_print_tables_and_write_json(
     log.write_text(llmc_log())
     peers = ("--device", "cpu", "--size", "nano:2x8", "--llmc-log", "log")
     assert "llm.c" in run("peers", *peers)
+
+
+def test_the_command_kernels_static_lists_registers_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = KernelResources(
+        kernel="gelu_fwd", registers=30, shared_bytes=0, stack_bytes=0, spill_bytes=8
+    )
+    build = static.KernelBuild(
+        file="gelu.cu", dtype="bf16", defines=(), architecture="sm_90", threads=512, resources=needs
+    )
+    monkeypatch.setattr(static, "builds", lambda config: iter([build]))
+    path = tmp_path / "static.json"
+    shown = CliRunner().invoke(app, ["bench", "kernels", "--static", "--json", str(path)])
+    assert shown.exit_code == 0, shown
+    assert "1 kernels compiled, 1 of them spill registers to memory" in shown.output
+    assert "gelu_fwd" in shown.output
+    found = json.loads(path.read_text())
+    assert (found["kind"], found["rows"][0]["sm_90"]) == ("static", 30)
+    assert found["counts"] == static.counts(model_config("d12"), "bf16")
+
+
+def test_the_command_tables_names_the_files_that_it_writes(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    assert "wrote kernels/README.md" in CliRunner().invoke(app, ["bench", "tables"]).output
+
+
+def test_the_command_step_shows_a_warning_about_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = step.StepTime(name=step.OURS, size="d12:4x64", step_ms=1.0, problem="no graphs")
+    monkeypatch.setattr(step, "measure_ours", lambda *args: row)
+    monkeypatch.setattr(kernels, "large_matmul_tflops", lambda *args: 1.0)
+    shown = CliRunner().invoke(app, ["bench", "step", "--device", "cpu"])
+    assert "! gpu-gpt2 at d12:4x64: no graphs" in shown.output
 
 
 @pytest.mark.usefixtures("_small_limits")

@@ -395,6 +395,7 @@ def other_model(folder: Path) -> None:
     [
         (edit_training(format_version=3), "training.json: format_version is 3, expected 2;"),
         (edit_training(step="10"), "training.json: step is missing or not of type int"),
+        (edit_training(step=-1), "training.json: step and tokens must not be negative"),
         (edit_training(tokens=True), "training.json: tokens is missing or not of type int"),
         (edit_training(loader=[]), "training.json: loader is missing or not of type dict"),
         (edit_training(train={}), "training.json: missing training settings: batch_size, "),
@@ -452,6 +453,15 @@ def test_a_plain_hugging_face_folder_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         checkpoint.load(tmp_path)
     assert str(caught.value) == f"{tmp_path}/training.json: no such file"
+
+
+@pytest.mark.parametrize("seq_len", [0, MODEL.n_positions + 1, "16"])
+def test_a_trained_length_beyond_the_context_is_refused(seq_len: object, run_dir: Path) -> None:
+    folder = checkpoint.latest(run_dir)
+    assert checkpoint.trained_seq_len(folder, MODEL) == 16
+    edit_training(train=TRAIN.to_dict() | {"seq_len": seq_len})(folder)
+    with pytest.raises(CheckpointError, match=r"training\.json: seq_len is "):
+        checkpoint.trained_seq_len(folder, MODEL)
 
 
 def test_bytes_needed_is_an_upper_bound_close_to_the_bytes_written(run_dir: Path) -> None:

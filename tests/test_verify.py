@@ -327,3 +327,29 @@ def test_the_command_without_a_debug_state_says_how_to_make_one(
     assert code == 1
     assert "gpu-gpt2 verify --make DIR" in err
     assert len(err.splitlines()) == 1
+
+
+def test_making_files_without_pytorch_says_what_to_install(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run("nano", "--make", "made")
+    assert code == 1
+    assert "verify --make needs PyTorch: pip install torch" in err
+
+
+def test_files_are_not_made_for_a_vocabulary_smaller_than_gpt2s(
+    debug_files: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, err = run(str(debug_files / "small.bin"), "--make", "made")
+    assert code == 1
+    assert "small.bin has another vocabulary than GPT-2's; choose one that has it" in err
+
+
+def test_a_folder_that_cannot_be_made_for_the_files_is_an_error(
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    Path("file").touch()
+    code, _, err = run("nano", "--make", "file/made")
+    assert code == 1
+    assert "file/made: cannot be written: Not a directory" in err
