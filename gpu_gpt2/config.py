@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 GPT2_VOCAB_SIZE: Final = 50257
+LAYER_NORM_EPSILON: Final = 1e-5  # of GPT-2's layernorms
 VOCAB_PADDING: Final = 128  # rows of wte are padded to a multiple of this: aligned rows, full tiles
 MAX_BATCH_TOKENS: Final = 1 << 30  # in one micro-batch: kernels count rows in 32 bits
 MAX_RECOMPUTE: Final = 3  # highest level of activation recomputation: models/gpt2.py, activations
@@ -34,17 +35,21 @@ AUTO: Final = "auto"  # as the value of an option: gpu-gpt2 chooses
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Sizes of a GPT-2, under the names that Hugging Face's config.json uses."""
+    """Sizes and constants of a GPT-2, under the names that Hugging Face's config.json uses."""
 
     vocab_size: int = GPT2_VOCAB_SIZE
     n_positions: int = 1024  # longest context
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
+    layer_norm_epsilon: float = LAYER_NORM_EPSILON  # added to the variance
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if name == "layer_norm_epsilon":
+                if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+                    raise ConfigError(f"{name} must be a positive number, not {value!r}")
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number >= 1, not {value!r}")
         if self.n_embd % self.n_head:
             raise ConfigError(

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig
+from gpu_gpt2.config import GPT2_VOCAB_SIZE, LAYER_NORM_EPSILON, ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.files import BLOCK_BYTES
 from gpu_gpt2.formats.safetensors import TensorFile, TensorWriter
@@ -60,7 +60,6 @@ _SHARD: Final = re.compile(r"[\w.-]+\.safetensors", re.ASCII)  # so it lies in t
 # does. The first value is the one that a config.json without the setting implies.
 _SUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
     "tie_word_embeddings": (True,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -309,6 +308,7 @@ def _config_of_settings(path: Path, values: dict[str, Any]) -> ModelConfig:
             allowed = " or ".join(repr(s) for s in supported)
             raise DataError(f"{path}: {name} is {value!r}; only {allowed} is supported")
     sizes = {field.name: values.get(field.name) for field in fields(ModelConfig)}
+    sizes["layer_norm_epsilon"] = values.get("layer_norm_epsilon", LAYER_NORM_EPSILON)
     if missing := [name for name, value in sizes.items() if value is None]:
         raise DataError(f"{path}: {', '.join(missing)} missing")
     try:
