@@ -115,10 +115,10 @@ class BatchLoader:
                 int(state[key]) for key in ("epoch", "shard", "position", "drawn", "crc32")
             )
         except (KeyError, TypeError, ValueError, OverflowError) as e:
-            raise DataError(f"cannot go on: the saved place in the data is damaged ({e})") from e
+            raise DataError(f"cannot resume: the saved place in the data is damaged ({e})") from e
         if crc32 != self._crc32:
             raise DataError(
-                "cannot go on: the training tokens are not those of the saved run, its text or "
+                "cannot resume: the training tokens are not those of the saved run, its text or "
                 "tokenizer has changed; begin a new run with another --run-dir"
             )
         if not (
@@ -128,13 +128,13 @@ class BatchLoader:
             and np.array_equal(np.sort(order), np.arange(len(self._shards)))
             and 0 <= shard < len(self._shards)
         ):
-            raise DataError("cannot go on: the saved place in the data is damaged")
+            raise DataError("cannot resume: the saved place in the data is damaged")
         self._epoch, self._order = epoch, order
         self._random.restore(words.astype(np.uint32), drawn)
         self._open(shard)
         if not 0 <= position <= len(self._blocks):
             raise DataError(
-                f"cannot go on at block {position} of {len(self._blocks)}; the run was saved with "
+                f"cannot resume at block {position} of {len(self._blocks)}; the run was saved with "
                 f"another --batch-size or --seq-len"
             )
         self._position = position
