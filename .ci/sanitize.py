@@ -1,7 +1,8 @@
-"""Every op's small cases on the GPU, for compute-sanitizer to look at; see .ci/gpu.
+"""Runs the small cases of every op on the GPU, under compute-sanitizer: see .ci/gpu.
 
-CuPy's pool is left out: each array is an allocation of its own, for inside the pool's memory an
-access beyond an array looks like any other. Products are left out too: cuBLAS is not ours to judge.
+CuPy's memory pool is switched off, so that each array is an allocation of its own: otherwise
+compute-sanitizer cannot see an access that leaves an array but stays inside the pool's memory.
+Matmuls are left out, because they run in cuBLAS and not in kernels of ours.
 """
 
 from __future__ import annotations

@@ -1,19 +1,31 @@
-"""Which tests run on which device, and the reports at the end of a run.
+"""Selects tests by the devices that they need, and counts them by device at the end of a run.
 
-`pytest` runs what needs no GPU. `pytest -m gpu` runs the tests of the kernels on a GPU, and stops
-at once where there is none: a check that was asked for must not be skipped in silence.
+`pytest` runs the tests that need no GPU. `pytest -m gpu` runs the others, and stops with an error
+if there is no GPU, so that nobody takes skipped tests for passed ones.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from gpu_gpt2.device import source
 from gpu_gpt2.device.cuda import gpu_count
 from gpu_gpt2.errors import DeviceError
 
 DEVICES = ("cpu", "emulator", "cuda")
+
+
+@pytest.fixture
+def kernel_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder from which the test's kernels are read, with the headers of kernels/ in it."""
+    for header in source.kernels_dir().glob("*.cuh"):
+        shutil.copy(header, tmp_path)
+    monkeypatch.setattr(source, "kernels_dir", lambda: tmp_path)
+    return tmp_path
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -34,7 +46,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _device(item: pytest.Item) -> str:
-    """Where a test runs its kernels, or "cpu": its mark, or its parameter `device`."""
+    """The device of a test by its mark or its parameter `device`; "cpu" if it has neither."""
     if item.get_closest_marker("gpu"):
         return "cuda"
     if item.get_closest_marker("emulator"):
@@ -55,13 +67,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in terminalreporter.stats.get(outcome, [])
         if report.when == "call"
     ]
-    kernels = [
-        value for report in reports for name, value in report.user_properties if name == "kernel"
-    ]
-    if kernels:
-        terminalreporter.section("registers and memory of each kernel (ptxas)")
-        for line in sorted(kernels):
-            terminalreporter.write_line(line)
     ran = Counter(
         value for report in reports for name, value in report.user_properties if name == "device"
     )

@@ -1,4 +1,4 @@
-"""Arenas: every tensor has its own bytes, aligned, and fits."""
+"""The tensors of an arena are aligned, fit into it, and overlap only if they are meant to."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ CONFIG = ModelConfig(vocab_size=259, n_positions=9, n_embd=15, n_layer=2, n_head
 
 
 @pytest.mark.parametrize("dtype", X_DTYPES)
-def test_activations_do_not_overlap_and_are_aligned(dtype: str) -> None:
+def test_activations_are_aligned_and_overlap_only_where_they_share(dtype: str) -> None:
     specs = activations(CONFIG, B=2, T=7)
     size = bytes_of(specs, X_DTYPES[dtype])
     arena = np.zeros(size, np.uint8)

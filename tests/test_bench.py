@@ -1,4 +1,4 @@
-"""Benchmarks: counts by hand, logs of others, failures of others, results and tables."""
+"""Benchmarks count bytes and flops correctly, survive failures, and write results and tables."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from gpu_gpt2.cli.app import app
@@ -28,7 +30,7 @@ SMALL = step.Size(model="nano", batch_size=2, seq_len=8)
 
 
 def case(name: str) -> BenchCase:
-    """A case for 2 x 8 tokens, in float32."""
+    """The case of an op for 2 x 8 tokens in float32."""
     return next(c for c in cases(ReferenceOps(), CONFIG, 2, 8) if c.name == name)
 
 
@@ -40,32 +42,44 @@ def case(name: str) -> BenchCase:
         ("gelu_bwd", 3 * 16 * 64 * 4, 0),
         ("bias_bwd", 16 * 64 * 4, 0),
         ("classifier_fwd_bwd", 16 * (100 + 128) * 4, 0),
-        # 36 pairs of 8 queries and keys; 4 heads in all; 2 products of 8 multiplications and adds
+        # Each of 2 x 2 heads has 36 pairs of a query and a key no later than it. A pair takes 2 dot
+        # products of 8 elements forward and 5 backward, with 2 flops an element.
         ("attention_fwd", 4 * 16 * 16 * 4 + 32 * 4, 2 * 2 * 8 * 36 * 4),
         ("attention_bwd", 8 * 16 * 16 * 4 + 32 * 4, 5 * 2 * 8 * 36 * 4),
         ("matmul y = x w^T", (16 * 16 + 64 * 16 + 16 * 64) * 4, 2 * 16 * 16 * 64),
         ("matmul dw += dy^T x", (16 * 16 + 16 * 64) * 4 + 8 * 64 * 16, 2 * 16 * 16 * 64),
     ],
 )
-def test_bytes_and_flops_counted_by_hand(name: str, moved: int, flops: int) -> None:
+def test_bytes_and_flops_of_a_case_are_those_counted_by_hand(
+    name: str, moved: int, flops: int
+) -> None:
     found = case(name)
     assert (found.moved, found.flops) == (moved, flops)
     found.run()
 
 
-def test_counts_need_no_memory_and_scale_with_the_model() -> None:
+def test_counts_of_a_large_model_need_no_memory() -> None:
     found = {row["name"]: row for row in static.counts(model_config("d48"), "bf16")}
     assert found["gelu_fwd"]["bytes"] == 2 * 1024 * 6400 * 2
     assert found["matmul y = x w^T"]["flops"] == 2 * 1024 * 1600 * 6400
     assert found["adamw"]["bytes"] == parameter_count(model_config("d48")) * 30
     assert static.count_cells(found["adamw"]) == ("adamw", "46730.59", "", "")
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(static.counts_table([found["gelu_fwd"], found["matmul y = x w^T"]]))
+    head, gelu, matmul = (line.split("  ") for line in capture.get().splitlines())
+    assert [cell.strip() for cell in head if cell] == ["op", "MB", "GFLOP", "flops per byte"]
+    assert [cell.strip() for cell in gelu if cell.strip()] == ["gelu_fwd", "26.21"]
+    assert [cell.strip() for cell in matmul if cell][:3] == ["matmul y = x w^T", "36.86", "20.97"]
 
 
-def test_the_share_is_of_the_limit_that_binds() -> None:
+def test_the_share_is_of_the_limit_that_binds(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = Limits(copy_gb_s=100.0, matmul_tflops=10.0)
     work = BenchCase(name="w", run=lambda: None, moved=10**9, flops=10**12)
-    row = kernels._result(work, 200.0, limits)  # 5 GB/s and 5 TFLOP/s
-    assert (row.gb_s, row.tflops, row.share) == (5.0, 5.0, 0.5)
+    monkeypatch.setattr(kernels, "cases", lambda *args: [work])
+    monkeypatch.setattr(CpuDevice, "time_ms", lambda *args, **kwargs: [200.0, 200.0, 201.0])
+    (row,) = kernels.measure(ReferenceOps(), CONFIG, 2, 8, limits, repeat=3)
+    assert (row.gb_s, row.tflops, row.share) == (5.0, 5.0, 0.5)  # 10^9 bytes in 0.2 s, and so on
 
 
 def test_every_op_is_timed_on_the_cpu() -> None:
@@ -75,25 +89,28 @@ def test_every_op_is_timed_on_the_cpu() -> None:
     assert all(time.ms > 0 and time.share > 0 for time in times)
 
 
-def test_the_memory_of_a_process_with_pytorch_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_memory_on_a_cpu_is_unknown_once_pytorch_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "torch", sys)
-    assert step._peak_bytes(CpuDevice()) == 0
+    assert step.measure_ours(CpuDevice(), "fp32", SMALL, 1, 1.0).peak_bytes == 0
     monkeypatch.delitem(sys.modules, "torch")
-    assert step._peak_bytes(CpuDevice()) > 10**6
+    assert step.measure_ours(CpuDevice(), "fp32", SMALL, 1, 1.0).peak_bytes > 10**6
 
 
-def test_flops_are_llm_c_s() -> None:
+def test_flops_per_token_are_counted_as_in_llmc() -> None:
     assert step.flops_per_token(model_config("d12"), 1024) == 803_478_528
 
 
 @pytest.fixture
-def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits of the device are measured with a small copy and a small matmul."""
     monkeypatch.setitem(kernels.COPY_BYTES, "cpu", 1 << 20)
     monkeypatch.setitem(kernels.MATMUL_SIZE, "cpu", 64)
 
 
-@pytest.mark.usefixtures("_small_products")
-def test_our_step_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_small_limits")
+def test_our_step_is_timed_although_another_program_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> step.StepTime:
         raise RuntimeError("out of memory\nand more")
 
@@ -105,19 +122,33 @@ def test_our_step_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours.tokens_per_s == pytest.approx(16_000 / ours.step_ms)
     assert ours.planned_bytes > 0
     assert (peer.name, peer.problem, peer.step_ms) == ("torch.compile", "out of memory", 0.0)
-    assert step.cells(peer, ours) == ("torch.compile", "failed")
+    lines = step.text_table([ours, peer])[1]
+    assert lines[1][:3] == ["", "torch.compile", "failed"]
     assert step.problems([ours, peer]) == ["torch.compile at nano:2x8: out of memory"]
 
 
-@pytest.mark.usefixtures("_small_products")
-def test_pytorch_is_timed_beside_us() -> None:
+@pytest.mark.usefixtures("_small_limits")
+def test_our_speed_up_over_pytorch_is_the_ratio_of_the_medians() -> None:
     ours, peer = step.measure_all(CpuDevice(), "fp32", [SMALL], (step.OURS, step.PEERS[0]), 5)
     assert peer.problem == ""
-    assert step.cells(peer, ours)[-1] == f"{peer.step_ms / ours.step_ms:.2f} x"
+    head, lines = step.text_table([ours, peer])
+    speed_up = head.index("speed-up")
+    assert [line[speed_up] for line in lines] == ["", f"{peer.step_ms / ours.step_ms:.2f} x"]
+
+
+@pytest.mark.parametrize(
+    ("product_name", "peak"), [("NVIDIA H200", 989.0), ("NVIDIA A100-SXM4-80GB", 312.0), ("x", 0.0)]
+)
+def test_the_peak_of_a_gpu_is_known_by_its_name(product_name: str, peak: float) -> None:
+    class Gpu(CpuDevice):
+        pass
+
+    Gpu.product_name = product_name
+    assert step.peak_tflops(Gpu()) == peak
 
 
 def llmc_log(steps: int = 10, **changed: object) -> str:
-    """As train_gpt2cu prints it, the first five steps slow."""
+    """The output of train_gpt2cu, whose first five steps are slow."""
     settings = {
         "micro batch size B": 4, "sequence length T": 32, "total batch size": 128,
         "precision": "BF16", "max_sequence_length T": 1024, "num_layers L": 12,
@@ -135,7 +166,7 @@ def llmc_log(steps: int = 10, **changed: object) -> str:
     return "\n".join(lines)
 
 
-def test_reads_a_log_of_llm_c(tmp_path: Path) -> None:
+def test_a_log_of_llmc_gives_the_median_without_its_first_steps(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(llmc_log())
     row = read_llmc_log(log)
@@ -161,7 +192,9 @@ def test_reads_a_log_of_llm_c(tmp_path: Path) -> None:
         (llmc_log(**{"num_layers L": 24}), "24 layers and 768 channels, which has no name"),
     ],
 )
-def test_refuses_other_logs(tmp_path: Path, text: str, problem: str) -> None:
+def test_a_file_that_is_no_log_of_one_run_on_one_gpu_is_refused(
+    tmp_path: Path, text: str, problem: str
+) -> None:
     log = tmp_path / "log"
     log.write_text(text)
     with pytest.raises(DataError, match=problem):
@@ -171,7 +204,7 @@ def test_refuses_other_logs(tmp_path: Path, text: str, problem: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["d12", "d12:4", "d12:4x", "d12:0x64", ":4x64", "d12:1x1025"])
-def test_refuses_sizes(text: str) -> None:
+def test_a_text_that_is_no_size_or_too_long_a_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         step.parse_size(text)
 
@@ -199,7 +232,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_without_results_the_tables_say_so(project: Path) -> None:
+def test_without_results_the_tables_are_sentences_that_say_so(project: Path) -> None:
     results.write_tables(project)
     text = (project / "README.md").read_text()
     assert "Nothing has been measured on a GPU yet: [gpu-queue.md](docs/gpu-queue.md)." in text
@@ -236,7 +269,7 @@ def test_each_gpu_has_its_own_table(project: Path) -> None:
     assert [share in text for share in ("| 87% |", "| 11% |", "| 33% |")] == [True, True, False]
 
 
-def test_what_kernels_need_becomes_two_tables(project: Path) -> None:
+def test_a_static_result_becomes_the_tables_of_counts_and_registers(project: Path) -> None:
     row = {"kernel": "gelu_fwd", "head_size": "", "threads": 384, "sm_80": 30, "sm_90": 31}
     row |= {"shared_bytes": 2048, "spill_bytes": 16}
     result = kernels_result("2026-01-02", 1.0) | {
@@ -248,11 +281,11 @@ def test_what_kernels_need_becomes_two_tables(project: Path) -> None:
     results.write_tables(project)
     text = (project / "kernels/README.md").read_text()
     assert "| `gelu_fwd` |  | bf16 | 384 | 30 | 31 | 2,048 | 16 |" in text
-    assert "| fp16 |" not in text  # as bf16
+    assert "| fp16 |" not in text  # fp16 needs what bf16 needs
     assert "| gelu_fwd | 12.50 |  |  |" in text
 
 
-def test_steps_become_a_table_with_ratios(project: Path) -> None:
+def test_a_result_of_steps_becomes_a_table_with_speed_ups(project: Path) -> None:
     rows = [
         {"name": "gpu-gpt2", "size": "d12:4x64", "step_ms": 2.0, "tokens_per_s": 128000.0},
         {"name": "torch.compile", "size": "d12:4x64", "step_ms": 5.0, "tokens_per_s": 51200.0},
@@ -268,7 +301,7 @@ def test_steps_become_a_table_with_ratios(project: Path) -> None:
     )
 
 
-def test_refuses_other_json(project: Path) -> None:
+def test_a_json_file_that_is_no_result_is_refused(project: Path) -> None:
     right = kernels_result("2026-01-01", 1.0)
     for wrong in ({}, [], right | {"rows": [{"name": "gelu_fwd"}]}, right | {"rows": 3}):
         (project / "docs/benchmarks/other.json").write_text(json.dumps(wrong))
@@ -281,8 +314,38 @@ def test_a_missing_mark_is_named() -> None:
         results.replace_block("text", "steps", "")
 
 
-@pytest.mark.usefixtures("_small_products")
-def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot write .*/file/a\.json: "):
+        results.save(tmp_path / "file/a.json", {})
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(DataError, match="the plot needs matplotlib: pip install matplotlib"):
+        results.plot(kernels_result("2026-01-01", 1.0), tmp_path)
+
+
+def test_a_result_records_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "PACKAGES", ("numpy", "no-such-package"))
+    on_cpu = results.record("steps", "d12", CpuDevice(), [{"ms": 1.0}])
+    assert (on_cpu["kind"], on_cpu["rows"]) == ("cpu steps", [{"ms": 1.0}])
+    assert on_cpu["machine"].keys() == {"device", "Python", "numpy"}
+    gpu: Any = SimpleNamespace(is_gpu=True, product_name="Some GPU")
+    on_gpu = results.record("steps", "d12", gpu, [])
+    assert (on_gpu["kind"], on_gpu["machine"]["GPU"]) == ("steps", "Some GPU")
+    assert {"CuPy", "NVRTC"} <= on_gpu["machine"].keys()
+    assert results.record("static", "d12", None, [])["machine"].keys() == {
+        "NVRTC", "Python", "numpy",
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("_small_limits")
+def test_the_commands_kernels_step_and_peers_print_tables_and_write_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
 
     def run(*args: str) -> str:
@@ -304,11 +367,11 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "llm.c" in run("peers", *peers)
 
 
-def test_a_failure_of_ours_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_small_limits")
+def test_the_exit_status_is_1_if_our_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> float:
         raise DeviceError("out of GPU memory")
 
-    monkeypatch.setattr(step, "large_matmul_tflops", lambda *args: 1.0)
     monkeypatch.setattr(step, "measure_ours", fail)
     monkeypatch.setitem(sys.modules, "torch", None)  # not installed
     shown = CliRunner().invoke(app, ["bench", "peers", "--device", "cpu", "--size", "nano:2x8"])
@@ -317,31 +380,36 @@ def test_a_failure_of_ours_is_no_success(monkeypatch: pytest.MonkeyPatch) -> Non
     assert re.search(r"! PyTorch eager at nano:2x8: PyTorch cannot be used .*pip in", shown.output)
 
 
-def test_a_step_that_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuDevice, "free_memory", 1000)
     with pytest.raises(ConfigError, match=r"training with .* needs .* MB, and there are 0\.0 MB"):
         step.measure_ours(CpuDevice(), "fp32", SMALL, 5, 1.0)
 
 
-def test_a_commit_with_changes_bears_a_plus(
+def test_the_commit_of_a_changed_source_tree_has_a_plus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def commit() -> str:
+        return str(results.record("steps", "d12", CpuDevice(), [])["commit"])
+
     def git(*args: str) -> None:
         names = ("-c", "user.name=a", "-c", "user.email=a@b.c")
         subprocess.run(["git", "-C", str(tmp_path), *names, *args], check=True, capture_output=True)
 
     monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
-    assert results._commit() == "unknown"
+    assert commit() == "unknown"
     git("init")
     (tmp_path / "file").write_text("old")
     git("add", "file")
     git("commit", "-m", "first")
-    assert re.fullmatch("[0-9a-f]{10}", results._commit())
+    assert re.fullmatch("[0-9a-f]{10}", commit())
     (tmp_path / "file").write_text("new")
-    assert re.fullmatch(r"[0-9a-f]{10}\+", results._commit())
+    assert re.fullmatch(r"[0-9a-f]{10}\+", commit())
 
 
-def test_refusals_of_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_refuse_the_emulator_a_missing_log_and_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
 
     def problem(*args: str) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints: all or nothing on disk, the newest two kept, everything checked when read back."""
+"""Checkpoints are complete or absent, the newest two are kept, and damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from models import train_settings
 from safetensors.numpy import load_file, save_file
 
-from gpu_gpt2.config import ModelConfig, TrainConfig
+from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import CheckpointError, DataError, UserError
 from gpu_gpt2.formats import hf
 from gpu_gpt2.models.gpt2 import parameter_count
@@ -29,38 +30,21 @@ from gpu_gpt2.training.checkpoint import OPTIMIZER_FILE, TRAINING_FILE, Training
 from gpu_gpt2.training.optimizer import UpdateState
 
 MODEL = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
-TRAIN = TrainConfig(
-    data="python-docs",
-    model="nano",
-    device="cpu",
-    dtype="fp32",
-    tokenizer="bytes",
-    steps=100,
-    batch_size=2,
-    seq_len=16,
-    total_batch_tokens=64,
-    lr=1e-3,
-    warmup_steps=10,
-    weight_decay=0.1,
-    eval_every=0,
-    sample_every=0,
-    seed=7,
-    run_dir="runs/a",
-)
+TRAIN = train_settings(data="python-docs", seq_len=16, run_dir="runs/a")
 
 
 class Tokenizer:
-    """Saves one file, or does what a test wants to happen in the middle of a save."""
+    """Saves one file, then calls the function that a test wants to run in the middle of a save."""
 
     eot = 256
 
-    def __init__(self, instead: Callable[[Path], None] | None = None) -> None:
-        self._instead = instead
+    def __init__(self, during_save: Callable[[Path], None] | None = None) -> None:
+        self._during_save = during_save
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")
-        if self._instead:
-            self._instead(folder)
+        if self._during_save:
+            self._during_save(folder)
 
 
 def state_at(step: int) -> TrainingState:
@@ -89,7 +73,7 @@ def assert_loads_as(folder: Path, state: TrainingState) -> None:
 
 
 def names(run_dir: Path) -> list[str]:
-    """Everything in a run folder, hidden entries too."""
+    """The names of all entries of a run folder, hidden ones too."""
     return sorted(entry.name for entry in run_dir.iterdir())
 
 
@@ -102,7 +86,7 @@ def run_dir(tmp_path: Path) -> Path:
     return run_dir
 
 
-def test_round_trip_is_exact(run_dir: Path) -> None:
+def test_a_checkpoint_loads_with_the_bits_that_were_saved(run_dir: Path) -> None:
     folder = checkpoint.latest(run_dir)
     assert folder == run_dir / "step_00000010"
     assert (folder / "tokenizer.json").exists()
@@ -116,7 +100,7 @@ def test_a_checkpoint_is_a_hugging_face_folder(run_dir: Path) -> None:
     assert json.loads((run_dir / "step_00000010/config.json").read_text())["eos_token_id"] == 256
 
 
-def test_the_newest_two_are_kept(run_dir: Path) -> None:
+def test_the_newest_two_checkpoints_are_kept(run_dir: Path) -> None:
     for step in (20, 9, 30):
         checkpoint.save(run_dir, state_at(step), Tokenizer())
         assert checkpoint.latest(run_dir).name == f"step_{max(step, 20):08d}"
@@ -142,7 +126,7 @@ def test_saving_a_step_again_replaces_it(run_dir: Path) -> None:
     assert_loads_as(run_dir / "step_00000010", other)
 
 
-def test_latest_takes_a_run_a_checkpoint_or_any_hugging_face_folder(
+def test_latest_accepts_a_run_a_checkpoint_or_any_hugging_face_folder(
     run_dir: Path, tmp_path: Path
 ) -> None:
     folder = run_dir / "step_00000010"
@@ -162,7 +146,9 @@ def test_a_folder_that_lacks_a_file_is_no_checkpoint(name: str, run_dir: Path) -
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
-def test_no_checkpoint_names_the_command_that_makes_one(kind: str, tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_names_the_command_that_makes_one(
+    kind: str, tmp_path: Path
+) -> None:
     path = tmp_path / "my run"
     if kind == "empty":
         path.mkdir()
@@ -212,7 +198,7 @@ def no_space(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_says_what_is_needed_and_what_to_do(run_dir: Path) -> None:
+def test_the_error_for_a_full_disk_says_how_much_is_needed_and_what_to_do(run_dir: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         checkpoint.save(run_dir, state_at(20), Tokenizer(no_space))
     before, after = str(caught.value).split(" MB needed, ")
@@ -237,7 +223,7 @@ def test_a_full_disk_before_the_first_checkpoint_leaves_an_empty_run(tmp_path: P
     assert names(tmp_path / "new") == []
 
 
-def test_a_disk_that_fills_up_while_syncing_is_noticed(
+def test_a_disk_that_fills_up_while_syncing_leaves_the_earlier_checkpoint(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", no_space)
@@ -246,7 +232,7 @@ def test_a_disk_that_fills_up_while_syncing_is_noticed(
     assert_unharmed(run_dir)
 
 
-def test_files_are_on_the_disk_before_the_name_is_and_the_name_before_the_end(
+def test_files_are_synced_before_the_rename_and_the_folder_after_it(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[int | str] = []
@@ -384,8 +370,8 @@ def edit_optimizer(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], 
     return edit
 
 
-def test_version_1_is_still_read(run_dir: Path) -> None:
-    """It called the update's state counts, and the growth tracker in_a_row."""
+def test_training_files_of_version_1_are_still_read(run_dir: Path) -> None:
+    """Version 1 has "counts" instead of "update", and in it "in_a_row" instead of "good_steps"."""
     path = checkpoint.latest(run_dir) / TRAINING_FILE
     training = json.loads(path.read_text())
     update = training.pop("update")
@@ -450,7 +436,7 @@ def other_model(folder: Path) -> None:
         (other_model, "optimizer.safetensors: m.wpe: expected shape (18, 48), found (17, 48)"),
     ],
 )
-def test_damage_and_contradictions_are_refused(
+def test_a_damaged_or_contradictory_checkpoint_is_refused(
     damage: Callable[[Path], None], message: str, run_dir: Path
 ) -> None:
     folder = checkpoint.latest(run_dir)
@@ -468,7 +454,7 @@ def test_a_plain_hugging_face_folder_cannot_be_resumed(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path}/training.json: no such file"
 
 
-def test_bytes_needed_is_a_bound_close_to_the_truth(run_dir: Path) -> None:
+def test_bytes_needed_is_an_upper_bound_close_to_the_bytes_written(run_dir: Path) -> None:
     written = sum(path.stat().st_size for path in checkpoint.latest(run_dir).iterdir())
     assert written <= checkpoint.bytes_needed(MODEL) < written + 5_000_000
     assert checkpoint.bytes_needed(ModelConfig()) == pytest.approx(12 * 124.5e6, rel=0.01)

@@ -1,17 +1,15 @@
-"""Sums and maxima of kernels/common.cuh, several in one kernel, and sums of groups of lanes."""
+"""Reductions of kernels/common.cuh over a block and over groups of lanes, in the emulator."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from devices import ORDERS
 
-from gpu_gpt2.device import source as source_module
 from gpu_gpt2.device.emulator import EmulatorDevice
-from gpu_gpt2.device.source import KernelSource, kernel_source, kernels_dir
+from gpu_gpt2.device.source import KernelSource, kernel_source
 
 pytestmark = pytest.mark.emulator
 
@@ -38,27 +36,27 @@ extern "C" __global__ void sums_of_groups(float* out, const float* x, int width)
 
 
 @pytest.fixture
-def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelSource:
-    shutil.copy(kernels_dir() / "common.cuh", tmp_path)
-    (tmp_path / "sums.cu").write_text(KERNELS)
-    monkeypatch.setattr(source_module, "kernels_dir", lambda: tmp_path)
+def kernels(kernel_folder: Path) -> KernelSource:
+    (kernel_folder / "sums.cu").write_text(KERNELS)
     return kernel_source("sums.cu", "fp32")
 
 
 @pytest.mark.parametrize("threads", [32, 96, 1024])
 @pytest.mark.parametrize("order", ORDERS)
-def test_sums_one_after_the_other(kernels: KernelSource, threads: int, order: str) -> None:
-    where = EmulatorDevice(order=order)
+def test_block_reductions_may_share_scratch_one_after_the_other(
+    kernels: KernelSource, threads: int, order: str
+) -> None:
+    device = EmulatorDevice(order=order)
     x = np.random.default_rng(0).integers(-9, 10, threads).astype(np.float32)
-    out = where.empty((4,), np.float32)
-    where.launch(kernels, "sums", (1,), (threads,), (out, x))
+    out = device.empty((4,), np.float32)
+    device.launch(kernels, "sums", (1,), (threads,), (out, x))
     assert out.tolist() == [x.sum(), (x * x).sum(), x.max(), x.min()]
 
 
 @pytest.mark.parametrize("width", [1, 2, 8, 32])
-def test_sums_of_groups_of_lanes(kernels: KernelSource, width: int) -> None:
-    where = EmulatorDevice()
+def test_group_sum_adds_groups_of_adjacent_lanes(kernels: KernelSource, width: int) -> None:
+    device = EmulatorDevice()
     x = np.random.default_rng(0).integers(-9, 10, 64).astype(np.float32)
-    out = where.empty((64,), np.float32)
-    where.launch(kernels, "sums_of_groups", (1,), (64,), (out, x, width))
+    out = device.empty((64,), np.float32)
+    device.launch(kernels, "sums_of_groups", (1,), (64,), (out, x, width))
     assert out.tolist() == np.repeat(x.reshape(-1, width).sum(axis=1), width).tolist()

@@ -1,6 +1,7 @@
-"""The emulator: it computes what a GPU would, and reports each planted fault and nothing else.
+"""The emulator computes the results of a GPU, reports each planted fault, and reports nothing else.
 
-The kernels are in faults/: right when built with FAULT=0, wrong with FAULT=1.
+The kernels are in faults/. They are correct when they are built with FAULT=0, and have a fault when
+they are built with FAULT=1.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -20,6 +20,7 @@ import pytest
 from gpu_gpt2.device import source
 from gpu_gpt2.device.emulator import EmulatorDevice, build, device, sanitizer_environment
 from gpu_gpt2.device.emulator.device import Order
+from gpu_gpt2.device.emulator.elf import read_image
 from gpu_gpt2.device.launch import pointer_dtype
 from gpu_gpt2.device.source import kernel_source
 from gpu_gpt2.errors import DeviceError, KernelError
@@ -34,17 +35,9 @@ I32: Final = np.int32
 
 
 @pytest.fixture(autouse=True)
-def _planted_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernel files come from faults/ instead of the package."""
+def _planted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are read from faults/ instead of the package's folder."""
     monkeypatch.setattr(source, "kernels_dir", lambda: FAULTS)
-    _forget_texts()
-    yield
-    _forget_texts()
-
-
-def _forget_texts() -> None:
-    source._joined_text.cache_clear()
-    source._signatures.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +49,7 @@ PLANTED_FILES: Final = ("barriers.cu", "bounds.cu", "races.cu", "values.cu")
 
 
 class Planted(NamedTuple):
-    """A kernel of faults/ and the comment above it: how to launch it and what must be reported."""
+    """A kernel of faults/, with the launch and the report that the comment above it states."""
 
     file: str
     kernel: str
@@ -67,6 +60,7 @@ class Planted(NamedTuple):
 
 
 def planted_in(file: str) -> list[Planted]:
+    """Reads the kernels of a file and the comments above them."""
     text = (FAULTS / file).read_text()
     comments = re.findall(
         r'// <<<(\d+), (\d+)(?:, (\d+))?>>> (.*?)\nextern "C" __global__ void (\w+)',
@@ -88,7 +82,7 @@ every_planted = pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: 
 
 
 def numbers(on: EmulatorDevice, n: int, dtype: Any = F32) -> Any:
-    """n whole numbers from 1 on, exact in every dtype used here (n <= 256 in bfloat16)."""
+    """The integers 1 to n, exact in every dtype used here (in bfloat16 up to n = 256)."""
     array = on.empty((n,), dtype)
     on.upload(array, np.arange(1, n + 1).astype(dtype))
     return array
@@ -97,7 +91,7 @@ def numbers(on: EmulatorDevice, n: int, dtype: Any = F32) -> Any:
 def run_planted(on: EmulatorDevice, planted: Planted, fault: int) -> list[Any]:
     """Launches a kernel of faults/ and returns its arrays, which have one element per thread.
 
-    Inputs hold 1, 2, 3 ...; outputs of whole numbers start as zeros, others as `empty` makes them.
+    Inputs hold 1, 2, 3 ...; integer outputs start as zeros, others as `empty` returns them.
     """
     kernels = kernel_source(planted.file, "fp32", FAULT=fault)
     n = planted.grid * planted.block
@@ -121,14 +115,14 @@ def run_planted(on: EmulatorDevice, planted: Planted, fault: int) -> list[Any]:
     return arrays
 
 
-def test_every_kernel_has_a_planted_fault() -> None:
+def test_every_kernel_of_the_fault_files_states_its_fault() -> None:
     for file in PLANTED_FILES:
         kernels = kernel_source(file, "fp32").signatures
         assert set(kernels) == {planted.kernel for planted in PLANTED if planted.file == file}
 
 
 @every_planted
-def test_reports_the_planted_fault(
+def test_a_kernel_with_a_planted_fault_is_reported(
     emulator: EmulatorDevice, monkeypatch: pytest.MonkeyPatch, planted: Planted
 ) -> None:
     monkeypatch.setattr(device, "ACCESS_LIMIT", 100_000)
@@ -140,12 +134,12 @@ def test_reports_the_planted_fault(
 
 @every_planted
 @pytest.mark.parametrize("order", ORDERS)
-def test_is_silent_without_the_fault(order: Order, planted: Planted) -> None:
+def test_a_kernel_without_its_fault_is_not_reported(order: Order, planted: Planted) -> None:
     arrays = run_planted(EmulatorDevice(order), planted, fault=0)
     assert all(np.isfinite(array.astype(F32)).any() for array in arrays)
 
 
-def test_the_arrays_keep_their_contents_after_a_report(emulator: EmulatorDevice) -> None:
+def test_a_reported_launch_leaves_the_arrays_unchanged(emulator: EmulatorDevice) -> None:
     kernels = kernel_source("bounds.cu", "fp32", FAULT=1)
     y, x = emulator.zeros((64,), F32), numbers(emulator, 64)
     with pytest.raises(KernelError):
@@ -158,7 +152,7 @@ def test_the_arrays_keep_their_contents_after_a_report(emulator: EmulatorDevice)
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (7, 33), (32, 32), (65, 31)])
-def test_transpose(order: Order, n: int, m: int) -> None:
+def test_a_transpose_through_shared_memory_is_exact(order: Order, n: int, m: int) -> None:
     on = EmulatorDevice(order, seed=3)
     y, x = on.empty((m, n), F32), numbers(on, n * m).reshape(n, m)
     grid = (-(-m // 32), -(-n // 32))
@@ -181,7 +175,7 @@ def test_a_sum_has_the_same_bits_in_every_order(block: int) -> None:
     assert sums[0] == sums[1] == sums[2]
 
 
-def test_the_orders_differ() -> None:
+def test_threads_run_in_the_order_asked_for() -> None:
     def rank(on: EmulatorDevice) -> list[int]:
         counter, ranks = on.zeros((1,), I32), on.empty((3 * 64,), I32)
         kernel = kernel_source("right.cu", "fp32")
@@ -198,21 +192,21 @@ def test_the_orders_differ() -> None:
     assert shuffled != rank(EmulatorDevice("random", seed=2))
 
 
-def test_what_a_kernel_wrote_is_not_taken_for_unwritten(emulator: EmulatorDevice) -> None:
+def test_the_poison_pattern_written_by_a_kernel_counts_as_written(emulator: EmulatorDevice) -> None:
     y = emulator.empty((32,), F32)
     emulator.launch(kernel_source("right.cu", "fp32"), "write_poison", (1,), (32,), (y,))
     assert np.isnan(y[1:]).all()
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_threads_that_share_a_word_do_not_race(order: Order) -> None:
+def test_threads_that_write_halves_of_one_word_do_not_race(order: Order) -> None:
     on = EmulatorDevice(order)
     y, x = on.empty((64,), BF16), numbers(on, 64, BF16)
     on.launch(kernel_source("right.cu", "bf16"), "reverse_halves", (1,), (64,), (y, x))
     np.testing.assert_array_equal(y, x[::-1])
 
 
-def test_overlapping_arrays_stay_one_memory(emulator: EmulatorDevice) -> None:
+def test_overlapping_arguments_share_their_memory_during_a_launch(emulator: EmulatorDevice) -> None:
     right = kernel_source("right.cu", "fp32")
     x = numbers(emulator, 64)
     emulator.launch(right, "add", (2,), (32,), (x, x))
@@ -234,7 +228,7 @@ def test_an_index_into_the_next_array_of_an_arena_is_out_of_bounds(
         emulator.launch(kernels, "read_past_end", (2,), (32,), (arena[64:], arena[:64]))
 
 
-def test_the_place_of_a_view_is_kept(emulator: EmulatorDevice) -> None:
+def test_a_view_keeps_the_alignment_of_its_address(emulator: EmulatorDevice) -> None:
     arena = numbers(emulator, 96)
     right = kernel_source("bounds.cu", "fp32", FAULT=0)
     y = emulator.empty((32,), F32)
@@ -243,7 +237,7 @@ def test_the_place_of_a_view_is_kept(emulator: EmulatorDevice) -> None:
         emulator.launch(right, "misaligned", (1,), (32,), (y, arena[2:]))
 
 
-def test_exchanges_within_a_warp(emulator: EmulatorDevice) -> None:
+def test_warp_collectives_return_what_cuda_defines(emulator: EmulatorDevice) -> None:
     out = emulator.empty((11, 32), I32)
     emulator.launch(kernel_source("right.cu", "fp32"), "exchanges", (1,), (32,), (out,))
     lanes = np.arange(32)
@@ -265,7 +259,7 @@ def test_exchanges_within_a_warp(emulator: EmulatorDevice) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_atomic_sums_of_whole_numbers(order: Order) -> None:
+def test_atomic_sums_of_integers_are_exact_in_every_order(order: Order) -> None:
     on = EmulatorDevice(order)
     counts = on.zeros((2,), I32)
     right = kernel_source("right.cu", "fp32")
@@ -277,7 +271,9 @@ def test_atomic_sums_of_whole_numbers(order: Order) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, I32, np.uint8])
-def test_new_arrays_are_aligned_and_poisoned(emulator: EmulatorDevice, dtype: Any) -> None:
+def test_empty_arrays_are_aligned_and_hold_nan_or_large_integers(
+    emulator: EmulatorDevice, dtype: Any
+) -> None:
     array = emulator.empty((3, 5), dtype)
     assert array.ctypes.data % 256 == 0
     assert array.shape == (3, 5)
@@ -300,7 +296,9 @@ def test_a_compile_error_names_file_and_line(
         emulator.launch(broken, "broken", (1,), (32,), (y,))
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DeviceError, match=r"needs a C\+\+ compiler.*apt install g\+\+"):
@@ -310,14 +308,18 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         EmulatorDevice()
 
 
-def test_an_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_made_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(DeviceError, match=r"cannot make the folder .*set XDG_CACHE_HOME"):
         EmulatorDevice()
 
 
-def test_kernels_are_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels_and_runtime_are_built_once_for_the_same_text_and_flags(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     commands: list[tuple[Any, ...]] = []
     run = build.Compiler.run
@@ -339,6 +341,76 @@ def test_kernels_are_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert built("ascending", 0) == 2
     names = sorted(path.name for path in (tmp_path / "gpu-gpt2" / "emulator").iterdir())
     assert [name.split("-")[0] for name in names] == ["barriers", "barriers", "runtime"]
+
+
+def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: "riscv64")
+    with pytest.raises(DeviceError, match=r"this is linux on riscv64; use --device cpu"):
+        EmulatorDevice()
+
+
+def test_without_a_home_folder_the_cache_must_be_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(DeviceError, match="set XDG_CACHE_HOME to one"):
+        EmulatorDevice()
+
+
+@pytest.fixture
+def _failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """$CXX knows its version and prints names of files as they are, but compiles nothing."""
+    compiler = tmp_path / "failing-c++"
+    compiler.write_text(
+        """#!/bin/sh
+case $1 in
+    --version) echo failing-c++ 1.0 ;;
+    -print-file-name=*) echo "${1#*=}" ;;
+    *) echo "internal compiler error" >&2; exit 1 ;;
+esac
+"""
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("_failing_compiler")
+def test_a_compiler_that_cannot_build_the_runtime_is_an_error() -> None:
+    with pytest.raises(
+        DeviceError, match=r"failing-c\+\+ cannot build the emulator: internal comp"
+    ):
+        EmulatorDevice()
+
+
+@pytest.mark.usefixtures("_failing_compiler")
+def test_a_compiler_without_sanitizers_is_an_error() -> None:
+    with pytest.raises(DeviceError, match=r"failing-c\+\+ has no libasan\.so; set CXX to g\+\+"):
+        sanitizer_environment()
+
+
+def test_without_addr2line_reports_lack_the_line_but_not_the_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    planted = next(planted for planted in PLANTED if planted.kernel == "read_past_end")
+    device = EmulatorDevice()
+    run_planted(device, planted, fault=0)
+    with pytest.raises(KernelError, match=r"out of bounds .* at bounds\.cu:\d+"):
+        run_planted(device, planted, fault=1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(KernelError, match="out of bounds") as caught:
+        run_planted(device, planted, fault=1)
+    assert "bounds.cu" not in str(caught.value)
+
+
+def test_a_file_that_is_no_shared_library_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.so").write_text("text")
+    with pytest.raises(ValueError, match=r"text\.so is not a 64-bit little-endian ELF file"):
+        read_image(tmp_path / "text.so")
 
 
 # --- the compiler's sanitizers ---
@@ -383,7 +455,7 @@ def run_sanitized(fault: int, environment: dict[str, str]) -> subprocess.Complet
     ],
     ids=["index", "local", "array", "sum", "shift", "shared"],
 )
-def test_the_sanitizers_end_the_process(fault: int, report: str) -> None:
+def test_a_fault_found_by_the_sanitizers_ends_the_process(fault: int, report: str) -> None:
     result = run_sanitized(fault, sanitizer_environment())
     assert result.returncode != 0
     assert "sum" not in result.stdout

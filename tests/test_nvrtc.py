@@ -1,21 +1,21 @@
-"""NVRTC compiles every kernel of a training step for three generations of GPUs, without one.
+"""NVRTC compiles every kernel of a training step for three GPU architectures, without a GPU.
 
-What ptxas says of registers and memory is printed at the end of the test run.
+`gpu-gpt2 bench kernels --static` shows the registers and memory that ptxas reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from gpu_gpt2.config import ModelConfig, model_config
-from gpu_gpt2.device import source as source_module
 from gpu_gpt2.device.cuda import DEFAULT_SHARED_BYTES
 from gpu_gpt2.device.nvrtc import compile_for
 from gpu_gpt2.device.source import DTYPES, kernel_files, kernel_source
-from gpu_gpt2.errors import KernelError
+from gpu_gpt2.errors import DeviceError, KernelError
 from gpu_gpt2.ops.kernels import FLASH_HEAD_SIZES
 from gpu_gpt2.tools.bench.static import (
     ARCHITECTURES,
@@ -23,10 +23,10 @@ from gpu_gpt2.tools.bench.static import (
     KernelBuild,
     builds,
     launches,
-    rows,
+    table,
 )
 
-REGISTERS = 65536  # of a multiprocessor: a block that needs more does not start
+REGISTERS = 65536  # of a multiprocessor, on all architectures: a block cannot need more
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def compiled() -> list[KernelBuild]:
     return list(builds(model_config("d12")))
 
 
-def test_every_kernel_is_compiled(compiled: list[KernelBuild]) -> None:
+def test_every_kernel_is_compiled_for_every_architecture(compiled: list[KernelBuild]) -> None:
     kernels = {name for file in kernel_files() for name in kernel_source(file, "fp32").signatures}
-    unused = {"prepare_update"}  # of the optimizer: not an op of bench.cases
+    not_timed = {"prepare_update"}  # of the optimizer, but not an op of bench.cases
     casts = {"float_to_bf16", "float_to_fp16", "bf16_to_float", "fp16_to_float"}
     found = {(build.resources.kernel, build.dtype) for build in compiled}
-    for kernel in kernels - unused - casts:
+    for kernel in kernels - not_timed - casts:
         dtypes = DTYPES[1:] if kernel.startswith("flash") else DTYPES
         assert {dtype for name, dtype in found if name == kernel} == set(dtypes), kernel
     flash = {dict(build.defines)["HEAD_SIZE"] for build in compiled if "flash" in build.file}
@@ -47,26 +47,35 @@ def test_every_kernel_is_compiled(compiled: list[KernelBuild]) -> None:
     assert {build.architecture for build in compiled} == set(ARCHITECTURES)
 
 
-def test_none_spills_or_asks_for_too_much(
-    compiled: list[KernelBuild], record_property: Callable[[str, object], None]
+def test_no_kernel_spills_registers_or_exceeds_a_multiprocessor(
+    compiled: list[KernelBuild],
 ) -> None:
     for build in compiled:
         r = build.resources
         assert (r.stack_bytes, r.spill_bytes) == (0, 0), build
         assert r.registers * build.threads <= REGISTERS, build
         assert r.shared_bytes <= DEFAULT_SHARED_BYTES, build
-    for row in rows(compiled):
-        if row["dtype"] != "fp16":
-            registers = " ".join(f"{name} {row[name]:<4}" for name in ARCHITECTURES)
-            record_property(
-                "kernel",
-                f"{row['kernel']:<24}{row['head_size']:<5}{row['dtype']}  {registers} registers, "
-                f"{row['shared_bytes']} shared",
-            )
+
+
+def test_the_table_has_a_line_for_each_kernel_head_size_and_dtype(
+    compiled: list[KernelBuild],
+) -> None:
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table(compiled))
+    head, *lines = (line.split() for line in capture.get().splitlines())
+    assert head == ["kernel", "D", "threads", "dtype", *ARCHITECTURES, "shared", "spilled"]
+    kernels = {
+        (build.resources.kernel, dict(build.defines).get("HEAD_SIZE"), build.dtype)
+        for build in compiled
+    }
+    assert len(lines) == len(kernels)
+    (line,) = (line for line in lines if line[:4] == ["flash_attention_fwd", "64", "128", "bf16"])
+    assert line[4].isdecimal()
 
 
 @pytest.mark.parametrize(("C", "n_head"), [(15, 3), (1600, 25)])
-def test_other_widths_compile_too(C: int, n_head: int) -> None:
+def test_kernels_with_compile_time_widths_compile_for_other_widths(C: int, n_head: int) -> None:
     config = ModelConfig(vocab_size=300, n_positions=16, n_embd=C, n_layer=1, n_head=n_head)
     by_width = {"layernorm.cu", "bias.cu", "embedding.cu", "gelu.cu", "classifier.cu"}
     sources = {s for s, _ in launches(config) if s.file in by_width and s.dtype != "fp16"}
@@ -77,11 +86,14 @@ def test_other_widths_compile_too(C: int, n_head: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["int x = y;", "#define WARP 31"])
-def test_errors_and_warnings_are_reported(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "common.cuh").write_text("#define WARP 32\n")
-    (tmp_path / "bad.cu").write_text(f"{text}\n")
-    monkeypatch.setattr(source_module, "kernels_dir", lambda: tmp_path)
+def test_an_error_or_a_warning_is_raised_with_file_and_line(text: str, kernel_folder: Path) -> None:
+    (kernel_folder / "common.cuh").write_text("#define WARP 32\n")
+    (kernel_folder / "bad.cu").write_text(f"{text}\n")
     with pytest.raises(KernelError, match=r"bad.cu .* for sm_80: .*bad.cu\(1\)"):
         compile_for(kernel_source("bad.cu", "fp32"), "sm_80")
+
+
+def test_without_nvrtc_the_error_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", None)
+    with pytest.raises(DeviceError, match=r"NVRTC cannot be opened .*: pip install nvidia-cuda-nv"):
+        compile_for(kernel_source("gelu.cu", "fp32"), "sm_80")

@@ -1,4 +1,4 @@
-"""The wheel: what it carries, and that the kernels are found where it is installed."""
+"""The wheel holds all files of the package, and an installed package finds its kernels."""
 
 import subprocess
 import sys
@@ -7,6 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from gpu_gpt2.device import source
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,14 +36,15 @@ def test_the_wheel_holds_kernels_emulator_and_types(wheel: Path) -> None:
 
 
 def test_an_installed_wheel_finds_its_own_kernels(wheel: Path, tmp_path: Path) -> None:
-    """In an environment of its own, which borrows this one's dependencies but not the package."""
+    """The wheel is unpacked into a new environment, which shares the dependencies of this one."""
     venv.create(tmp_path / "env", symlinks=True)
     python = tmp_path / "env" / "bin" / "python"
     site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
     zipfile.ZipFile(wheel).extractall(site)
-    borrowed = [path for path in sys.path if path.endswith("site-packages")]
-    # Behind the environment's own packages, and without the .pth file of an editable install.
-    (site / "borrowed.pth").write_text("\n".join(borrowed))
+    shared = [path for path in sys.path if path.endswith("site-packages")]
+    # These folders come after the environment's own packages, and their .pth files are not read,
+    # so that an editable install of the package is not found.
+    (site / "shared.pth").write_text("\n".join(shared))
     code = (
         "import gpu_gpt2.device.source as s; print(s.kernels_dir());"
         "print(len(s.kernel_files())); print(s.__file__)"
@@ -52,3 +55,15 @@ def test_an_installed_wheel_finds_its_own_kernels(wheel: Path, tmp_path: Path) -
     assert Path(out[0]) == site / "gpu_gpt2" / "kernels"
     assert int(out[1]) == len(list((ROOT / "kernels").glob("*.cu"))) >= 10
     assert Path(out[2]).is_relative_to(site)
+
+
+def test_a_package_without_kernels_says_to_install_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "__file__", str(tmp_path / "gpu_gpt2/device/source.py"))
+    source.kernels_dir.cache_clear()
+    try:
+        with pytest.raises(FileNotFoundError, match=r"no kernels: .*; install gpu-gpt2 again"):
+            source.kernels_dir()
+    finally:
+        source.kernels_dir.cache_clear()

@@ -1,11 +1,13 @@
-"""Levels of recomputation: less memory, the same bits."""
+"""Every level of recomputation needs less memory and gives the same bits."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from devices import CPU, KERNELS
-from models import new_model, random_batch
+from models import TINY, new_model, noisy_weights, random_batch
 
 from gpu_gpt2.config import MAX_RECOMPUTE, ModelConfig
 from gpu_gpt2.device.base import FLOAT32
@@ -14,16 +16,14 @@ from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.gpt2 import activations
 from gpu_gpt2.models.init import initial_weights
 
-CONFIG = ModelConfig(vocab_size=67, n_positions=11, n_embd=32, n_layer=3, n_head=2)
+CONFIG = replace(TINY, n_layer=3)
 B, T = 2, 11
 
 
 def losses_and_gradients(device: str, dtype: str, recompute: int) -> tuple[bytes, bytes]:
     """Losses and gradients of two micro-steps."""
     model = new_model(CONFIG, device, dtype, B=B, T=T, recompute=recompute)
-    weights = initial_weights(CONFIG, 0)
-    weights += 0.1 * np.random.default_rng(1).standard_normal(weights.size, dtype=np.float32)
-    model.load(weights)
+    model.load(noisy_weights(CONFIG, noise_seed=1))
     rng = np.random.default_rng(2)
     for micro_step in range(2):
         batch = random_batch(CONFIG, rng, B, T)
@@ -48,7 +48,7 @@ def test_every_level_needs_less_memory() -> None:
     assert len(set(sizes)) == len(sizes)
 
 
-def test_what_each_level_keeps_of_every_layer() -> None:
+def test_each_level_keeps_fewer_activations_of_every_layer() -> None:
     def kept(level: int) -> set[str]:
         specs = activations(CONFIG, B, T, recompute=level)
         return {spec.name for spec in specs if spec.stacked and spec.shape[0] == CONFIG.n_layer}
@@ -60,7 +60,7 @@ def test_what_each_level_keeps_of_every_layer() -> None:
     assert kept(3) == {"res_mlp"}
 
 
-def test_without_training_nothing_is_kept_per_layer() -> None:
+def test_without_training_all_layers_share_their_activations() -> None:
     specs = activations(CONFIG, B, T, training=False)
     assert {spec.shape[0] for spec in specs if spec.stacked} == {1}
     assert not {"dres", "dfc", "dqkv", "delta", "order"} & {spec.name for spec in specs}
@@ -68,10 +68,10 @@ def test_without_training_nothing_is_kept_per_layer() -> None:
 
 @pytest.mark.parametrize(("dtype", "device"), KERNELS)
 @pytest.mark.parametrize(("n_embd", "n_positions"), [(12, 33), (6, 33), (20, 7)])
-def test_tensors_of_odd_sizes_that_begin_anywhere(
+def test_models_run_whose_biases_are_not_aligned_to_16_bytes(
     n_embd: int, n_positions: int, dtype: str, device: str
 ) -> None:
-    """Biases of 4 C numbers, whole pieces of 16 bytes, that do not begin at a multiple of 16."""
+    """The 4 C elements of a bias take a multiple of 16 bytes, but do not begin at one here."""
     config = ModelConfig(vocab_size=67, n_positions=n_positions, n_embd=n_embd, n_layer=2, n_head=1)
     model = new_model(config, device, dtype, B=1, T=7)
     model.load(initial_weights(config, 0))

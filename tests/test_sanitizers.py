@@ -1,6 +1,6 @@
-"""Every kernel once more, built with the compiler's own address and undefined behaviour sanitizers.
+"""The compiler's address and undefined behaviour sanitizers find nothing in any kernel.
 
-They end the process at the first finding, so the cases run in a process of their own.
+A sanitizer ends the process at its first finding, so that the cases run in another process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.exit(not all(r.passed for r in results))
 
 @pytest.mark.emulator
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_sanitizers_find_nothing(dtype: str) -> None:
+def test_sanitizers_find_nothing_in_the_small_cases_of_all_ops(dtype: str) -> None:
     result = subprocess.run(
         [sys.executable, "-c", CHECK, dtype],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **sanitizer_environment()},

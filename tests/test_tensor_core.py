@@ -1,8 +1,7 @@
-"""kernels/tensor_core.cuh in the emulator: fragments against NumPy's matmul, and faults."""
+"""kernels/tensor_core.cuh in the emulator: results as NumPy's, and reports of planted faults."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ import numpy as np
 import pytest
 from devices import ORDERS
 
-from gpu_gpt2.device import source as source_module
 from gpu_gpt2.device.base import X_DTYPES
 from gpu_gpt2.device.emulator import EmulatorDevice
-from gpu_gpt2.device.source import kernel_source, kernels_dir
+from gpu_gpt2.device.source import kernel_source
 from gpu_gpt2.errors import KernelError
 
 pytestmark = pytest.mark.emulator
@@ -98,11 +96,8 @@ extern "C" __global__ void odd_row(float* c, const floatX* a) {
 
 
 @pytest.fixture(autouse=True)
-def _kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for header in ("common.cuh", "tensor_core.cuh"):
-        shutil.copy(kernels_dir() / header, tmp_path)
-    (tmp_path / "tensor_core_test.cu").write_text(KERNELS)
-    monkeypatch.setattr(source_module, "kernels_dir", lambda: tmp_path)
+def _kernels(kernel_folder: Path) -> None:
+    (kernel_folder / "tensor_core_test.cu").write_text(KERNELS)
 
 
 def launch(name: str, dtype: str, *args: Any, threads: int = 32, fault: int = 0, **on: Any) -> None:
@@ -116,7 +111,7 @@ half_types = pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @half_types
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("transposed", [0, 1])
-def test_matmul(transposed: int, order: str, dtype: str) -> None:
+def test_mma_of_loaded_fragments_is_numpys_matmul(transposed: int, order: str, dtype: str) -> None:
     rng = np.random.default_rng(0)
     a, b = rng.integers(-9, 10, (2, 16, 16)).astype(X_DTYPES[dtype])
     c = EmulatorDevice().empty((16, 16), np.float32)
@@ -126,7 +121,7 @@ def test_matmul(transposed: int, order: str, dtype: str) -> None:
 
 
 @half_types
-def test_pairs_are_rounded_to_nearest_even(dtype: str) -> None:
+def test_packing_two_elements_rounds_to_nearest_even(dtype: str) -> None:
     x = np.random.default_rng(0).standard_normal(64).astype(np.float32)
     x[:4] = 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 2.0**-25
     y = EmulatorDevice().empty((64,), np.float32)
@@ -136,7 +131,9 @@ def test_pairs_are_rounded_to_nearest_even(dtype: str) -> None:
 
 @half_types
 @pytest.mark.parametrize("order", ORDERS)
-def test_copies_arrive(order: str, dtype: str) -> None:
+def test_elements_copied_with_cp_async_arrive_after_wait_and_barrier(
+    order: str, dtype: str
+) -> None:
     x = np.arange(1, 513).astype(X_DTYPES[dtype])
     y = EmulatorDevice().empty((512,), x.dtype)
     launch("copies", dtype, y, x, threads=64, order=order)
@@ -153,14 +150,14 @@ def test_copies_arrive(order: str, dtype: str) -> None:
     ],
     ids=["not waited for", "no barrier", "too early again"],
 )
-def test_reports_copies_in_a_wrong_order(fault: int, report: str) -> None:
+def test_a_copy_without_wait_or_barrier_is_reported(fault: int, report: str) -> None:
     x = np.ones(512, X_DTYPES["bf16"])
     y = EmulatorDevice().empty((512,), x.dtype)
     with pytest.raises(KernelError, match=f"copies .*{report}"):
         launch("copies", "bf16", y, x, threads=64, fault=fault)
 
 
-def test_an_mma_needs_the_whole_warp() -> None:
+def test_an_mma_that_half_a_warp_calls_is_reported() -> None:
     c, a = np.zeros(32, np.float32), np.ones(1, X_DTYPES["bf16"])
     with pytest.raises(
         KernelError, match=r"mma.sync at .* is not reached by all lanes of its mask"
@@ -168,7 +165,7 @@ def test_an_mma_needs_the_whole_warp() -> None:
         launch("half_a_warp", "bf16", c, a)
 
 
-def test_rows_of_ldmatrix_start_at_16_bytes() -> None:
+def test_a_row_of_ldmatrix_that_does_not_start_at_16_bytes_is_reported() -> None:
     c, a = np.zeros(32, np.float32), np.ones(1, X_DTYPES["bf16"])
     with pytest.raises(KernelError, match="odd_row ldmatrix reads a row that does not start at"):
         launch("odd_row", "bf16", c, a)

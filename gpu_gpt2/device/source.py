@@ -50,12 +50,12 @@ class KernelSource:
     @property
     def text(self) -> str:
         """The joined text of headers and file."""
-        return _joined_text(self.file)
+        return _joined_text(kernels_dir(), self.file)
 
     @property
     def signatures(self) -> dict[str, tuple[Parameter, ...]]:
         """The parameters of every kernel in the file, by the kernel's name."""
-        return _signatures(self.file)
+        return _signatures(kernels_dir(), self.file)
 
     def parameters(self, kernel: str) -> tuple[Parameter, ...]:
         """Returns the parameters of a kernel. Raises LaunchError if the file does not have it."""
@@ -96,17 +96,17 @@ def kernel_files() -> tuple[str, ...]:
 
 
 @functools.cache
-def _joined_text(file: str) -> str:
-    text = (kernels_dir() / file).read_text()
+def _joined_text(folder: Path, file: str) -> str:
+    text = (folder / file).read_text()
     headers = (HEADER, *INCLUDE.findall(text))
-    parts = [(name, (kernels_dir() / name).read_text()) for name in headers]
+    parts = [(name, (folder / name).read_text()) for name in headers]
     parts.append((file, INCLUDE.sub("", text)))
     return "\n".join(f'#line 1 "{name}"\n{part}' for name, part in parts)
 
 
 @functools.cache
-def _signatures(file: str) -> dict[str, tuple[Parameter, ...]]:
-    text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", (kernels_dir() / file).read_text(), flags=re.DOTALL)
+def _signatures(folder: Path, file: str) -> dict[str, tuple[Parameter, ...]]:
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", " ", (folder / file).read_text(), flags=re.DOTALL)
     heads = re.finditer(
         r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(([^)]*)\)',
         text,

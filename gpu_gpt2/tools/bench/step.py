@@ -220,7 +220,7 @@ def text_table(rows: Sequence[StepTime]) -> tuple[list[str], list[list[str]]]:
         group = [row for row in rows if row.size == size]
         ours = next((row for row in group if row.name == OURS and row.step_ms), None)
         for row in group:
-            lines.append([size if row is group[0] else "", *cells(row, ours)])
+            lines.append([size if row is group[0] else "", *_cells(row, ours)])
     head = ["", "", *COLUMNS]
     lines = [[*line, *[""] * (len(head) - len(line))] for line in lines]
     used = [i for i in range(len(head)) if i < 2 or any(line[i] for line in lines)]
@@ -232,7 +232,7 @@ def problems(rows: Sequence[StepTime]) -> list[str]:
     return [f"{row.name} at {row.size}: {row.problem}" for row in rows if row.problem]
 
 
-def cells(row: StepTime, ours: StepTime | None) -> tuple[str, ...]:
+def _cells(row: StepTime, ours: StepTime | None) -> tuple[str, ...]:
     """Returns the row's name and COLUMNS as text, "" where a value is not known.
 
     `ours` is our row of the same size, or None if there is none. A row without a time has the text
