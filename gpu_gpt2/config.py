@@ -23,7 +23,8 @@ else:
     import tomli as tomllib
 
 GPT2_VOCAB_SIZE: Final = 50257
-VOCAB_PADDING: Final = 128  # rows of wte are padded to a multiple of this: aligned rows, full tiles
+LAYER_NORM_EPSILON: Final = 1e-5  # of GPT-2's layernorms
+VOCAB_PADDING: Final = 128  # wte has a multiple of this many rows: aligned rows, full tiles
 MAX_BATCH_TOKENS: Final = 1 << 30  # in one micro-batch: kernels count rows in 32 bits
 MAX_RECOMPUTE: Final = 3  # highest level of activation recomputation: models/gpt2.py, activations
 MAX_SEED: Final = (1 << 32) - 1  # the Mersenne Twister is seeded with one 32-bit word
@@ -34,17 +35,24 @@ AUTO: Final = "auto"  # as the value of an option: gpu-gpt2 chooses
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Sizes of a GPT-2, under the names that Hugging Face's config.json uses."""
+    """Sizes and constants of a GPT-2, under the names of Hugging Face's config.json.
+
+    Raises ConfigError for sizes that cannot be built.
+    """
 
     vocab_size: int = GPT2_VOCAB_SIZE
     n_positions: int = 1024  # longest context
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
+    layer_norm_epsilon: float = LAYER_NORM_EPSILON  # added to the variance
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if name == "layer_norm_epsilon":
+                if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+                    raise ConfigError(f"{name} must be a positive number, not {value!r}")
+            elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number >= 1, not {value!r}")
         if self.n_embd % self.n_head:
             raise ConfigError(
@@ -66,8 +74,9 @@ class ModelConfig:
         return math.ceil(self.vocab_size / VOCAB_PADDING) * VOCAB_PADDING
 
 
-# C, L and H by the number in an llm.c descriptor: of layers for GPT-2 (Radford et al. 2019, table
-# 2), of channels for GPT-3 (Brown et al. 2020, table 2.1), with sizes of llm.c's own between them.
+# Channels, layers and heads (C, L, H) by the number in llm.c's name of a model. It counts layers in
+# names of GPT-2 (Radford et al. 2019, table 2), and channels in names of GPT-3 (Brown et al. 2020,
+# table 2.1). 30M, 2.8B, 7.3B, 12B and 31M are sizes that llm.c has added.
 GPT2_SIZES: Final[Mapping[int, tuple[int, int, int]]] = {
     6: (384, 6, 6),  # 30M
     12: (768, 12, 12),  # 124M
@@ -88,7 +97,7 @@ GPT3_SIZES: Final[Mapping[int, tuple[int, int, int]]] = {
     4096: (4096, 32, 32),  # 6.7B
     12288: (12288, 96, 96),  # 175B
 }
-HF_SIZES: Final[Mapping[str, tuple[int, int, int]]] = {  # under Hugging Face's names
+HF_SIZES: Final[Mapping[str, tuple[int, int, int]]] = {  # GPT-2 by Hugging Face's names
     "gpt2": GPT2_SIZES[12],
     "gpt2-medium": GPT2_SIZES[24],
     "gpt2-large": GPT2_SIZES[36],
@@ -111,8 +120,8 @@ MODELS: Final[Mapping[str, ModelConfig]] = {
     **_models("gpt2:d", GPT2_SIZES, 1024),
     **_models("gpt3:c", GPT3_SIZES, GPT3_POSITIONS),
     **{name: ModelConfig(n_embd=C, n_layer=L, n_head=H) for name, (C, L, H) in HF_SIZES.items()},
-    "mini": ModelConfig(n_layer=2, n_head=4, n_embd=256, n_positions=64),  # a minute on a CPU
-    "nano": ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32),  # for the emulator
+    "mini": ModelConfig(n_layer=2, n_head=4, n_embd=256, n_positions=64),  # the CPU's default
+    "nano": ModelConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32),  # the emulator's
 }
 MODEL_NAMES: Final = (
     f"dN or gpt2:dN with N = {', '.join(map(str, GPT2_SIZES))}; "
@@ -122,7 +131,7 @@ MODEL_NAMES: Final = (
 
 
 def model_config(name: str, vocab_size: int = GPT2_VOCAB_SIZE) -> ModelConfig:
-    """The sizes of `name` in `MODELS` with the vocabulary of the tokenizer in use."""
+    """The sizes of the model `name` in MODELS, with `vocab_size` tokens. Raises ConfigError."""
     if name == "gpt3:c5140":
         raise ConfigError(
             "gpt3:c5140 cannot be built: 5140 channels, as the paper prints, do not divide into "

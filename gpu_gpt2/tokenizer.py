@@ -1,8 +1,8 @@
-"""Text to token ids and back: GPT-2's vocabulary, plain bytes, one trained or one from a file.
+"""Tokenizers: GPT-2's vocabulary, plain bytes, a vocabulary trained on text or one from a file.
 
-All are byte-level byte-pair vocabularies, encoded by tiktoken. Ids 0 to V - 2 are byte strings, in
-the order in which their pairs merge; the last id, V - 1, is <|endoftext|>, the mark that stands in
-front of every document. In text, "<|endoftext|>" is ordinary text.
+All of them are byte-level byte-pair vocabularies, and tiktoken does the encoding. Ids 0 to V - 2
+are byte strings, in the order in which their pairs merge. The last id, V - 1, is <|endoftext|>,
+which precedes every document. The characters "<|endoftext|>" in a text are ordinary text.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gpu_gpt2.config import GPT2_VOCAB_SIZE
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.tokenizer_bin import write_tokenizer_bin
 from gpu_gpt2.formats.vocabulary import (
+    BYTE_VALUES,
     END_OF_TEXT,
     MAX_TOKEN_BYTES,
     MAX_VOCAB_SIZE,
@@ -33,41 +34,42 @@ from gpu_gpt2.formats.vocabulary import (
     word_of,
 )
 
-MIN_VOCAB_SIZE: Final = 258  # 256 bytes, one merge, <|endoftext|>
+BYTES_VOCAB_SIZE: Final = BYTE_VALUES + 1  # the bytes and <|endoftext|>
+MIN_VOCAB_SIZE: Final = BYTES_VOCAB_SIZE + 1  # of a trained vocabulary, with at least one merge
 
-# How text is cut into pieces before pairs are merged (Radford et al. 2019, section 2.2): letters,
-# digits or other marks with one space in front, and runs of white space. The possessive "++" are
-# tiktoken's: same pieces, without backtracking.
+# The pattern that cuts text into pieces, inside which pairs are merged (Radford et al. 2019,
+# section 2.2): letters, digits or other marks with one space in front, and runs of white space.
+# The possessive "++" are from tiktoken; they give the same pieces without backtracking.
 _PIECES: Final = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _TRAINED: Final = re.compile(r"bpe:([0-9]{1,9})")
 
 
 def vocab_size_of(spec: str) -> int:
-    """Tokens in the vocabulary that `spec` names, or UserError.
+    """The size of the vocabulary that `spec` names; UserError.
 
     spec: "gpt2", "bytes", "bpe:N", or the path of a tokenizer: see Tokenizer.open.
     """
     if spec == "gpt2":
         return GPT2_VOCAB_SIZE
     if spec == "bytes":
-        return 257
+        return BYTES_VOCAB_SIZE
     match = _TRAINED.fullmatch(spec)
     if not match:
         return _open_named(spec).vocab_size
     size = int(match[1])
     if not MIN_VOCAB_SIZE <= size <= MAX_VOCAB_SIZE:
         raise ConfigError(
-            f"tokenizer {spec}: N must be from {MIN_VOCAB_SIZE} (256 bytes, one merge and "
-            f"{END_OF_TEXT}) to {MAX_VOCAB_SIZE} (ids are stored in 16 bits)"
+            f"tokenizer {spec}: N must be from {MIN_VOCAB_SIZE} ({BYTE_VALUES} bytes, one merge "
+            f"and {END_OF_TEXT}) to {MAX_VOCAB_SIZE} (ids are stored in 16 bits)"
         )
     return size
 
 
 class Tokenizer:
-    """A vocabulary: `encode` gives ids, `decode` gives text, `save` writes a tokenizer.json."""
+    """A vocabulary that encodes text to ids, decodes ids to text, and can be saved."""
 
     def __init__(self, name: str, ranks: Mapping[bytes, int]) -> None:
-        """ranks: every byte string with its id; ids 0 to len(ranks) - 1 in order of merging."""
+        """ranks: the id of every byte string; ids 0 to len(ranks) - 1 in the order of merging."""
         self.name = name
         self.eot = len(ranks)
         self.vocab_size = len(ranks) + 1
@@ -82,12 +84,12 @@ class Tokenizer:
 
     @classmethod
     def gpt2(cls) -> Tokenizer:
-        """GPT-2's own vocabulary, as gpu-gpt2 was installed with it; DataError if damaged."""
+        """GPT-2's own vocabulary, which is installed with gpu-gpt2; DataError if it is damaged."""
         return cls("gpt2", gpt2_ranks())
 
     @classmethod
     def open(cls, path: Path) -> Tokenizer:
-        """The tokenizer in a file or folder; DataError says what is wrong.
+        """The tokenizer in a file or folder; DataError.
 
         `path` is a tokenizer.json, a vocab.json or merges.txt with the other one beside it, llm.c's
         gpt2_tokenizer.bin, or a folder with one of these, such as one that `save` wrote.
@@ -97,13 +99,16 @@ class Tokenizer:
 
     @classmethod
     def of_bytes(cls) -> Tokenizer:
-        """One token per byte, id = value of the byte."""
-        return cls("bytes", {bytes([b]): b for b in range(256)})
+        """A vocabulary of one token per byte, whose id is the byte's value."""
+        return cls("bytes", {bytes([b]): b for b in range(BYTE_VALUES)})
 
     @classmethod
     def train(cls, documents: Sequence[str], vocab_size: int) -> Tokenizer:
-        """A byte-pair vocabulary of `vocab_size` tokens that fits `documents`; deterministic."""
-        # Imported here: only training needs it, and loading it takes longer than the rest.
+        """Trains a byte-pair vocabulary of `vocab_size` tokens on `documents`; deterministic.
+
+        ConfigError if the text is too short.
+        """
+        # Imported here because only training needs it and it is slow to load.
         from tokenizers import Tokenizer as Trained
         from tokenizers.models import BPE
         from tokenizers.pre_tokenizers import ByteLevel
@@ -129,9 +134,9 @@ class Tokenizer:
         return cls(f"bpe:{vocab_size}", {bytes_of(word): rank for word, rank in vocab.items()})
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        """ids (tokens,) int32 of `text`; lone surrogates become U+FFFD, as UTF-8 has none.
+        """The ids (tokens,) int32 of `text`; lone surrogates become U+FFFD, as UTF-8 has none.
 
-        DataError for a text that tiktoken cannot cut.
+        DataError for a text that tiktoken cannot cut into pieces.
         """
         try:
             ids = self._encoding.encode_to_numpy(
@@ -145,30 +150,30 @@ class Tokenizer:
         return ids.astype(np.int32)
 
     def decode(self, tokens: npt.NDArray[Any] | Sequence[int]) -> str:
-        """Text of `tokens`; bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        """The text of `tokens`; bytes that are not UTF-8, as of half a character, become U+FFFD."""
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def decode_bytes(self, tokens: npt.NDArray[Any] | Sequence[int]) -> bytes:
-        """Bytes of `tokens`, each in 0 to V - 1."""
+        """The bytes of `tokens`, each in 0 to V - 1."""
         return self._encoding.decode_bytes(np.asarray(tokens, np.int64).tolist())
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
-        """(V,) int32: bytes of text that each token stands for; 0 for <|endoftext|>."""
+        """The bytes of text that each token stands for, (V,) int32; 0 for <|endoftext|>."""
         return np.array([*map(len, self._ranks), 0], np.int32)
 
     def tokens(self) -> list[bytes]:
-        """The bytes of every id, 0 to V - 1, with those of the text "<|endoftext|>" at the end."""
+        """The bytes of every id, 0 to V - 1; the last are the characters "<|endoftext|>"."""
         return [*self._ranks, END_OF_TEXT.encode()]
 
     def save_bin(self, path: Path, version: int = 2) -> None:
-        """Writes llm.c's gpt2_tokenizer.bin; version 1 holds GPT-2's vocabulary only. DataError."""
+        """Writes llm.c's gpt2_tokenizer.bin; version 1 holds only GPT-2's vocabulary. DataError."""
         write_tokenizer_bin(path, self.tokens(), self.eot, version)
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, as transformers reads them.
+        """Writes tokenizer.json and tokenizer_config.json, which transformers reads.
 
-        transformers gives the same ids, but for "<|endoftext|>" in the text, which it takes for
-        the mark itself. OSError when `folder` cannot be written.
+        transformers gives the same ids, except that it takes the characters "<|endoftext|>" in a
+        text for the token. Raises OSError if `folder` cannot be written.
         """
         byte_level = {
             "type": "ByteLevel",
@@ -222,7 +227,7 @@ class Tokenizer:
 
 
 def is_path(spec: str) -> bool:
-    """Whether `spec` is the path of a tokenizer: anything but "gpt2", "bytes" and "bpe:N"."""
+    """True if `spec` is the path of a tokenizer: anything but "gpt2", "bytes" and "bpe:N"."""
     return spec not in ("gpt2", "bytes") and not _TRAINED.fullmatch(spec)
 
 
@@ -238,7 +243,7 @@ def make_tokenizer(spec: str, documents: Sequence[str]) -> Tokenizer:
 
 
 def cache_key(spec: str) -> str:
-    """What `spec` stands for, as a cache may know it: of a path the SHA-256 of its tokens."""
+    """A name for the vocabulary of `spec` in a cache: for a path, the SHA-256 of its tokens."""
     if not is_path(spec):
         return spec
     tokens = _open_named(spec).tokens()
@@ -255,8 +260,8 @@ def _open_named(spec: str) -> Tokenizer:
 
 
 def _name_of(ranks: Mapping[bytes, int]) -> str:
-    """The spec that gives these ranks; GPT-2's are known by their last merge."""
-    if len(ranks) == 256:
+    """The spec of a vocabulary; GPT-2's is recognised by its size and its last merge."""
+    if len(ranks) == BYTE_VALUES:
         return "bytes"
     if len(ranks) == GPT2_VOCAB_SIZE - 1 and ranks.get(b" gazed") == GPT2_VOCAB_SIZE - 2:
         return "gpt2"

@@ -1,6 +1,6 @@
 // Layer normalization, alone and together with the residual sum and the bias that come before it.
 //
-//     mean = sum(x) / C,   variance = sum((x - mean)^2) / C,   rstd = 1 / sqrt(variance + 1e-5)
+//     mean = sum(x) / C,   variance = sum((x - mean)^2) / C,   rstd = 1 / sqrt(variance + eps)
 //     y = (x - mean) rstd w + b                          along each row of C channels
 //
 // kernel                   outputs                              inputs
@@ -47,7 +47,6 @@
 
 #include "column_sum.cuh"
 
-#define LAYERNORM_EPS 1e-5f                     // what GPT-2 adds to the variance
 #define ROW_GROUPS (THREADS / THREADS_PER_ROW)  // row groups of a block
 
 // The first channel of this thread's piece i. The row has no such piece if this is C or more.
@@ -70,7 +69,7 @@ __device__ inline int row_of_group() {
 
 // Writes mean, rstd and y of row n, of which this thread has its channels in x.
 __device__ inline void normalize_row(floatX* y, float* mean, float* rstd, float (*x)[WIDTH],
-                                     const floatX* w, const floatX* b, int n, int C,
+                                     const floatX* w, const floatX* b, int n, int C, float eps,
                                      float* scratch) {
     float sum = 0.0f;
 #pragma unroll
@@ -91,7 +90,7 @@ __device__ inline void normalize_row(floatX* y, float* mean, float* rstd, float 
             squares += CHANNEL(i) < C ? centred * centred : 0.0f;
         }
     }
-    float s = 1.0f / sqrtf(row_sum(squares, scratch) / C + LAYERNORM_EPS);
+    float s = 1.0f / sqrtf(row_sum(squares, scratch) / C + eps);
 
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
@@ -132,7 +131,7 @@ __device__ inline void load_row(float (*values)[WIDTH], const floatX* x, int n, 
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     layernorm_fwd(floatX* y, float* mean, float* rstd, const floatX* x, const floatX* w,
-                  const floatX* b, int N, int C) {
+                  const floatX* b, int N, int C, float eps) {
     SHARED_ARRAY(float, scratch, MAX_WARPS);
     int n = row_of_group();
     if (n >= N) {
@@ -140,13 +139,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     float row[PIECES][WIDTH];
     load_row(row, x, n, C);
-    normalize_row(y, mean, rstd, row, w, b, n, C, scratch);
+    normalize_row(y, mean, rstd, row, w, b, n, C, eps, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     residual_layernorm_fwd(floatX* r, floatX* y, float* mean, float* rstd, const floatX* x1,
                            const floatX* x2, const floatX* bias, const floatX* w,
-                           const floatX* b, int N, int C) {
+                           const floatX* b, int N, int C, float eps) {
     SHARED_ARRAY(float, scratch, MAX_WARPS);
     int n = row_of_group();
     if (n >= N) {
@@ -169,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             store(r + (long long)n * C + c, row[i]);
         }
     }
-    normalize_row(y, mean, rstd, row, w, b, n, C, scratch);
+    normalize_row(y, mean, rstd, row, w, b, n, C, eps, scratch);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -201,6 +202,15 @@ def test_resume_and_generate_refuse_what_does_not_fit(
     code, _, err = run("generate", "bpe", "--device", "cpu")
     assert code == 1
     assert "its tokenizer has 257 tokens, config.json 260" in err
+
+
+def test_a_resumed_run_keeps_settings_that_are_not_given() -> None:
+    run = {"run_dir": "run", "tf32": True, "recompute": 2}
+    saved = TrainConfig(**{**defaults_for("cpu"), **run}, device="cuda", dtype="fp32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "open_device", lambda name: SimpleNamespace(name=name))
+        resumed = train_module._resumed_config(saved, {"steps": 2000, "device": "auto"})
+    assert resumed == replace(saved, steps=2000)
 
 
 def test_generated_text_is_printed_as_it_is(run: Run) -> None:

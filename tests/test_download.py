@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,6 +44,9 @@ class Site:
     sizes: bool = True  # whether it says how long an answer is
     redirects: bool = False  # whether files lie elsewhere, as the Hub's large ones do
     cut_after: int | None = None  # bytes of every answer
+    hold_after: int | None = None  # bytes of every answer, after which it waits
+    holding: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
     failures: list[int] = field(default_factory=list)  # statuses of the next answers
     etag: str | None = None  # in place of the SHA-256
     listing: bytes = b""
@@ -46,8 +54,11 @@ class Site:
     sent: int = 0  # bytes
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        self.asked.append(f"{request.command} {request.headers.get('Range', 'all')}")
         path = request.path.lstrip("/")
+        if path == "api/agent-harnesses":  # huggingface_hub asks for it of its own accord
+            request.send_error(404)
+            return
+        self.asked.append(f"{request.command} {request.headers.get('Range', 'all')}")
         if self.failures:
             request.send_error(self.failures.pop(0))
             return
@@ -88,7 +99,12 @@ class Site:
         if request.command == "GET":
             body = body[: self.cut_after]
             self.sent += len(body)
-            request.wfile.write(body)
+            request.wfile.write(body[: self.hold_after])
+            if self.hold_after is not None and len(body) > self.hold_after:
+                self.holding.set()
+                self.released.wait(60)
+                return
+            request.wfile.write(b"" if self.hold_after is None else body[self.hold_after :])
         request.close_connection = True
 
 
@@ -381,6 +397,48 @@ def test_all_shards(site: Site, tmp_path: Path, shards: dict[str, np.ndarray]) -
     site.asked.clear()
     get(tmp_path)
     assert not site.asked
+
+
+def test_ctrl_c_ends_at_once_and_the_same_command_resumes(site: Site, tmp_path: Path) -> None:
+    """The command as users start it, with files of more than huggingface_hub's block of 10 MB."""
+    folder = "datasets/kjj0/fineweb10B-gpt2/resolve/main"
+    for name, count in (("val_000000", 10), ("train_000001", 12_000_000)):
+        write_tokens(tmp_path / "made.bin", np.arange(count) % 50_257)
+        site.files[f"{folder}/fineweb_{name}.bin"] = (tmp_path / "made.bin").read_bytes()
+    site.hold_after = 20_000_000
+    arguments = ["data", "get", "fineweb10B", "--tokens", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "gpu_gpt2", *arguments]
+    environment = {**os.environ, "HF_ENDPOINT": site.url, "HF_HOME": str(tmp_path / "home")}
+    # A shell's background jobs ignore the signal, and their children inherit that.
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert site.holding.wait(60)
+        out_folder = tmp_path / "fineweb10B"
+        for _ in range(500):
+            if any(path.stat().st_size for path in out_folder.glob("*.part")):
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=5)
+    site.released.set()
+    assert process.returncode == 130
+    assert out == b"stopped; give the same command again to resume\n"
+    (part,) = out_folder.glob("*.part")
+    have = part.stat().st_size
+    assert have > 10_000_000
+    site.hold_after = None
+    site.asked.clear()
+    result = subprocess.run(command, env=environment, capture_output=True, check=True, text=True)
+    assert result.stderr == ""
+    assert "24,001,024 bytes" in result.stdout.replace("\n", "")
+    assert site.asked == ["HEAD all", f"GET bytes={have}-"]
+    assert read_tokens(out_folder / "fineweb_train_000001.bin").size == 12_000_000
+    assert only(out_folder) == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(1, 1), (1_000, 1), (1_001, 2), (99_999, 3)])

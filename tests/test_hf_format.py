@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import new_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
@@ -109,6 +110,20 @@ def test_transformers_opens_our_folder(saved: Path) -> None:
     assert (c.activation_function, c.layer_norm_epsilon) == ("gelu_new", 1e-5)
     assert (c.bos_token_id, c.eos_token_id) == (EOT, EOT)
     assert model.generation_config.eos_token_id == EOT
+
+
+def test_the_epsilon_of_layernorm_is_kept(tmp_path: Path) -> None:
+    config = replace(CONFIG, layer_norm_epsilon=0.25)
+    hf.write_model(tmp_path, Arena(config, random_arena(config), EOT))
+    assert hf.open_folder(tmp_path).config == config
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    tokens = np.arange(10, dtype=np.int32)[None]
+    ours = new_model(config, B=1, T=10, training=False)
+    ours.load(random_arena(config))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens).long()).logits[0].numpy()
+    actual = ours.forward(tokens)[:, : config.vocab_size]
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_the_file_says_what_older_transformers_ask_for(saved: Path) -> None:
@@ -253,7 +268,8 @@ def test_wrong_tensors_are_named(
         ("model_type", "llama", "model_type is 'llama'; only 'gpt2' can be read"),
         ("model_type", None, "model_type is None"),
         ("activation_function", "relu", "activation_function is 'relu'; only 'gelu_new' or"),
-        ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06; only 1e-05 is supported"),
+        ("layer_norm_epsilon", 0.0, "layer_norm_epsilon must be a positive number, not 0.0"),
+        ("layer_norm_epsilon", True, "layer_norm_epsilon must be a positive number, not True"),
         ("tie_word_embeddings", False, "tie_word_embeddings is False"),
         ("scale_attn_weights", False, "scale_attn_weights is False"),
         ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx is True"),

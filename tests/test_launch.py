@@ -225,18 +225,18 @@ def test_shapes_that_disagree() -> None:
         ValueError, match=r"layernorm_fwd: w is \(4,\), expected \(C\) with .*C = 5"
     ):
         _ops().layernorm_fwd(
-            _floats(3, 5), _floats(3), _floats(3), _floats(3, 5), _floats(4), _floats(5)
+            _floats(3, 5), _floats(3), _floats(3), _floats(3, 5), _floats(4), _floats(5), 1e-5
         )
 
 
 def test_biases_of_another_length() -> None:
-    y, x, rows = _floats(3, 5), _floats(3, 5), _floats(3)
+    y, x, rows, w = _floats(3, 5), _floats(3, 5), _floats(3), _floats(5)
     with pytest.raises(ValueError, match=r"gelu_fwd: b is \(1,\), expected \(O\)"):
         _ops().gelu_fwd(y, x, _floats(1))
     with pytest.raises(ValueError, match=r"gelu_bwd: b is \(6,\), expected \(O\)"):
         _ops().gelu_bwd(y, y, x, _floats(6))
     with pytest.raises(ValueError, match=r"layernorm_fwd: bias is \(4,\), expected \(C\)"):
-        _ops().residual_layernorm_fwd(y, y, rows, rows, x, x, _floats(4), _floats(5), _floats(5))
+        _ops().residual_layernorm_fwd(y, y, rows, rows, x, x, _floats(4), w, w, 1e-5)
 
 
 def test_wrong_number_of_dimensions() -> None:

@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import tracemalloc
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.errors import DataError
+from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats import files, llmc
 from gpu_gpt2.formats.llmc_header import HEADER_BYTES, header_bytes
 from gpu_gpt2.models.gpt2 import parameter_count
@@ -225,6 +225,13 @@ def test_a_cut_file_is_refused(size: int, path: Path) -> None:
     message = refusal(path)
     assert str(path) in message
     assert f"holds {size}" in message
+
+
+def test_an_epsilon_that_the_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    source = Arena(replace(CONFIG, layer_norm_epsilon=1e-6), random_arena())
+    with pytest.raises(ConfigError, match="layer_norm_epsilon is 1e-06, and llm"):
+        llmc.write_model(tmp_path / "model.bin", source, "fp32")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_extended_file_is_refused(path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_restored_loader_gives_the_same_batches(
 )  # fmt: skip
 def test_a_place_that_is_not_there_is_refused(change: dict[str, Any]) -> None:
     loader = make(shards_of(1000, 500), 4, 10)
-    with pytest.raises(DataError, match="cannot go on"):
+    with pytest.raises(DataError, match="cannot resume"):
         loader.restore({**loader.state(), **change})
     with pytest.raises(DataError, match="the saved place in the data is damaged"):
         loader.restore({})

@@ -1,7 +1,4 @@
-"""Text to train on: the built-in corpus and the user's own file, each split once and for all.
-
-A corpus is a list of training documents and a list of held-out ones, never mixed afterwards.
-"""
+"""The built-in corpus and the user's text file, split into training and held-out documents."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from typing import Final
 
 from gpu_gpt2.errors import DataError
 
-VAL_FRACTION: Final = 0.1  # of the text that is held out
+VAL_FRACTION: Final = 0.1  # held out of a text: enough of a small one to evaluate
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A text in documents; those of `val` are never trained on."""
+    """The documents of a text; those of `val` are held out and never trained on."""
 
     name: str
     train: tuple[str, ...]
@@ -28,9 +25,9 @@ class Corpus:
 def python_docs() -> Corpus:
     """The Python language reference that CPython ships for its help(): pydoc_data.topics.
 
-    Each topic is a document, in alphabetical order. The last tenth of the text is held out, as of
-    a text file, and no paragraph of it is trained on; see data/python_docs/README.md. DataError
-    where this Python comes without the texts.
+    Each topic is a document, in alphabetical order. The last tenth of the text is held out, and
+    its paragraphs are removed from the training text: see data/python_docs/README.md. DataError if
+    this Python comes without the texts.
     """
     try:
         from pydoc_data.topics import topics
@@ -40,7 +37,7 @@ def python_docs() -> Corpus:
             "is made from; train on a text of your own with --data FILE"
         ) from e
     train, val = hold_out([topics[name] for name in sorted(topics)])
-    held_out = {_evened(p) for text in val for p in paragraphs(text)}
+    held_out = {_with_single_spaces(p) for text in val for p in paragraphs(text)}
     kept = (without_paragraphs(text, held_out) for text in train)
     return Corpus("python-docs", tuple(text for text in kept if text), val)
 
@@ -49,9 +46,9 @@ BUILT_IN: Final[Mapping[str, Callable[[], Corpus]]] = {"python-docs": python_doc
 
 
 def hold_out(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(training, held-out) documents: the last tenth of all characters is held out.
+    """The (training, held-out) documents: the last tenth of all characters is held out.
 
-    The document that reaches across the border is cut at its next blank line.
+    The document across the border is cut at its next blank line.
     """
     border = int(sum(map(len, documents)) * (1 - VAL_FRACTION))
     train, val = [], []
@@ -70,27 +67,30 @@ def hold_out(documents: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def paragraphs(text: str) -> list[str]:
-    """The paragraphs of `text`, with the blank lines between them left out."""
+    """The paragraphs of `text`, without the blank lines between them."""
     return [p for p in re.split(r"\n\s*\n", text) if p.strip()]
 
 
 def without_paragraphs(text: str, unwanted: Set[str]) -> str:
-    """`text` less the paragraphs that stand in `unwanted` but for their white space.
+    """`text` without the paragraphs that are `unwanted`; white space is not compared.
 
-    The reference repeats itself: "with" is a section of "compound". What is held out in one
-    topic must not be learnt from another.
+    The reference repeats itself: the topic "with" is a section of "compound". A paragraph that is
+    held out in one topic must not be learnt from another.
     """
     found = paragraphs(text)
-    kept = [p for p in found if _evened(p) not in unwanted]
+    kept = [p for p in found if _with_single_spaces(p) not in unwanted]
     return text if len(kept) == len(found) else "\n\n".join(kept)
 
 
-def _evened(text: str) -> str:
+def _with_single_spaces(text: str) -> str:
     return " ".join(text.split())
 
 
 def text_file(path: Path) -> Corpus:
-    """A UTF-8 text file as one document whose last tenth is held out, cut at a line's end."""
+    """A UTF-8 text file as one document, whose last tenth, from a line's end on, is held out.
+
+    DataError if the file cannot be read, is empty or is not UTF-8.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError as e:
@@ -109,7 +109,7 @@ def text_file(path: Path) -> Corpus:
     if not text.strip():
         raise DataError(f"{path} is empty; put some text into it")
     cut = int(len(text) * (1 - VAL_FRACTION))
-    # A line much longer than the rest (or the whole text) is cut inside.
+    # Without a line's end in the next twentieth of the text, the text is cut inside a line.
     cut = text.find("\n", cut, cut + len(text) // 20) + 1 or cut
     if cut == 0:
         raise DataError(f"{path} holds {len(text)} characters, too few to train on")

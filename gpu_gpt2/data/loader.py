@@ -1,4 +1,4 @@
-"""Batches of tokens: shuffled without end for training, once in order for validation."""
+"""Batches of tokens: without end and shuffled for training, once and in order for validation."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.rng.mersenne import WORDS, MersenneTwister
 
 Int32 = npt.NDArray[np.int32]
-CHECKED_TOKENS: Final = 1 << 20  # whose checksum tells one text from another
+CHECKED_TOKENS: Final = 1 << 20  # of each shard, whose checksum tells one text from another
 
 
 class BatchLoader:
-    """Batches without end in llm.c's order, so that runs can be compared batch by batch.
+    """Yields batches without end in llm.c's order, so that runs can be compared batch by batch.
 
-    A block is what all ranks read in one micro-step: world_size * B * T tokens in a row, of which
-    each rank takes its own B * T. In an epoch every shard comes once, in random order, and in it
-    every block, in random order; the tokens left over at a shard's end are not read. Documents are
-    not kept apart.
+    All ranks together read a block in each micro-step: world_size * B * T consecutive tokens, of
+    which each rank takes its own B * T. In an epoch the shards come in random order, and so do the
+    blocks of each shard. The tokens left over at a shard's end are not read. A block may begin
+    and end inside a document.
 
-    So a batch is one passage, from which a small text is learnt badly. With `scattered`, blocks are
-    single rows, B of which make a batch, and begin at another offset below T in every epoch.
+    So a batch is one passage of the text, and a small text is learnt badly from such batches. With
+    `scattered`, a block is a single row, B random rows make a batch, and the rows begin at another
+    offset below T in every epoch.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """shards: each (count,) integers. DataError for one too short, or with tokens >= V."""
+        """shards: each (count,) integers. DataError if one is too short or has tokens >= V."""
         self._shards = shards
         self._T = T
         self._scattered = scattered
@@ -77,9 +78,7 @@ class BatchLoader:
         return Batch.of(inputs, targets)
 
     def _next_part(self) -> Tokens:
-        """This rank's part of the next block and the token after it: one row ends where the next
-        begins.
-        """
+        """This rank's part of the next block, with the token after it as the last target."""
         if self._position == len(self._blocks):
             if self._shard + 1 < len(self._shards):
                 self._open(self._shard + 1)
@@ -92,7 +91,7 @@ class BatchLoader:
         return part
 
     def state(self) -> dict[str, Any]:
-        """Where the next batch begins, as JSON can hold it, and a checksum of the data."""
+        """The position of the next batch in the data, and a checksum of the data, for JSON."""
         words, drawn = self._before_blocks
         return {
             "epoch": self._epoch,
@@ -105,9 +104,9 @@ class BatchLoader:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on at a saved place, with the batches that would have come then.
+        """Continues at a saved `state()`, with the batches that would have come next.
 
-        The loader must have the same shards, sizes and rank; DataError says where it has not.
+        DataError if the loader has other shards, sizes or another rank than the saved one.
         """
         try:
             words = np.frombuffer(base64.b64decode(state["generator"], validate=True), "<u4")
@@ -116,10 +115,10 @@ class BatchLoader:
                 int(state[key]) for key in ("epoch", "shard", "position", "drawn", "crc32")
             )
         except (KeyError, TypeError, ValueError, OverflowError) as e:
-            raise DataError(f"cannot go on: the saved place in the data is damaged ({e})") from e
+            raise DataError(f"cannot resume: the saved place in the data is damaged ({e})") from e
         if crc32 != self._crc32:
             raise DataError(
-                "cannot go on: the training tokens are not those of the saved run, its text or "
+                "cannot resume: the training tokens are not those of the saved run, its text or "
                 "tokenizer has changed; begin a new run with another --run-dir"
             )
         if not (
@@ -129,13 +128,13 @@ class BatchLoader:
             and np.array_equal(np.sort(order), np.arange(len(self._shards)))
             and 0 <= shard < len(self._shards)
         ):
-            raise DataError("cannot go on: the saved place in the data is damaged")
+            raise DataError("cannot resume: the saved place in the data is damaged")
         self._epoch, self._order = epoch, order
         self._random.restore(words.astype(np.uint32), drawn)
         self._open(shard)
         if not 0 <= position <= len(self._blocks):
             raise DataError(
-                f"cannot go on at block {position} of {len(self._blocks)}; the run was saved with "
+                f"cannot resume at block {position} of {len(self._blocks)}; the run was saved with "
                 f"another --batch-size or --seq-len"
             )
         self._position = position
@@ -146,7 +145,7 @@ class BatchLoader:
         self._open(0)
 
     def _open(self, shard: int) -> None:
-        """Begins with the shard at place `shard` of this epoch's order."""
+        """Moves to the first block of the shard at index `shard` of this epoch's order."""
         self._shard, self._position = shard, 0
         self._tokens = self._shards[self._order[shard]]
         check_tokens(self._tokens, self._vocab_size, _name(self._tokens))
@@ -160,16 +159,16 @@ class BatchLoader:
 
 
 def _name(tokens: Tokens) -> str:
-    """The file that tokens are mapped from, for messages."""
+    """The file that `tokens` are mapped from, for messages."""
     return str(getattr(tokens, "filename", None) or "the training text")
 
 
 def sequential_batches(tokens: Tokens, B: int, T: int) -> Iterator[Batch]:
-    """Batches in which every token but the first is a target exactly once, in order.
+    """Yields batches in which every token but the first is a target exactly once, in order.
 
-    Full batches are (B, T); then come the rows left over, (b, T) with b < B, and at last the
-    tokens left over, (1, t) with t < T. A mean over all tokens weighs each batch by its size.
-    The first token has no prediction. DataError if there are fewer than two tokens.
+    Full batches are (B, T). After them come the remaining rows, (b, T) with b < B, and then the
+    remaining tokens, (1, t) with t < T. A mean over all tokens weighs each batch by its size.
+    DataError if there are fewer than two tokens.
     """
     if len(tokens) < 2:
         raise DataError(

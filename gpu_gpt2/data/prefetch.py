@@ -1,4 +1,4 @@
-"""Batches read ahead by a thread, so that the device does not wait for the disk."""
+"""Reads batches ahead in a thread, so that the device does not wait for the disk."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Final, Protocol
 
 from gpu_gpt2.models.batch import Batch
 
-DEPTH: Final = 2  # batches ready: one being taken, one to spare
-PATIENCE_S: Final = 0.1  # between looks at whether to stop
+DEPTH: Final = 2  # batches read ahead: one being taken, and one to spare
+POLL_S: Final = 0.1  # the thread looks this often whether it should stop
 
 
 class Loader(Protocol):
-    """What batches come from: see BatchLoader."""
+    """A source of batches without end, such as BatchLoader."""
 
     def next_batch(self) -> Batch: ...
 
@@ -22,7 +22,7 @@ class Loader(Protocol):
 
 
 class Prefetcher:
-    """A loader's batches, in its order, as a context manager; the loader is the thread's own."""
+    """Gives a loader's batches, in its order, inside a `with`; only the thread uses the loader."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -45,16 +45,16 @@ class Prefetcher:
         self._thread.join()
 
     def next_batch(self) -> Batch:
-        """The loader's next batch; raises what reading it raised."""
+        """The loader's next batch; raises the exception that reading it raised."""
         item = self._ready.get()
         if isinstance(item, BaseException):
-            self._ready.put(item)  # for whoever asks again: no batch will come
+            self._ready.put(item)  # the next call raises it again, as no batch will come
             raise item
         batch, self._state = item
         return batch
 
     def state(self) -> dict[str, Any]:
-        """The loader's state as it was before the batch that next_batch gives next."""
+        """The loader's state before the batch that next_batch gives next."""
         return self._state
 
     def _read(self) -> None:
@@ -62,11 +62,11 @@ class Prefetcher:
             item: tuple[Batch, dict[str, Any]] | BaseException
             try:
                 item = self._loader.next_batch(), self._loader.state()
-            except BaseException as error:  # the trainer is told, and there is nothing more to read
+            except BaseException as error:  # next_batch raises it in the trainer's thread
                 item = error
             while not self._stop.is_set():
                 try:
-                    self._ready.put(item, timeout=PATIENCE_S)
+                    self._ready.put(item, timeout=POLL_S)
                     break
                 except queue.Full:
                     continue

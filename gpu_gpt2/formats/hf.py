@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig
+from gpu_gpt2.config import GPT2_VOCAB_SIZE, LAYER_NORM_EPSILON, ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.files import BLOCK_BYTES
 from gpu_gpt2.formats.safetensors import TensorFile, TensorWriter
@@ -31,13 +31,14 @@ CONFIG_FILE: Final = "config.json"
 _PREFIX: Final = "transformer."  # of tensor names in GPT2LMHeadModel; GPT2Model has no prefix
 _HEAD: Final = "lm_head.weight"
 
-# Hugging Face's names for ours; in a layer, with whether the tensor is a Conv1D weight, (in, out).
+# Hugging Face's names of the tensors outside the layers, by our names.
 _WHOLE: Final[Mapping[str, str]] = {
     "wte": "wte.weight",
     "wpe": "wpe.weight",
     "lnfw": "ln_f.weight",
     "lnfb": "ln_f.bias",
 }
+# Hugging Face's names of a layer's tensors, each with True for a Conv1D weight, (in, out).
 _LAYER: Final[Mapping[str, tuple[str, bool]]] = {
     "ln1w": ("ln_1.weight", False),
     "ln1b": ("ln_1.bias", False),
@@ -54,13 +55,12 @@ _LAYER: Final[Mapping[str, tuple[str, bool]]] = {
 }
 
 _MASK: Final = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks that older files carry
-_SHARD: Final = re.compile(r"[\w.-]+\.safetensors", re.ASCII)  # so it lies in the folder itself
+_SHARD: Final = re.compile(r"[\w.-]+\.safetensors", re.ASCII)  # a name without a folder
 
 # Settings that change what a GPT-2 computes, with the values under which it computes what our model
 # does. The first value is the one that a config.json without the setting implies.
 _SUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
     "tie_word_embeddings": (True,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -68,8 +68,9 @@ _SUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "add_cross_attention": (False,),
 }
 
-_PUBLISHED_WIDTHS: Final = (768, 1024, 1280, 1600)  # of GPT-2s, whose heads all have size 64
-_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PUBLISHED_WIDTHS: Final = (768, 1024, 1280, 1600)  # n_embd of OpenAI's models
+_PUBLISHED_HEAD_SIZE: Final = 64  # of all of OpenAI's models
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # suffixes of files that may be pickles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -207,7 +208,7 @@ def refuse_pickle(path: Path) -> DataError:
 
 
 def _stored(piece: Piece) -> tuple[str, bool]:
-    """The name of a piece in the file, without prefix, and whether it lies there transposed."""
+    """The name of a piece in the file, without prefix, and whether it is transposed there."""
     if piece.layer is None:
         return _WHOLE[piece.name], False
     name, transposed = _LAYER[piece.name]
@@ -219,7 +220,7 @@ def _tensors_of(file: TensorFile) -> dict[str, TensorFile]:
 
 
 def _sharded_tensors(index: Path) -> dict[str, TensorFile]:
-    """The tensors of a model in several files, each in the file that the index says."""
+    """The tensors of a model in several files, each with the file that the index names for it."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise DataError(f"{index}: weight_map is missing or not an object; save the model again")
@@ -243,7 +244,7 @@ def _sharded_tensors(index: Path) -> dict[str, TensorFile]:
 def _checked(
     where: Path, files: Mapping[str, TensorFile], settings: dict[str, Any] | None
 ) -> HFModel:
-    """The model in tensors found at `where`: all of it is checked before anything is read."""
+    """The model in the tensors found at `where`, all checked before any is read; DataError."""
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in files) else ""
     if settings is None:
         config = _config_of_shapes(where, files, prefix)
@@ -284,7 +285,7 @@ def _checked(
 
 
 def _check_tied(files: Mapping[str, TensorFile], wte: str, config: ModelConfig) -> None:
-    """Refuses a stored head that is not wte again: our models have one matrix for both."""
+    """Raises DataError if the stored head differs from wte, as our models share one matrix."""
     head = files[_HEAD]
     head.check(_HEAD, (config.vocab_size, config.n_embd))
     step = max(1, BLOCK_BYTES // (4 * config.n_embd))
@@ -299,7 +300,7 @@ def _check_tied(files: Mapping[str, TensorFile], wte: str, config: ModelConfig) 
 
 
 def _config_of_settings(path: Path, values: dict[str, Any]) -> ModelConfig:
-    """The sizes in a config.json, if that GPT-2 computes what ours does."""
+    """The sizes in a config.json; DataError if that model computes something else than ours."""
     if values.get("model_type") != "gpt2":
         raise DataError(
             f"{path}: model_type is {values.get('model_type')!r}; only 'gpt2' can be read"
@@ -309,6 +310,7 @@ def _config_of_settings(path: Path, values: dict[str, Any]) -> ModelConfig:
             allowed = " or ".join(repr(s) for s in supported)
             raise DataError(f"{path}: {name} is {value!r}; only {allowed} is supported")
     sizes = {field.name: values.get(field.name) for field in fields(ModelConfig)}
+    sizes["layer_norm_epsilon"] = values.get("layer_norm_epsilon", LAYER_NORM_EPSILON)
     if missing := [name for name, value in sizes.items() if value is None]:
         raise DataError(f"{path}: {', '.join(missing)} missing")
     try:
@@ -324,7 +326,7 @@ def _config_of_settings(path: Path, values: dict[str, Any]) -> ModelConfig:
 
 
 def _config_of_shapes(where: Path, files: Mapping[str, TensorFile], prefix: str) -> ModelConfig:
-    """The sizes of a GPT-2 without config.json; shapes do not tell how many heads it has."""
+    """The sizes of a model without config.json, from its shapes and the published head size."""
     shapes = []
     for ours in ("wte", "wpe"):
         name = prefix + _WHOLE[ours]
@@ -348,7 +350,7 @@ def _config_of_shapes(where: Path, files: Mapping[str, TensorFile], prefix: str)
             n_positions=n_positions,
             n_embd=n_embd,
             n_layer=len(layers),
-            n_head=n_embd // 64,
+            n_head=n_embd // _PUBLISHED_HEAD_SIZE,
         )
     except ConfigError as error:
         raise DataError(f"{where}: {error}") from error

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import LAYER_NORM_EPSILON, ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats import tokenizer_bin
 from gpu_gpt2.formats.files import BLOCK_BYTES, read_array, whole, write_array
@@ -121,8 +121,14 @@ def write_model(
 ) -> None:
     """Writes version 3 (`dtype` "fp32") or 5 ("bf16"), whole or not at all. Raises OSError.
 
-    watch: called with each piece that has been written.
+    watch: called with each piece that has been written. ConfigError for a model that differs from
+    GPT-2 in a way that the file cannot say.
     """
+    if source.config.layer_norm_epsilon != LAYER_NORM_EPSILON:
+        raise ConfigError(
+            f"layer_norm_epsilon is {source.config.layer_norm_epsilon}, and llm.c's files have no "
+            f"place for any but {LAYER_NORM_EPSILON}; convert to hf instead"
+        )
     c = source.config
     starts, _ = _layout(c, c.padded_vocab_size)
     with whole(path) as temporary, temporary.open("wb") as file:

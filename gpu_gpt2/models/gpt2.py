@@ -245,7 +245,7 @@ class GPT2:
     def _forward(self, a: SimpleNamespace, *, last_only: bool = False) -> Array:
         """Returns the logits of the tokens that lie in the activations `a`."""
         c, p, o = self.config, self.params, self.ops
-        (B, T), C = a.tokens.shape, c.n_embd
+        (B, T), C, eps = a.tokens.shape, c.n_embd, c.layer_norm_epsilon
         N = B * T
         o.embedding_fwd(a.embedded.reshape(B, T, C), a.tokens, p.wte, p.wpe)
         self._first_layernorm(a, 0)
@@ -257,11 +257,11 @@ class GPT2:
             if l + 1 < c.n_layer:
                 y, v = a.layers[l + 1], self._layer_params[l + 1]
                 o.residual_layernorm_fwd(
-                    x.res_mlp, y.ln1, y.ln1_mean, y.ln1_rstd, *residual, v.ln1w, v.ln1b
+                    x.res_mlp, y.ln1, y.ln1_mean, y.ln1_rstd, *residual, v.ln1w, v.ln1b, eps
                 )
             else:
                 o.residual_layernorm_fwd(
-                    x.res_mlp, a.lnf, a.lnf_mean, a.lnf_rstd, *residual, p.lnfw, p.lnfb
+                    x.res_mlp, a.lnf, a.lnf_mean, a.lnf_rstd, *residual, p.lnfw, p.lnfb, eps
                 )
         rows = slice(N - 1, N) if last_only else slice(0, N)
         o.matmul(a.logits[rows], a.lnf[rows], p.wte.T)  # (N, Vp)
@@ -269,7 +269,8 @@ class GPT2:
 
     def _first_layernorm(self, a: SimpleNamespace, l: int) -> None:
         o, x, w = self.ops, a.layers[l], self._layer_params[l]
-        o.layernorm_fwd(x.ln1, x.ln1_mean, x.ln1_rstd, x.residual, w.ln1w, w.ln1b)
+        eps = self.config.layer_norm_epsilon
+        o.layernorm_fwd(x.ln1, x.ln1_mean, x.ln1_rstd, x.residual, w.ln1w, w.ln1b, eps)
 
     def _block(self, a: SimpleNamespace, l: int) -> None:
         """Layer l after its first layernorm, up to and including GELU."""
@@ -280,9 +281,9 @@ class GPT2:
         o.bias_fwd(qkv, w.qkvb)
         o.attention_fwd(x.att, x.lse, x.qkv)
         o.matmul(a.proj, x.att.reshape(N, C), w.attprojw.T)
-        residual = x.residual, a.proj, w.attprojb
+        residual, eps = (x.residual, a.proj, w.attprojb), self.config.layer_norm_epsilon
         o.residual_layernorm_fwd(
-            x.res_att, x.ln2, x.ln2_mean, x.ln2_rstd, *residual, w.ln2w, w.ln2b
+            x.res_att, x.ln2, x.ln2_mean, x.ln2_rstd, *residual, w.ln2w, w.ln2b, eps
         )
         o.matmul(x.fc, x.ln2, w.fcw.T)
         o.gelu_fwd(x.gelu, x.fc, w.fcb)
@@ -301,7 +302,8 @@ class GPT2:
             self._block(a, l)
             return
         if self.recompute == 2:
-            o.layernorm_fwd(x.ln2, x.ln2_mean, x.ln2_rstd, x.res_att, w.ln2w, w.ln2b)
+            eps = self.config.layer_norm_epsilon
+            o.layernorm_fwd(x.ln2, x.ln2_mean, x.ln2_rstd, x.res_att, w.ln2w, w.ln2b, eps)
         o.gelu_fwd(x.gelu, x.fc, w.fcb)
 
     def _backward(self, a: SimpleNamespace, *, accumulate: bool) -> None:

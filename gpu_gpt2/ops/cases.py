@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from gpu_gpt2.config import LAYER_NORM_EPSILON
 from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.ops.table import TABLE, AdamWSettings, Factors, OpTensor
@@ -155,17 +156,18 @@ def embedding_bwd(g: Maker, B: int, T: int, C: int, V: int) -> Call:
 
 
 def layernorm_fwd(g: Maker, N: int, C: int, offset: int) -> Call:
-    return g.call(x=g.normal(N, C, mean=offset))
+    return g.call(x=g.normal(N, C, mean=offset), scalars={"eps": LAYER_NORM_EPSILON})
 
 
 def residual_layernorm_fwd(g: Maker, N: int, C: int) -> Call:
-    return g.call(x1=g.normal(N, C, mean=3.0))
+    return g.call(x1=g.normal(N, C, mean=3.0), scalars={"eps": LAYER_NORM_EPSILON})
 
 
 def layernorm_bwd(g: Maker, N: int, C: int) -> Call:
     x = g.normal_x(N, C, mean=3.0)
     mean, rstd = np.empty(N), np.empty(N)
-    ReferenceOps().layernorm_fwd(np.empty((N, C)), mean, rstd, x, np.ones(C), np.zeros(C))
+    y, w, b = np.empty((N, C)), np.ones(C), np.zeros(C)
+    ReferenceOps().layernorm_fwd(y, mean, rstd, x, w, b, LAYER_NORM_EPSILON)
     return g.call(x=x, mean=mean, rstd=rstd)
 
 

@@ -136,9 +136,9 @@ class KernelOps(Ops):
     # --- layernorm ---
 
     def layernorm_fwd(
-        self, y: Array, mean: Array, rstd: Array, x: Array, w: Array, b: Array
+        self, y: Array, mean: Array, rstd: Array, x: Array, w: Array, b: Array, eps: float
     ) -> None:
-        self._launch_by_row_groups("layernorm_fwd", y, mean, rstd, x, w, b)
+        self._launch_by_row_groups("layernorm_fwd", (y, mean, rstd, x, w, b), eps)
 
     def residual_layernorm_fwd(
         self,
@@ -151,8 +151,10 @@ class KernelOps(Ops):
         bias: Array,
         w: Array,
         b: Array,
+        eps: float,
     ) -> None:
-        self._launch_by_row_groups("residual_layernorm_fwd", r, y, mean, rstd, x1, x2, bias, w, b)
+        tensors = (r, y, mean, rstd, x1, x2, bias, w, b)
+        self._launch_by_row_groups("residual_layernorm_fwd", tensors, eps)
 
     def layernorm_bwd(
         self,
@@ -353,13 +355,13 @@ class KernelOps(Ops):
         threads = _row_threads(O // width, ROW_THREADS)
         self._launch(op, (N,), (threads,), (*tensors, O), WIDTH=width, **defines)
 
-    def _launch_by_row_groups(self, op: str, *tensors: Array) -> None:
+    def _launch_by_row_groups(self, op: str, tensors: tuple[Array, ...], eps: float) -> None:
         """One group of THREADS_PER_ROW threads per row: see kernels/layernorm.cu."""
         N, C = self._sizes(op, "N C", *tensors)
         defines = layernorm_defines(C, self._width(C))
         threads = defines["THREADS"]
         grid = (_blocks(N, threads // defines["THREADS_PER_ROW"]),)
-        self._launch(op, grid, (threads,), (*tensors, N, C), **defines)
+        self._launch(op, grid, (threads,), (*tensors, N, C, eps), **defines)
 
     def _launch_by_warps(self, name: str, rows: int, args: tuple[Any, ...], **defines: int) -> None:
         """One warp per row."""

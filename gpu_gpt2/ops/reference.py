@@ -37,7 +37,6 @@ NDArray = npt.NDArray[Any]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-LAYERNORM_EPS: Final = 1e-5
 GELU_SCALE: Final = math.sqrt(2.0 / math.pi)
 GELU_CUBIC: Final = 0.044715
 # Elements of one array in a block of rows: as many as fit into an L2 cache, because threads take
@@ -142,14 +141,21 @@ class ReferenceOps(Ops):
     # --- layernorm ---
 
     def layernorm_fwd(
-        self, y: NDArray, mean: NDArray, rstd: NDArray, x: NDArray, w: NDArray, b: NDArray
+        self,
+        y: NDArray,
+        mean: NDArray,
+        rstd: NDArray,
+        x: NDArray,
+        w: NDArray,
+        b: NDArray,
+        eps: float,
     ) -> None:
         def work(i: slice) -> None:
             np.dot(x[i], _ones(x.shape[1], x.dtype), out=mean[i])
             mean[i] /= x.shape[1]
             np.subtract(x[i], mean[i, None], out=y[i])
             variance = np.einsum("nc,nc->n", y[i], y[i]) / x.shape[1]
-            rstd[i] = 1.0 / np.sqrt(variance + LAYERNORM_EPS)
+            rstd[i] = 1.0 / np.sqrt(variance + eps)
             y[i] *= rstd[i, None]
             y[i] *= w
             y[i] += b
@@ -167,13 +173,14 @@ class ReferenceOps(Ops):
         bias: NDArray,
         w: NDArray,
         b: NDArray,
+        eps: float,
     ) -> None:
         def work(i: slice) -> None:
             np.add(x2[i], bias, out=r[i])
             r[i] += x1[i]
 
         _by_rows(r, work)
-        self.layernorm_fwd(y, mean, rstd, r, w, b)
+        self.layernorm_fwd(y, mean, rstd, r, w, b, eps)
 
     def layernorm_bwd(
         self,

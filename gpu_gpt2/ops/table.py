@@ -207,11 +207,11 @@ class Ops(ABC):
     @tensors("y (N, C) X =", "mean, rstd (N) float32 =", "x (N, C) X", "w, b (C) X")
     @abstractmethod
     def layernorm_fwd(
-        self, y: Array, mean: Array, rstd: Array, x: Array, w: Array, b: Array
+        self, y: Array, mean: Array, rstd: Array, x: Array, w: Array, b: Array, eps: float
     ) -> None:
         """y = (x - mean) * rstd * w + b over each row (Ba et al. 2016).
 
-        rstd = 1 / sqrt(variance + 1e-5), the variance taken around the mean and divided by C.
+        rstd = 1 / sqrt(variance + eps), the variance taken around the mean and divided by C.
         """
 
     @tensors("r, y (N, C) X =", "mean, rstd (N) float32 =", "x1, x2 (N, C) X", "bias, w, b (C) X")
@@ -227,6 +227,7 @@ class Ops(ABC):
         bias: Array,
         w: Array,
         b: Array,
+        eps: float,
     ) -> None:
         """r = x1 + x2 + bias, rounded to X, then y, mean, rstd = `layernorm_fwd` of that r."""
 

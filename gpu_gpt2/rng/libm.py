@@ -1,9 +1,10 @@
-"""glibc's logf, sinf and cosf in NumPy, bit for bit, whatever libm this machine has.
+"""glibc's logf, sinf and cosf in NumPy, bit for bit on every machine.
 
-llm.c draws its first weights through these three, so a libm that rounds one value otherwise makes
-another model. glibc, since 2.28, computes them in float64 and rounds once at the end, as here.
-Compared once with glibc 2.36 for every float32 of the ranges below, up to 1 for the logarithm: no
-bit differs from its build with fused multiply-add, which NumPy lacks, nor from the one without.
+llm.c draws its initial weights through these three functions, so a libm that rounds one value
+differently makes another model. glibc, since 2.28, computes them in float64 and rounds once at the
+end, and so does this module. The results were compared with glibc 2.36 for every float32 of the
+ranges below (up to 1 for the logarithm): no bit differs from its build with fused multiply-add,
+which NumPy lacks, nor from its build without.
 Source of the formulas and constants: ARM-software/optimized-routines, math/logf.c, math/sincosf.h.
 """
 
@@ -35,11 +36,12 @@ C3: Final = float.fromhex("0x1.99343027bf8c3p-16")
 
 
 def _table(text: str) -> npt.NDArray[np.float64]:
+    """The float64 values (n,) of hexadecimal numbers separated by white space."""
     return np.array([float.fromhex(number) for number in text.split()])
 
 
-# An octave of float32, from the one with bits 0x3f330000 (0.7) on, is cut into 16 intervals. For
-# the center c of each: 1 / c and log(c).
+# The octave of float32 that begins at bits 0x3f330000 (0.7) is divided into 16 intervals. The
+# tables hold 1 / c and log(c) for the center c of each interval.
 OCTAVE_START: Final = 0x3F330000
 INVERSE_CENTER: Final = _table("""
     0x1.661ec79f8f3bep+0 0x1.571ed4aaf883dp+0 0x1.49539f0f010bp+0 0x1.3c995b0b80385p+0
@@ -53,7 +55,7 @@ LOG_CENTER: Final = _table("""
     -0x1.252f438e10c1ep-5 0x0p+0 0x1.aa5aa5df25984p-5 0x1.c5e53aa362eb4p-4
     0x1.526e57720db08p-3 0x1.bc2860d22477p-3 0x1.1058bc8a07ee1p-2 0x1.4043057b6ee09p-2
 """)
-# The same for the intervals of all octaves, one after the other: 2^-k / c and log(c) + k log(2).
+# The same for the intervals of octaves k, one after the other: 2^-k / c and log(c) + k log(2).
 LOWEST_OCTAVE: Final = -126
 OCTAVES: Final = np.arange(LOWEST_OCTAVE, 129)[:, None]
 INVERSES: Final = np.ldexp(INVERSE_CENTER, -OCTAVES).reshape(-1)
@@ -62,7 +64,7 @@ LOGS: Final = (LOG_CENTER + OCTAVES * LN2).reshape(-1)
 
 def logf(x: FloatArray) -> FloatArray:
     """The natural logarithm of x float32, positive and not subnormal."""
-    # 4 bits of the mantissa name the interval, the bits above them the octave.
+    # The upper 4 bits of the mantissa are the interval, and the bits above them the octave.
     interval = (x.view(np.int32) - (OCTAVE_START + (LOWEST_OCTAVE << 23))) >> 19
     r = x * INVERSES[interval] - 1.0
     r2 = r * r
@@ -89,5 +91,5 @@ def sinf_cosf(x: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def _negate(x: FloatArray, two: npt.NDArray[np.int32]) -> FloatArray:
-    """x where `two` is 0, -x where it is 2."""
+    """x where `two` is 0, and -x where it is 2."""
     return (x.view(np.int32) ^ (two << 30)).view(np.float32)

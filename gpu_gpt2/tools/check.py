@@ -93,9 +93,10 @@ class RoundingReference(ReferenceOps):
         bias: NDArray,
         w: NDArray,
         b: NDArray,
+        eps: float,
     ) -> None:
         r[...] = (x1 + (x2 + bias)).astype(FLOAT32).astype(self.x_dtype)
-        self.layernorm_fwd(y, mean, rstd, r, w, b)
+        self.layernorm_fwd(y, mean, rstd, r, w, b, eps)
 
 
 def run_checks(

@@ -1,4 +1,4 @@
-"""What is in a binary file of llm.c: its header, its counts, and how its text begins."""
+"""Describes a binary file of llm.c: its header, its sizes and the beginning of its text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import debug_state, llmc, multiple_choice, tokenizer_bin, tokens
+from gpu_gpt2.formats.files import reading
 from gpu_gpt2.formats.llmc_header import (
     DEBUG_STATE_MAGIC,
     GPT2_SHARD_MAGIC,
@@ -28,22 +29,22 @@ from gpu_gpt2.formats.llmc_header import (
 from gpu_gpt2.models.gpt2 import parameters
 from gpu_gpt2.tokenizer import Tokenizer
 
-SHOWN_TOKENS: Final = 64
+SHOWN_TOKENS: Final = 64  # about five lines of text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """A file in words."""
+    """The content of a file, for people."""
 
-    rows: tuple[tuple[str, str], ...]  # what, and its value
-    text: str  # the beginning; empty for a file without text
+    rows: tuple[tuple[str, str], ...]  # names and values
+    text: str  # the beginning of the text; empty for a file without text
 
 
 def describe(path: Path, tokenizer: Tokenizer) -> Description:
-    """What is in a file of llm.c; `tokenizer` makes its tokens text. DataError if it is no such."""
+    """Describes a file of llm.c, whose tokens `tokenizer` decodes; DataError for other files."""
     magic = _magic(path)
     if magic not in _KINDS:
-        return _bare_tokens(path, magic, tokenizer)
+        return _headerless_tokens(path, magic, tokenizer)
     kind, describe_kind = _KINDS[magic]
     header = read_header(path, kind)
     description = describe_kind(path, header, tokenizer)
@@ -57,15 +58,13 @@ def describe(path: Path, tokenizer: Tokenizer) -> Description:
 
 
 def _magic(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            return int.from_bytes(file.read(4), "little")
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from e
+    """The first int32 of a file; DataError if it cannot be read."""
+    with reading(path, "file"), path.open("rb") as file:
+        return int.from_bytes(file.read(4), "little")
 
 
-def _bare_tokens(path: Path, magic: int, tokenizer: Tokenizer) -> Description:
-    """Of llm.c's first token files, which have no header."""
+def _headerless_tokens(path: Path, magic: int, tokenizer: Tokenizer) -> Description:
+    """Describes a file of int32 tokens, which has no header; DataError if it is no such file."""
     try:
         values = tokens.read_tokens(path)
     except DataError as e:
@@ -85,7 +84,7 @@ def _tokens(path: Path, header: Header, tokenizer: Tokenizer) -> Description:
     llama = header.magic == LLAMA3_SHARD_MAGIC  # whose vocabulary gpu-gpt2 does not have
     return Description(
         rows=(("tokens", f"{len(values):,} as {values.dtype}"),),
-        text=_numbers(first) if llama else _text(first, tokenizer),
+        text=_ids(first) if llama else _text(first, tokenizer),
     )
 
 
@@ -169,12 +168,12 @@ _KINDS: Final[Mapping[int, tuple[str, Callable[[Path, Header, Tokenizer], Descri
 
 
 def _text(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> str:
-    """Text of some tokens that is safe to print, or the tokens if the vocabulary has not all."""
+    """The text of tokens, safe to print; their ids if some of them are not in the vocabulary."""
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
-        return _numbers(ids)
+        return _ids(ids)
     text = tokenizer.decode(ids)
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def _numbers(ids: npt.NDArray[Any]) -> str:
+def _ids(ids: npt.NDArray[Any]) -> str:
     return " ".join(map(str, ids.tolist()))

@@ -28,7 +28,7 @@ class Block(nn.Module):  # type: ignore[misc]
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.heads = c.n_head
-        self.ln1, self.ln2 = nn.LayerNorm(c.n_embd), nn.LayerNorm(c.n_embd)
+        self.ln1, self.ln2 = (nn.LayerNorm(c.n_embd, c.layer_norm_epsilon) for _ in range(2))
         self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd)
         self.attproj = nn.Linear(c.n_embd, c.n_embd)
         self.fc = nn.Linear(c.n_embd, 4 * c.n_embd)
@@ -57,7 +57,7 @@ class TorchGPT2(nn.Module):  # type: ignore[misc]
         self.wte = nn.Embedding(vocab_rows, c.n_embd)
         self.wpe = nn.Embedding(c.n_positions, c.n_embd)
         self.blocks = nn.Sequential(*(Block(c) for _ in range(c.n_layer)))
-        self.lnf = nn.LayerNorm(c.n_embd)
+        self.lnf = nn.LayerNorm(c.n_embd, c.layer_norm_epsilon)
 
     def forward(self, tokens: Any, targets: Any) -> tuple[Any, Any]:
         """Returns logits (B * T, vocab_rows) and the mean loss in nats; tokens, targets (B, T)."""

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from gpu_gpt2.config import DEFAULTS
 from gpu_gpt2.device.base import FLOAT16, FLOAT32, Array, AsyncRead
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.gpt2 import GPT2, decayed_count, parameter_count
@@ -84,11 +85,11 @@ class AdamW:
         self,
         model: GPT2,
         *,
-        beta1: float = 0.9,
-        beta2: float = 0.95,
-        eps: float = 1e-8,
+        beta1: float = DEFAULTS["beta1"],
+        beta2: float = DEFAULTS["beta2"],
+        eps: float = DEFAULTS["eps"],
         weight_decay: float = 0.0,
-        max_grad_norm: float = 1.0,
+        max_grad_norm: float = DEFAULTS["max_grad_norm"],
     ) -> None:
         self.model = model
         self.settings = AdamWSettings(

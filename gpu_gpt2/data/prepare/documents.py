@@ -1,7 +1,7 @@
-"""Documents from text files, one after the other, so that files larger than memory can be read.
+"""Reads the documents of text files one by one, so that files may be larger than memory.
 
-A long document comes in pieces that give the same tokens as the whole: it is cut only where white
-space begins, as GPT-2's pattern does too.
+A long document is cut into pieces that give the same tokens as the whole. It is cut only where
+white space begins, because GPT-2's pattern also cuts there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any, Final, NamedTuple
 
 from gpu_gpt2.errors import DataError
 
-BLOCK_CHARS: Final = 1 << 18  # a longer document comes in pieces of about this length
-# A text without any place to cut is cut here all the same, as tiktoken cannot encode a run of more
-# than 10**6 blanks.
+BLOCK_CHARS: Final = 1 << 18  # about the length of a piece of a long document
+# Length at which a text without white space is cut anyway, because tiktoken cannot encode a run of
+# more than 10**6 blanks.
 FORCED_CHARS: Final = 2 * BLOCK_CHARS
 
 _BORDER: Final = re.compile(r"\S(?=[ \n])")
-_PARQUET_ROWS: Final = 256  # decoded at once
+_BORDER_CHARS: Final = 4096  # at a text's end, searched first, so that long texts are not searched
+_PARQUET_ROWS: Final = 256  # decoded at once: little memory, few calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,21 +32,21 @@ class Source:
     """A file of documents and how to read it."""
 
     path: Path
-    kind: str  # of READERS
-    field: str = "text"  # of a .jsonl or .parquet file
-    seed: int = 0  # of the order of stories
+    kind: str  # a key of READERS
+    field: str = "text"  # field or column of a .jsonl or .parquet file that holds the text
+    seed: int = 0  # of the shuffled order of stories
 
 
 class Piece(NamedTuple):
     """A document, or a part of a long one."""
 
     text: str
-    begins: bool  # a document, which gets the mark <|endoftext|> in front
+    begins: bool  # whether a document begins here, so that <|endoftext|> comes in front
     read: int  # bytes of the file that have been read so far
 
 
 def read_pieces(source: Source) -> Iterator[Piece]:
-    """The documents of a file in pieces, in order; DataError names file and place."""
+    """Yields the documents of a file in pieces, in order; DataError names file and position."""
     try:
         yield from READERS[source.kind](source)
     except OSError as e:
@@ -73,7 +74,10 @@ def find_sources(paths: Sequence[Path], field: str) -> tuple[Source, ...]:
 
 
 def json_lines(path: Path, keys: Mapping[str, type]) -> Iterator[tuple[dict[str, Any], int]]:
-    """The objects of a .jsonl file, which must have `keys` of these types, and the bytes read."""
+    """Yields the objects of a .jsonl file, each with the bytes of the file read so far; DataError.
+
+    keys: the fields that every object must have, with their types.
+    """
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -106,7 +110,7 @@ def _checked(where: str, value: Any, keys: Mapping[str, type]) -> dict[str, Any]
 
 
 def _text(source: Source) -> Iterator[Piece]:
-    """A whole file is one document; an empty one is none."""
+    """The whole file as one document; none if it is empty."""
     if source.path.stat().st_size:
         yield from _in_pieces(_text_blocks(source.path))
 
@@ -117,7 +121,7 @@ def _text_blocks(path: Path) -> Iterator[tuple[str, int]]:
     with path.open("rb") as file:
         while True:
             block = file.read(BLOCK_CHARS)
-            kept = len(decoder.getstate()[0])  # bytes of a character that was cut off
+            kept = len(decoder.getstate()[0])  # bytes of a character that the last block cut
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as e:
@@ -134,7 +138,7 @@ def _json_lines(source: Source) -> Iterator[Piece]:
 
 
 def _parquet(source: Source) -> Iterator[Piece]:
-    # Imported here: few need it, and it takes longer to load than the rest.
+    # Imported here because only .parquet files need it and it is slow to load.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -168,7 +172,7 @@ def _parquet(source: Source) -> Iterator[Piece]:
 
 
 def _sections(source: Source) -> Iterator[Piece]:
-    """Parts of a text between blank lines; all but the last keep the blank line."""
+    """The sections of a text as documents; all but the last keep the blank line at their end."""
     content = source.path.read_bytes()
     sections = _decoded(source.path, content, 0).split("\n\n")
     read = 0
@@ -179,7 +183,7 @@ def _sections(source: Source) -> Iterator[Piece]:
 
 
 def _stories(source: Source) -> Iterator[Piece]:
-    """TinyStories' JSON lists of objects with a "story", shuffled by the source's seed."""
+    """The stories of a JSON file of TinyStories, shuffled by the source's seed."""
     path = source.path
     content = path.read_bytes()
     size = len(content)
@@ -191,7 +195,7 @@ def _stories(source: Source) -> Iterator[Piece]:
     if not isinstance(stories, list):
         raise DataError(f"{path} holds no list of stories; get it again")
     order = list(range(len(stories)))
-    random.Random(source.seed).shuffle(order)  # draws as for the stories themselves
+    random.Random(source.seed).shuffle(order)  # the same order as shuffling the stories, as llm.c
     for done, i in enumerate(order, 1):
         story = _checked(f"{path}: element {i}", stories[i], {"story": str})["story"]
         yield from _document(story.strip(), size * done // len(order))
@@ -208,7 +212,7 @@ KINDS: Final[Mapping[str, str]] = {".txt": "text", ".jsonl": "jsonl", ".parquet"
 
 
 def _document(text: str, read: int) -> Iterator[Piece]:
-    """A document that is in memory."""
+    """The pieces of a document that is in memory."""
     if len(text) <= BLOCK_CHARS:
         return iter((Piece(text, True, read),))
     starts = range(0, len(text), BLOCK_CHARS)
@@ -216,14 +220,14 @@ def _document(text: str, read: int) -> Iterator[Piece]:
 
 
 def _in_pieces(blocks: Iterable[tuple[str, int]]) -> Iterator[Piece]:
-    """One document, cut only where its tokens stay the same."""
+    """The pieces of one document, which is cut only where its tokens stay the same."""
     rest, begins, read = "", True, 0
     for block, read in blocks:
-        unsearched = max(0, len(rest) - 1)  # a border may lie at the seam
+        unsearched = max(0, len(rest) - 1)  # the last border may end at the old end
         rest += block
         if len(rest) <= BLOCK_CHARS:
             continue
-        cut = _last_border(rest, max(unsearched, len(rest) - 4096)) or _last_border(
+        cut = _last_border(rest, max(unsearched, len(rest) - _BORDER_CHARS)) or _last_border(
             rest, unsearched
         )
         if not cut and len(rest) >= FORCED_CHARS:
@@ -236,7 +240,7 @@ def _in_pieces(blocks: Iterable[tuple[str, int]]) -> Iterator[Piece]:
 
 
 def _last_border(text: str, start: int) -> int:
-    """Where to cut `text`, as late as possible behind `start`; 0 if nowhere."""
+    """The last index of `text` after `start` at which it may be cut; 0 if there is none."""
     end = 0
     for match in _BORDER.finditer(text, start):
         end = match.end()

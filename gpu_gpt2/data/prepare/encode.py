@@ -1,4 +1,4 @@
-"""Text to tokens on all cores: pieces of documents in, their tokens out, in the same order."""
+"""Encodes pieces of documents to tokens on all cores, in order."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from gpu_gpt2.data.prepare.documents import Piece
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.tokenizer import Tokenizer, make_tokenizer
 
-CHUNK_CHARS: Final = 1 << 19  # handed to a process at once: a tenth of a second's work
-BYTES_PER_PROCESS: Final = 4 << 20  # less text is done before a process has started
+CHUNK_CHARS: Final = 1 << 19  # given to a process at once: a tenth of a second's work
+BYTES_PER_PROCESS: Final = 4 << 20  # less text is encoded before another process has started
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Encoded:
-    """The tokens of some pieces."""
+    """The tokens of a chunk of pieces."""
 
     tokens: npt.NDArray[np.uint16]  # (count,)
-    ends: npt.NDArray[np.int64]  # (pieces,): where each piece's tokens end
+    ends: npt.NDArray[np.int64]  # (pieces,): the end of each piece's tokens
     text_bytes: int  # in UTF-8
 
 
 class Place(NamedTuple):
-    """A piece of the sources of a stream."""
+    """The place of a piece in the sources of a stream."""
 
-    source: int
-    piece: int  # of that source
-    read: int  # bytes of that source so far
+    source: int  # index of the source
+    piece: int  # index of the piece in that source
+    read: int  # bytes of that source read so far
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -52,10 +52,10 @@ def cores() -> int:
 def encode_pieces(
     pieces: Iterable[tuple[Place, Piece]], tokenizer: str, text_bytes: int
 ) -> Generator[tuple[list[Place], Encoded], None, None]:
-    """The places and tokens of `pieces`, chunk by chunk; same order whatever the count of cores.
+    """Yields the places and tokens of `pieces`, chunk by chunk, in order on any number of cores.
 
-    tokenizer: a spec of make_tokenizer that needs no text to train on. text_bytes: about how much
-    text there is. To be called in the main thread.
+    tokenizer: a spec of make_tokenizer that needs no text to train on. text_bytes: an estimate of
+    the whole text. Must be called in the main thread.
     """
     processes = min(cores(), text_bytes // BYTES_PER_PROCESS)
     chunks = _chunks(pieces)
@@ -70,9 +70,9 @@ def encode_pieces(
     )
     try:
         for places, texts in chunks:
-            with _inherited_deafness():
+            with _sigint_ignored():
                 waiting.append((places, pool.submit(_encode_in_process, texts)))
-            if len(waiting) > 2 * processes:  # bounds the memory
+            if len(waiting) > 2 * processes:  # keeps the memory bounded
                 places, future = waiting.popleft()
                 yield places, future.result()
         while waiting:
@@ -81,7 +81,7 @@ def encode_pieces(
     except BrokenProcessPool as e:
         raise DataError(
             "a process that encodes text was killed, perhaps for want of memory; make room and "
-            "give the same command again: it goes on behind the last complete file"
+            "give the same command again: it resumes after the last complete file"
         ) from e
     finally:
         pool.shutdown(cancel_futures=True)
@@ -96,7 +96,7 @@ def _chunks(
     for place, piece in pieces:
         places.append(place)
         texts.append((piece.text, piece.begins))
-        chars += len(piece.text) + 1  # the mark, so that empty documents cannot pile up
+        chars += len(piece.text) + 1  # 1 for <|endoftext|>, so that empty documents count too
         if chars >= CHUNK_CHARS:
             yield places, texts
             places, texts, chars = [], [], 0
@@ -119,7 +119,7 @@ def _encode(tokenizer: Tokenizer, texts: list[tuple[str, bool]]) -> Encoded:
     return Encoded(tokens=np.concatenate(parts), ends=np.array(ends), text_bytes=text_bytes)
 
 
-_tokenizer: Tokenizer  # of a worker process
+_tokenizer: Tokenizer  # of this worker process
 
 
 def _open_tokenizer(spec: str) -> None:
@@ -129,7 +129,7 @@ def _open_tokenizer(spec: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its processes to stop: they would wait for ever."""
+    """Ends this worker when its parent ends, because a killed parent cannot tell it to stop."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
@@ -140,8 +140,8 @@ def _encode_in_process(texts: list[tuple[str, bool]]) -> Encoded:
 
 
 @contextmanager
-def _inherited_deafness() -> Iterator[None]:
-    """A process that is started here is deaf to Ctrl-C, which the parent answers for all."""
+def _sigint_ignored() -> Iterator[None]:
+    """Ignores Ctrl-C in the processes started meanwhile; the parent stops them on Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

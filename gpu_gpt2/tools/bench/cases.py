@@ -145,8 +145,9 @@ def _layernorm(ops: Ops, c: ModelConfig, N: int) -> Iterator[BenchCase]:
     w, b, bias = new(C), new(C), new(C)
     mean, rstd = new.float32(N), new.positive(N)
     dw, db = new.float32(C), new.float32(C)
-    yield _case(ops, "residual_layernorm_fwd", r, y, mean, rstd, x, x2, bias, w, b)
-    yield _case(ops, "layernorm_fwd", y, mean, rstd, x, w, b)
+    eps = c.layer_norm_epsilon
+    yield _case(ops, "residual_layernorm_fwd", r, y, mean, rstd, x, x2, bias, w, b, eps)
+    yield _case(ops, "layernorm_fwd", y, mean, rstd, x, w, b, eps)
     yield _case(ops, "layernorm_bwd", r, dw, db, y, x, w, mean, rstd)
 
 
