@@ -14,10 +14,8 @@ from gpu_gpt2.device.base import FLOAT32
 from gpu_gpt2.ops.table import Ops
 from gpu_gpt2.tools.bench.cases import BenchCase, Tensors, cases
 
-COPY_BYTES: Final = {
-    "cuda": 2 << 30,
-    "cpu": 128 << 20,
-}  # size of the timed copy, beyond caches
+# Bytes of the timed copy: more than all caches hold.
+COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}
 HEAD: Final = ("op", "ms", "GB/s", "TFLOP/s", "of the limit")
 # Rows and columns of the timed matmul, large enough to reach the peak.
 MATMUL_SIZE: Final = {"cuda": 8192, "cpu": 1024}
