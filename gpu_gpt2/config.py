@@ -23,14 +23,14 @@ else:
     import tomli as tomllib
 
 GPT2_VOCAB_SIZE: Final = 50257
-LAYER_NORM_EPSILON: Final = 1e-5  # of GPT-2's layernorms
+LAYER_NORM_EPSILON: Final = 1e-5  # GPT-2's layernorms add this to the variance
 VOCAB_PADDING: Final = 128  # wte has a multiple of this many rows: aligned rows, full tiles
-MAX_BATCH_TOKENS: Final = 1 << 30  # in one micro-batch: kernels count rows in 32 bits
+MAX_BATCH_TOKENS: Final = 1 << 30  # limit of one micro-batch: kernels count rows in 32 bits
 MAX_RECOMPUTE: Final = 3  # highest level of activation recomputation: models/gpt2.py, activations
 MAX_SEED: Final = (1 << 32) - 1  # the Mersenne Twister is seeded with one 32-bit word
 MAX_HEAD_SIZE: Final = 256  # largest head that kernels/attention.cu holds in registers
 PRESETS_DIR: Final = Path(__file__).parent / "presets"
-AUTO: Final = "auto"  # as the value of an option: gpu-gpt2 chooses
+AUTO: Final = "auto"  # value of an option that leaves the choice to gpu-gpt2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +146,7 @@ def model_config(name: str, vocab_size: int = GPT2_VOCAB_SIZE) -> ModelConfig:
 class Option:
     """A setting of TrainConfig as the command line, error messages and the docs show it."""
 
-    name: str  # of the field
+    name: str  # name of the field of TrainConfig
     kind: type  # str, int, float or bool
     default: Any  # on every device; None: the presets have one for each device, or it is AUTO
     help: str

@@ -66,7 +66,7 @@ def row_length(example: Example) -> int:
 
 
 def answers(model: GPT2, examples: Sequence[Example]) -> Iterator[bool]:
-    """Whether the model finds the right completion likeliest, example by example, in order.
+    """Yields, example by example, whether the model finds the right completion likeliest.
 
     The examples have passed check_examples for the model's batch. CheckpointError where a loss is
     not a finite number.

@@ -35,7 +35,7 @@ from gpu_gpt2.formats.vocabulary import (
 )
 
 BYTES_VOCAB_SIZE: Final = BYTE_VALUES + 1  # the bytes and <|endoftext|>
-MIN_VOCAB_SIZE: Final = BYTES_VOCAB_SIZE + 1  # of a trained vocabulary, with at least one merge
+MIN_VOCAB_SIZE: Final = BYTES_VOCAB_SIZE + 1  # a trained vocabulary has at least one merge
 
 # The pattern that cuts text into pieces, inside which pairs are merged (Radford et al. 2019,
 # section 2.2): letters, digits or other marks with one space in front, and runs of white space.

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended."""
+    """The end of a run: its last checkpoint and step, and whether it was interrupted."""
 
     checkpoint: Path
     step: int
@@ -89,7 +89,7 @@ def train(
 
             # 4. The log. On a GPU all this was only enqueued, and the step before is logged now.
             run.count_step(lr, pending)
-        path = run.save()  # what Ctrl-C stopped; a step that is saved is not saved again
+        path = run.save()  # after Ctrl-C; a step that is saved already is not saved again
     return Outcome(path, run.step, interrupted=run.step < config.steps)
 
 

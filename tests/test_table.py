@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -11,7 +12,14 @@ import pytest
 
 from gpu_gpt2.device.base import X_DTYPES
 from gpu_gpt2.device.cpu import CpuDevice
-from gpu_gpt2.device.source import DTYPES, KernelSource, Parameter, kernel_files, kernel_source
+from gpu_gpt2.device.source import (
+    DTYPES,
+    KernelSource,
+    Parameter,
+    kernel_files,
+    kernel_source,
+    kernels_dir,
+)
 from gpu_gpt2.errors import LaunchError
 from gpu_gpt2.ops.cases import CASES, Case
 from gpu_gpt2.ops.kernels import KernelOps
@@ -156,3 +164,11 @@ def test_every_tensor_of_another_shape_or_dtype_is_refused(op: str) -> None:
         other = arrays | {name: array.astype(np.float64)}
         with pytest.raises(LaunchError, match=f"^{op}: {name}: expected dtype .*, got float64"):
             getattr(ops, op)(*other.values(), **scalars)
+
+
+def test_small_arrays_are_the_structs_of_the_kernel() -> None:
+    text = (kernels_dir() / "adamw.cu").read_text()
+    for names in (Factors, Report, Counts):
+        body = re.search(rf"struct {names.__name__} {{(.*?)}};", text, re.DOTALL)
+        assert body
+        assert tuple(re.findall(r"float (\w+);", body[1])) == names._fields

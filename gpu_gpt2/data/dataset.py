@@ -44,7 +44,7 @@ class Dataset:
     train: tuple[Tokens, ...]  # shards, each (tokens,)
     val: Tokens  # (tokens,), MAX_VAL_TOKENS at most; its first token is never predicted
     shards: bool  # whether the tokens are from token files, and not made here from one text
-    val_bytes: int  # of the text that the predicted tokens of val stand for; 0 for <|endoftext|>
+    val_bytes: int  # bytes of text behind the predicted tokens of val; <|endoftext|> counts 0
 
     @property
     def val_tokens_per_byte(self) -> float:

@@ -16,7 +16,7 @@ from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.rng.mersenne import WORDS, MersenneTwister
 
 Int32 = npt.NDArray[np.int32]
-CHECKED_TOKENS: Final = 1 << 20  # of each shard, whose checksum tells one text from another
+CHECKED_TOKENS: Final = 1 << 20  # tokens of each shard that its checksum covers
 
 
 class BatchLoader:

@@ -22,7 +22,8 @@ FLOAT32: Final = np.dtype(np.float32)
 INT32: Final = np.dtype(np.int32)
 BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
 FLOAT16: Final = np.dtype(np.float16)
-X_DTYPES: Final = {"fp32": FLOAT32, "bf16": BFLOAT16, "fp16": FLOAT16}  # by the name users give
+# The dtypes that X can be, by the names that users give.
+X_DTYPES: Final = {"fp32": FLOAT32, "bf16": BFLOAT16, "fp16": FLOAT16}
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ ELEMENT_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "fp16": np.dtype(np.float16),
 }
-FLOATX: Final = {"fp32": "float", "bf16": "bf16", "fp16": "fp16"}  # by the dtype of a source
+FLOATX: Final = {"fp32": "float", "bf16": "bf16", "fp16": "fp16"}  # C type by the dtype of a source
 SCALAR_TYPES: Final[dict[str, Callable[[Any], np.generic]]] = {
     "int": np.int32,
     "long long": np.int64,

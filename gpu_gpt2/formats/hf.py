@@ -28,7 +28,7 @@ MODEL_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"  # names the files of a model in several files
 CONFIG_FILE: Final = "config.json"
 
-_PREFIX: Final = "transformer."  # of tensor names in GPT2LMHeadModel; GPT2Model has no prefix
+_PREFIX: Final = "transformer."  # begins tensor names in GPT2LMHeadModel, not in GPT2Model
 _HEAD: Final = "lm_head.weight"
 
 # Hugging Face's names of the tensors outside the layers, by our names.
@@ -69,7 +69,7 @@ _SUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 
 _PUBLISHED_WIDTHS: Final = (768, 1024, 1280, 1600)  # n_embd of OpenAI's models
-_PUBLISHED_HEAD_SIZE: Final = 64  # of all of OpenAI's models
+_PUBLISHED_HEAD_SIZE: Final = 64  # all of OpenAI's models have heads of this size
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # suffixes of files that may be pickles
 
 
@@ -81,8 +81,8 @@ class HFModel:
     config: ModelConfig
     dtype: np.dtype[Any]
     eot: int | None
-    prefix: str  # of the tensors' names
-    files: Mapping[str, TensorFile]  # by the tensor's name
+    prefix: str  # beginning of the tensors' names
+    files: Mapping[str, TensorFile]  # file that holds each tensor, by its name
 
     @property
     def tokenizer_path(self) -> Path | None:

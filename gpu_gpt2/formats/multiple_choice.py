@@ -27,12 +27,12 @@ from gpu_gpt2.formats.llmc_header import (
 VERSION: Final = 1
 UINT16_MAX: Final = 2**16 - 1
 START: Final = UINT16_MAX  # marks the start of an example, so no token may have this id
-COMPLETIONS: Final = 4  # of every example
-MAX_EXAMPLES: Final = UINT16_MAX  # as an example stores its index in a uint16
-MAX_EXAMPLE_BYTES: Final = UINT16_MAX  # as an example stores its size in a uint16
+COMPLETIONS: Final = 4  # every example has four completions, as in HellaSwag
+MAX_EXAMPLES: Final = UINT16_MAX  # an example stores its index in a uint16
+MAX_EXAMPLE_BYTES: Final = UINT16_MAX  # an example stores its size in a uint16
 
 _FIXED_WORDS: Final = 5  # uint16 words in front of the context's count of tokens
-_MIN_EXAMPLE_BYTES: Final = 2 * (_FIXED_WORDS + 2 * (1 + COMPLETIONS))  # with one token in each
+_MIN_EXAMPLE_BYTES: Final = 2 * (_FIXED_WORDS + 2 * (1 + COMPLETIONS))  # each part has a token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

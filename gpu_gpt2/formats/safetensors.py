@@ -21,7 +21,7 @@ from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.files import read_array, write_array
 from gpu_gpt2.models.weights import BFLOAT16, Weights
 
-LENGTH_BYTES: Final = 8  # in front of the header
+LENGTH_BYTES: Final = 8  # the length of the header stands in front of it
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),

@@ -33,8 +33,8 @@ from gpu_gpt2.formats.llmc_header import (
 
 Tokens: TypeAlias = npt.NDArray[np.integer[Any]]  # uint16, uint32 or int32
 
-MAX_TOKENS: Final = INT32_MAX  # in a shard, whose header holds the count
-SHARD_TOKENS: Final = 10**8  # in every shard of llm.c's data sets but the last
+MAX_TOKENS: Final = INT32_MAX  # most tokens of a shard: its header holds the count as an int32
+SHARD_TOKENS: Final = 10**8  # tokens of every shard of llm.c's data sets but the last
 CHECK_BLOCK: Final = 1 << 22  # tokens compared with the vocabulary at once: little memory
 
 # llm.c's names of token files: STEM_train.bin and STEM_val.bin, or, for a set of numbered shards,

@@ -26,7 +26,7 @@ Ranks: TypeAlias = dict[bytes, int]
 END_OF_TEXT: Final = "<|endoftext|>"
 BYTE_VALUES: Final = 256  # every byte is a token of a byte-level vocabulary
 MAX_VOCAB_SIZE: Final = 65535  # ids are stored as uint16
-MAX_TOKEN_BYTES: Final = tokenizer_bin.MAX_TOKEN_BYTES  # so llm.c's file can hold every vocabulary
+MAX_TOKEN_BYTES: Final = tokenizer_bin.MAX_TOKEN_BYTES  # limit of llm.c's file
 MAX_FILE_BYTES: Final = 64 << 20  # thirty times GPT-2's tokenizer.json; a longer file is none
 
 # The first of these files that a folder has is its tokenizer.

@@ -27,7 +27,7 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     dtype: str = "X"
-    init: str = ""  # of a parameter: "normal", "residual", "ones" or "zeros"
+    init: str = ""  # initial values of a parameter: "normal", "residual", "ones" or "zeros"
     decay: bool = False  # AdamW's weight decay applies to this parameter
     stacked: bool = False  # the first dimension is the layer; it is 1 if layers share one buffer
     rows: int = 0  # rows in use where the first dimension is padded; 0 means all of them

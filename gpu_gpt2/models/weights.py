@@ -30,7 +30,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 class Piece:
     """A parameter tensor, or one layer of it."""
 
-    name: str  # of the tensor in gpt2.parameters
+    name: str  # name of the tensor in gpt2.parameters
     layer: int | None  # None if the tensor is not stacked
     shape: tuple[int, ...]  # (V, C) for wte, without padding rows
 

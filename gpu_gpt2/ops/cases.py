@@ -23,7 +23,7 @@ from gpu_gpt2.ops.table import TABLE, AdamWSettings, Factors, OpTensor
 
 NDArray = npt.NDArray[Any]
 
-SPARE_ROWS: Final = 2  # of a tensor (>= T, ...) beyond T: they must not be read or changed
+SPARE_ROWS: Final = 2  # rows beyond T of a tensor (>= T, ...): no op may read or change them
 
 
 @dataclass(frozen=True, slots=True)

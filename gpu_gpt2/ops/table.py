@@ -162,7 +162,7 @@ class Report(NamedTuple):
 
     loss: float  # the sum of the losses times loss_weight
     norm: float  # norm of the gradient without its scale, before clipping
-    loss_scale: float  # of the next step
+    loss_scale: float  # loss scale of the next step
 
 
 class Counts(NamedTuple):

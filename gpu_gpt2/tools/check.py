@@ -36,7 +36,7 @@ NDArray = npt.NDArray[Any]
 
 MULTIPLE: Final = 3.0
 FLOOR: Final = 8.0
-CEILING: Final = 40.0  # so that a float32 reference gone wrong cannot lift its own limit
+CEILING: Final = 40.0  # a float32 reference gone wrong cannot raise its own limit beyond this
 GUARD: Final = 128  # elements before and after each tensor; keeps the tensor itself aligned
 GUARD_BYTE: Final = 0xA5
 

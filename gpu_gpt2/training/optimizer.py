@@ -16,7 +16,7 @@ from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.gpt2 import GPT2, decayed_count, parameter_count
 from gpu_gpt2.ops.table import MIN_LOSS_SCALE, AdamWSettings, Counts, Factors, Report
 
-INITIAL_LOSS_SCALE: Final = 2.0**16  # for float16, whose largest number is just below it
+INITIAL_LOSS_SCALE: Final = 2.0**16  # just above float16's largest number
 MAX_LOSS_SCALE: Final = 2.0**24
 
 
@@ -48,7 +48,7 @@ class StepResult:
 
     loss: float  # mean over the tokens of the step, in nats
     grad_norm: float  # before clipping, without the loss scale
-    loss_scale: float  # of the next step
+    loss_scale: float  # loss scale of the next step
 
     @property
     def updated(self) -> bool:

@@ -23,7 +23,7 @@ BLOCK_CHARS: Final = 1 << 18  # about the length of a piece of a long document
 FORCED_CHARS: Final = 2 * BLOCK_CHARS
 
 _BORDER: Final = re.compile(r"\S(?=[ \n])")
-_BORDER_CHARS: Final = 4096  # at a text's end, searched first, so that long texts are not searched
+_BORDER_CHARS: Final = 4096  # the end of a text is searched first: long texts need no full search
 _PARQUET_ROWS: Final = 256  # decoded at once: little memory, few calls
 
 
@@ -34,7 +34,7 @@ class Source:
     path: Path
     kind: str  # a key of READERS
     field: str = "text"  # field or column of a .jsonl or .parquet file that holds the text
-    seed: int = 0  # of the shuffled order of stories
+    seed: int = 0  # seed of the shuffled order of stories
 
 
 class Piece(NamedTuple):

@@ -23,8 +23,8 @@ from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.files import sha256_of, sync
 
 MAX_PARALLEL: Final = 4  # more downloads at a time do not fill a home line faster
-TIMEOUT_S: Final = (10, 30)  # for a connection, and for the next bytes
-BLOCK_BYTES: Final = 1 << 16  # of a file that is not on the Hub, between two reports of progress
+TIMEOUT_S: Final = (10, 30)  # limits for connecting and for the next bytes
+BLOCK_BYTES: Final = 1 << 16  # bytes between two reports of progress
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -38,7 +38,7 @@ class Remote:
     check: Callable[[Path], object]  # raises DataError unless the file is of the expected kind
     on_hub: bool  # whether the URL is one of the Hugging Face Hub
     size: int | None = None  # bytes, if known
-    sha256: str | None = None  # of a file that is not on the Hub, if known
+    sha256: str | None = None  # checksum, if known, of a file that is not on the Hub
 
 
 class _StoppedError(Exception):

@@ -31,7 +31,7 @@ class Encoded:
 
     tokens: npt.NDArray[np.uint16]  # (count,)
     ends: npt.NDArray[np.int64]  # (pieces,): the end of each piece's tokens
-    text_bytes: int  # in UTF-8
+    text_bytes: int  # bytes of the text in UTF-8
 
 
 class Place(NamedTuple):

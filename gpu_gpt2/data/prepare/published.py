@@ -20,8 +20,8 @@ class ShardSet:
     """A set of shards as llm.c's fineweb.py writes them: number 0 is for validation."""
 
     dataset: str  # on the Hugging Face Hub
-    stem: str  # of the file names
-    shards: int  # for training, numbered from 1
+    stem: str  # common beginning of the file names
+    shards: int  # number of training shards; the first is number 1
 
 
 SHARD_SETS: Final[Mapping[str, ShardSet]] = {

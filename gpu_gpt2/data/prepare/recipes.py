@@ -30,22 +30,23 @@ ALIASES: Final[Mapping[str, str]] = {
     "edu-fineweb": "edu_fineweb10B",
     "edu_fineweb": "edu_fineweb10B",
 }
-_BYTES_PER_TOKEN: Final = {"bytes": 1}  # of text; about 4 with any other tokenizer
-_LISTING: Final = "files.json"  # in the folder raw: the files to download, asked for only once
+_BYTES_PER_TOKEN: Final = {"bytes": 1}  # bytes of text per token; about 4 with any other tokenizer
+_LISTING: Final = "files.json"  # list of the files to download, kept in the folder raw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A data set by name: its raw text, and how its token files are made of it."""
 
-    stem: str  # of the token files' and the manifest's names
-    suffix: str  # of the files of raw text
+    stem: str  # common beginning of the names of the token files and the manifest
+    suffix: str  # ending of the names of the raw text files
     sharded: bool  # whether there are several training files of --shard-tokens each
-    streams: Callable[[Sequence[Path], int], tuple[Stream, ...]]  # from raw files, shard_tokens
-    dataset: str | None  # of the raw text on the Hugging Face Hub; None if it is elsewhere
-    place: str  # of the raw text: a file or a folder in the data set, or else a URL
-    bytes: int | None = None  # of that file, if known
-    sha256: str | None = None  # of that file, if known
+    # Makes the streams of the raw files, with so many tokens in a shard.
+    streams: Callable[[Sequence[Path], int], tuple[Stream, ...]]
+    dataset: str | None  # data set on the Hugging Face Hub that has the raw text, if one has
+    place: str  # location of the raw text: a file or folder in the data set, or a URL
+    bytes: int | None = None  # size of that file, if known
+    sha256: str | None = None  # checksum of that file, if known
 
 
 def _tinyshakespeare(files: Sequence[Path], shard_tokens: int) -> tuple[Stream, ...]:

@@ -36,8 +36,8 @@ class Stream:
     """Sources whose tokens continue from one token file into the next."""
 
     sources: tuple[Source, ...]
-    stem: str  # of the file names
-    split: str = "train"  # what the tokens are for; "val" if all of them are held out
+    stem: str  # common beginning of the file names
+    split: str = "train"  # "val" if all of the tokens are held out
     shard_tokens: int | None = None  # tokens of a numbered file; None for one file without number
     val_tokens: int = 0  # held out from the beginning, in a file of their own
 
@@ -58,7 +58,7 @@ class Plan:
     """The token files to make, and the text to make them from."""
 
     name: str  # the beginning of the manifest's name
-    folder: Path  # of the token files
+    folder: Path  # folder that holds the token files
     tokenizer: str  # "gpt2", "bytes" or the path of a tokenizer
     settings: Mapping[str, str | int]  # together with the text they decide every byte of the files
     streams: tuple[Stream, ...] = ()  # empty while the text has not been found
@@ -80,7 +80,7 @@ class Shard:
     tokens: int
     sha256: str
     stream: int  # index of the stream in the plan
-    index: int  # of the file in the stream
+    index: int  # number of the file in its stream, from 0
     source: int  # index of the next file's source in the stream
     piece: int  # index of the next file's piece in that source
     skip: int  # tokens of that piece that are in this file or an earlier one
@@ -92,7 +92,7 @@ class Prepared:
 
     shards: list[Shard] = field(default_factory=list)
     complete: bool = False
-    text_bytes: int = 0  # in UTF-8
+    text_bytes: int = 0  # bytes of the text in UTF-8
     seconds: float = 0.0
 
     @property

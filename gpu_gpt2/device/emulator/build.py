@@ -23,7 +23,7 @@ from gpu_gpt2.errors import DeviceError, KernelError
 HERE: Final = Path(__file__).resolve().parent
 SHIM: Final = HERE / "shim.h"  # stands in front of a kernel's text: CUDA's built-in names for g++
 RUNTIME: Final = HERE / "runtime"  # folder of the C++ library that runs the threads of a launch
-CALL_PREFIX: Final = "emulator_call_"  # of the C++ functions by which the runtime calls kernels
+CALL_PREFIX: Final = "emulator_call_"  # names the C++ functions that call kernels
 
 # Compiler flags of every kernel. They allow no optimisation that adds, moves or widens memory
 # accesses, so that the emulator checks exactly the accesses that the kernel's text makes.

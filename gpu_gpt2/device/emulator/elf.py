@@ -19,7 +19,7 @@ SECTION: Final = struct.Struct("<IIQQQQIIQQ")
 SEGMENT: Final = struct.Struct("<IIQQQQQQ")
 SYMBOL: Final = struct.Struct("<IBBHQQ")
 
-GUARD_PREFIX: Final = "emulator_guard_"  # of shim.h's variables between shared variables
+GUARD_PREFIX: Final = "emulator_guard_"  # names shim.h's variables between shared variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Variable:
 
     name: str
     start: int  # address before loading
-    size: int  # in bytes
+    size: int  # size in bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
 
 
 def _embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
-    """Of wte and dwte, only the rows of distinct tokens are touched."""
+    """Yields the embedding ops, which touch only the rows of distinct tokens of wte and dwte."""
     new = Tensors(ops)
     C, Vp = c.n_embd, c.padded_vocab_size
     host = new.tokens(c.vocab_size, B, T)
@@ -175,7 +175,7 @@ def _elementwise(ops: Ops, c: ModelConfig, N: int) -> Iterator[BenchCase]:
 
 
 def _classifier(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
-    """Of logits, V of the Vp columns are read and all are written.
+    """Yields the classifier ops, which read V of the Vp columns of logits and write all.
 
     losses and targets, 12 bytes beside a row of logits, are left out.
     """

@@ -14,7 +14,8 @@ from gpu_gpt2.device.base import FLOAT32
 from gpu_gpt2.ops.table import Ops
 from gpu_gpt2.tools.bench.cases import BenchCase, Tensors, cases
 
-COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}  # of the timed copy: beyond all caches
+# Bytes of the timed copy: more than all caches hold.
+COPY_BYTES: Final = {"cuda": 2 << 30, "cpu": 128 << 20}
 HEAD: Final = ("op", "ms", "GB/s", "TFLOP/s", "of the limit")
 # Rows and columns of the timed matmul, large enough to reach the peak.
 MATMUL_SIZE: Final = {"cuda": 8192, "cpu": 1024}
@@ -25,7 +26,7 @@ class Limits:
     """The bandwidth and the arithmetic that this device reaches, measured one at a time."""
 
     copy_gb_s: float  # bytes read plus bytes written by a large copy
-    matmul_tflops: float  # of a large square matmul in the dtype of the ops
+    matmul_tflops: float  # TFLOP/s of a large square matmul in the dtype of the ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,8 @@ class KernelTime:
 
     name: str
     ms: float  # median
-    gb_s: float  # of the least bytes that the op must move
-    tflops: float  # of its matmuls; 0 for an op without matmuls
+    gb_s: float  # the least bytes that the op must move, over the time
+    tflops: float  # TFLOP/s of its matmuls; 0 for an op without matmuls
     share: float  # 1 for an op that reaches a limit of the device
 
 

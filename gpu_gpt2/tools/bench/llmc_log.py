@@ -11,7 +11,7 @@ from gpu_gpt2.config import GPT2_SIZES
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.tools.bench.step import StepTime, parse_size
 
-SKIPPED_STEPS: Final = 5  # at the start of a run, while llm.c's GPU and its caches warm up
+SKIPPED_STEPS: Final = 5  # the first steps of a run, in which the GPU and its caches warm up
 STEP_LINE: Final = re.compile(r"step +\d+/\d+ \|.*?\| ([\d.]+) ms \|")
 
 

@@ -28,7 +28,7 @@ from gpu_gpt2.tools.bench.static import count_cells
 from gpu_gpt2.tools.bench.step import StepTime, problems, text_table
 
 SCHEMA: Final = 1  # version of the result files; files of another version are ignored
-FOLDER: Final = Path("docs/benchmarks")  # of the results and plots, relative to the project's root
+FOLDER: Final = Path("docs/benchmarks")  # results and plots, relative to the project's root
 PACKAGES: Final = ("numpy", "torch")  # whose versions a result records: they decide the CPU's speed
 # Exceptions raised by reading a JSON file that is no result, or that lacks a key of its kind.
 NOT_A_RESULT: Final = (ValueError, KeyError, TypeError, AttributeError, IndexError)

@@ -25,7 +25,7 @@ from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.tools.bench.cases import cases
 
 ARCHITECTURES: Final = ("sm_75", "sm_80", "sm_90")  # GPUs from Turing (T4) on: T4, A100, H100
-TENSOR_CORE_HEADER: Final = '"tensor_core.cuh"'  # in the text of kernels that only Ampere on has
+TENSOR_CORE_HEADER: Final = '"tensor_core.cuh"'  # kernels with this header need Ampere
 TENSOR_CORE_ARCHITECTURES: Final = ("sm_80", "sm_90")
 # Head sizes of GPT-2 and GPT-3, and 33, which only the plain attention kernel takes.
 HEAD_SIZES: Final = (64, 80, 96, 128, 33)

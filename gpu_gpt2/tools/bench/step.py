@@ -85,12 +85,12 @@ class StepTime:
     A field is 0 if its value is not known.
     """
 
-    name: str  # of the program: OURS, one of PEERS, or llm.c
+    name: str  # name of the program: OURS, one of PEERS, or llm.c
     size: str  # a Size as text
     step_ms: float = 0.0  # median
     fastest_ms: float = 0.0  # minimum
     enqueue_ms: float = 0.0  # median time until the host has enqueued a step
-    tokens_per_s: float = 0.0  # at the median
+    tokens_per_s: float = 0.0  # tokens per second of the median step
     peak_bytes: int = 0  # largest memory in use
     planned_bytes: int = 0  # memory of the plan (training/memory.py); only for OURS
     mfu: float = 0.0  # model flops utilization: flops per second, counted as in llm.c, / peak
@@ -267,8 +267,8 @@ def _inputs(size: Size) -> tuple[ModelConfig, Tokens, Tokens]:
 class _Times:
     """Milliseconds of several steps."""
 
-    step_ms: list[float]  # from the end of the step before to the end of this one
-    enqueue_ms: list[float]  # from the start to the end of the call that enqueues the step
+    step_ms: list[float]  # time from the end of the step before to the end of this one
+    enqueue_ms: list[float]  # duration of the call that enqueues the step
 
 
 def _timed(step: Step, steps: int) -> _Times:

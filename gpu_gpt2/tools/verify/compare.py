@@ -49,10 +49,10 @@ STARTER_PACK_LOSSES: Final = (
 class Limits:
     """The largest errors that pass; docs/numerics.md says how they were chosen."""
 
-    element: float  # of an element: |ours - theirs| / (|theirs| + rms of its row or the tensor)
-    rms: float  # of a tensor: rms of (ours - theirs) / rms of theirs
-    loss: float  # of the first step's loss, in nats per token
-    later_loss: float  # of the other nine losses, in which differences grow with every update
+    element: float  # limit of |ours - theirs| / (|theirs| + rms of the row or the tensor)
+    rms: float  # limit of rms of (ours - theirs) / rms of theirs, of a whole tensor
+    loss: float  # limit of the first step's loss, in nats per token
+    later_loss: float  # limit of the other nine losses: differences grow with every update
 
 
 # fp32: 5 to 20 times the errors measured on a CPU. "16 bits", where the device computes in bf16 or
