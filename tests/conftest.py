@@ -7,11 +7,14 @@ if there is no GPU, so that nobody takes skipped tests for passed ones.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from gpu_gpt2.cli.app import main
 from gpu_gpt2.device import source
 from gpu_gpt2.device.cuda import gpu_count
 from gpu_gpt2.errors import DeviceError
@@ -26,6 +29,30 @@ def kernel_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(header, tmp_path)
     monkeypatch.setattr(source, "kernels_dir", lambda: tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """A function that runs gpu-gpt2 in an empty folder as a user would, with its own cache.
+
+    It takes the words of the command line, and returns the exit status, the output and the errors.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gpu-gpt2", *args])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

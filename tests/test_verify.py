@@ -1,7 +1,6 @@
 """verify passes for a model and its debug state made by PyTorch, and names every changed value."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from devices import kernel_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_gpt2.cli.app import main
 from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.device import open_device
 from gpu_gpt2.errors import DataError
@@ -35,6 +33,8 @@ from gpu_gpt2.tools.verify.compare import (
 )
 from gpu_gpt2.tools.verify.make import with_noise, write_debug_files
 from gpu_gpt2.training import checkpoint
+
+Run = Callable[..., tuple[int, str, str]]
 
 CONFIG = ModelConfig(vocab_size=301, n_positions=24, n_embd=48, n_layer=2, n_head=3)
 B, T = 2, 17
@@ -279,77 +279,57 @@ def test_every_damaged_debug_state_is_refused(
 # --- the command `gpu-gpt2 verify` ---
 
 
-@pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gpu-gpt2", "verify", *args])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
-
-
-def test_the_command_passes_the_files_that_it_makes(
-    run: Callable[..., tuple[int, str, str]],
-) -> None:
-    code, out, _ = run("nano", "--make", "made")
+def test_the_command_passes_the_files_that_it_makes(run: Run) -> None:
+    code, out, _ = run("verify", "nano", "--make", "made")
     assert code == 0
     assert sorted(path.name for path in Path("made").iterdir()) == [
         "gpt2_nano.bin", "gpt2_nano_bf16.bin", "gpt2_nano_debug_state.bin",
         "gpt2_nano_losses.json", "gpt2_tokenizer.bin",
     ]  # fmt: skip
     command = out.splitlines()[-1].partition("gpu-gpt2 verify ")[2]
-    code, out, _ = run(*command.split(), "--device", "cpu")
+    code, out, _ = run("verify", *command.split(), "--device", "cpu")
     assert code == 0
     assert "29 of 29 comparisons passed" in out
 
 
 def test_the_command_fails_for_the_debug_state_of_another_model(
-    debug_files: Path, run: Callable[..., tuple[int, str, str]]
+    debug_files: Path, run: Run
 ) -> None:
     llmc.write_model(Path("other.bin"), Arena(CONFIG, initial_weights(CONFIG, 1)), "fp32")
-    code, out, _ = run("other.bin", str(debug_files / "small_debug_state.bin"), "--device", "cpu")
+    code, out, _ = run(
+        "verify", "other.bin", str(debug_files / "small_debug_state.bin"), "--device", "cpu"
+    )
     assert code == 1
     assert "FAIL" in out
     assert "dwte" in out
 
 
-def test_the_command_without_a_debug_state_says_how_to_make_one(
-    run: Callable[..., tuple[int, str, str]],
-) -> None:
-    code, _, err = run()
+def test_the_command_without_a_debug_state_says_how_to_make_one(run: Run) -> None:
+    code, _, err = run("verify")
     assert code == 1
     assert "gpu-gpt2 verify --make DIR" in err
     assert len(err.splitlines()) == 1
 
 
 def test_making_files_without_pytorch_says_what_to_install(
-    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    code, _, err = run("nano", "--make", "made")
+    code, _, err = run("verify", "nano", "--make", "made")
     assert code == 1
     assert "verify --make needs PyTorch: pip install torch" in err
 
 
 def test_files_are_not_made_for_a_vocabulary_smaller_than_gpt2s(
-    debug_files: Path, run: Callable[..., tuple[int, str, str]]
+    debug_files: Path, run: Run
 ) -> None:
-    code, _, err = run(str(debug_files / "small.bin"), "--make", "made")
+    code, _, err = run("verify", str(debug_files / "small.bin"), "--make", "made")
     assert code == 1
     assert "small.bin has another vocabulary than GPT-2's; choose one that has it" in err
 
 
-def test_a_folder_that_cannot_be_made_for_the_files_is_an_error(
-    run: Callable[..., tuple[int, str, str]],
-) -> None:
+def test_a_folder_that_cannot_be_made_for_the_files_is_an_error(run: Run) -> None:
     Path("file").touch()
-    code, _, err = run("nano", "--make", "file/made")
+    code, _, err = run("verify", "nano", "--make", "file/made")
     assert code == 1
     assert "file/made: cannot be written: Not a directory" in err
