@@ -57,7 +57,7 @@ def test_graphs_give_what_single_launches_give(
     losses, weights = trained(device, dtype)
     assert (losses, weights) == trained(device, dtype)
     monkeypatch.setattr(CudaDevice, "graph", lambda self, work: work)
-    expected, _ = trained(device, dtype)  # in which cupy.matmul may choose other algorithms
+    expected, _ = trained(device, dtype)  # cupy.matmul may choose other algorithms
     np.testing.assert_allclose(losses, expected, rtol=1e-2)
 
 

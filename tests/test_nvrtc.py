@@ -26,7 +26,7 @@ from gpu_gpt2.tools.bench.static import (
     table,
 )
 
-REGISTERS = 65536  # of a multiprocessor, on all architectures: a block cannot need more
+REGISTERS = 65536  # every multiprocessor has so many, and a block cannot need more
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(recompute: int) -> None:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a run does, in order: which steps it enqueues and reads, and when it saves and so on."""
+    """The events of a run in order: steps enqueued and read, saves, evaluations, samples."""
     events: list[str] = []
     numbers: dict[int, int] = {}  # of the step that each handle belongs to
     handles = []  # kept, so that no two have the same id

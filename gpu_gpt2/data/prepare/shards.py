@@ -140,7 +140,7 @@ def _write_stream(plan: Plan, number: int, done: Prepared, progress: Progress) -
     """Writes the missing files of stream `number`, and the manifest after each."""
     stream = plan.streams[number]
     for leftover in plan.folder.glob(f".{glob.escape(stream.stem)}_*.bin.*.tmp"):
-        leftover.unlink()  # of a run that was killed
+        leftover.unlink()  # a run that was killed left it
     last = done.shards[-1] if done.shards and done.shards[-1].stream == number else None
     index, place, skip = 0, Place(0, 0, 0), 0
     if last:
@@ -200,7 +200,7 @@ class _Feed:
         self._places: list[Place] = []
         self._tokens = np.empty(0, np.uint16)
         self._ends = np.empty(0, np.int64)
-        self._position = 0  # of the next token in the chunk
+        self._position = 0  # index of the next token in the chunk
         self.place = place  # the piece of the next token
         self.skip = skip  # tokens of that piece that have been taken
         self.text_bytes = 0  # of all chunks so far
