@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
+from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.ops import reference
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.ops.table import AdamWSettings
@@ -55,8 +56,7 @@ def test_embedding(shape: tuple[int, int, int]) -> None:
         return x
 
     dwte, dwpe = np.ones_like(wte), np.ones_like(wpe)
-    order = np.argsort(tokens.reshape(-1), kind="stable").astype(np.int32)
-    OPS.embedding_bwd(dwte, dwpe, dy, tokens, order)
+    OPS.embedding_bwd(dwte, dwpe, dy, tokens, Batch.of(tokens, tokens).order)
     assert_near("dwte", dwte, 1 + numeric_gradient(forward, wte, dy))
     assert_near("dwpe", dwpe, 1 + numeric_gradient(forward, wpe, dy))
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from gpu_gpt2.config import DEFAULTS, ModelConfig
 from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array
+from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.ops.table import TABLE, AdamWSettings, Ops
 
@@ -129,7 +130,7 @@ def _embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     host = new.tokens(c.vocab_size, B, T)
     distinct = len(np.unique(host))
     tokens = new.ints(host)
-    order = new.ints(np.argsort(host, axis=None, kind="stable"))
+    order = new.ints(Batch.of(host, host).order)
     x, wte, wpe = new(B, T, C), new(Vp, C), new(T, C)
     touched = {"wte": distinct * C * new.X.itemsize}
     yield _case(ops, "embedding_fwd", x, tokens, wte, wpe, touched=touched)
