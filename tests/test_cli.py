@@ -20,6 +20,7 @@ from gpu_gpt2.cli.app import app, main
 from gpu_gpt2.cli.common import console
 from gpu_gpt2.config import DEFAULTS, OPTIONS, Option, TrainConfig, defaults_for, preset
 from gpu_gpt2.device.cpu import CpuDevice
+from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.formats.tokens import write_tokens
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.ops.cases import CASES
@@ -208,7 +209,8 @@ def test_a_resumed_run_keeps_settings_that_are_not_given() -> None:
     run = {"run_dir": "run", "tf32": True, "recompute": 2}
     saved = TrainConfig(**{**defaults_for("cpu"), **run}, device="cuda", dtype="fp32")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "open_device", lambda name: SimpleNamespace(name=name))
+        gpu = SimpleNamespace(name="cuda", dtypes=DTYPES)
+        patch.setattr(train_module, "open_device", lambda name: gpu)
         resumed = train_module._resumed_config(saved, {"steps": 2000, "device": "auto"})
     assert resumed == replace(saved, steps=2000)
 

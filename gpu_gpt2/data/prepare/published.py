@@ -11,7 +11,7 @@ from typing import Final
 from gpu_gpt2.data.prepare.download import Remote, hub_url
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.formats import debug_state, llmc, multiple_choice, tokenizer_bin
-from gpu_gpt2.formats.llmc_header import HEADER_BYTES
+from gpu_gpt2.formats.llmc_header import GPT2_SHARD_MAGIC, HEADER_BYTES, read_header
 from gpu_gpt2.formats.tokens import GPT2, SHARD_TOKENS, read_tokens, shard_name
 
 
@@ -80,10 +80,16 @@ def published(name: str, out: Path, min_tokens: int | None) -> list[Remote]:
     files += [shard_name(shards.stem, "train", i) for i in range(1, count + 1)]
     return [
         Remote(
-            url=hub_url(shards.dataset, file), path=folder / file, check=read_tokens, on_hub=True
+            url=hub_url(shards.dataset, file), path=folder / file, check=_check_shard, on_hub=True
         )
         for file in files
     ]
+
+
+def _check_shard(path: Path) -> None:
+    """Raises DataError unless the file is a whole shard of GPT-2's tokens."""
+    read_header(path, "token file").expect_magic(GPT2_SHARD_MAGIC)
+    read_tokens(path)
 
 
 def expected_bytes(remotes: Sequence[Remote]) -> int:
