@@ -214,6 +214,20 @@ def test_a_debug_state_that_is_read_and_written_has_the_same_bytes(
     assert [p.name for p in tmp_path.iterdir()] == ["again.bin"]
 
 
+def test_a_debug_state_without_a_finite_loss_is_refused(debug_files: Path, tmp_path: Path) -> None:
+    state = read_debug_state(debug_files / "small_debug_state.bin", CONFIG)
+    write_debug_state(tmp_path / "changed.bin", CONFIG, replace(state, loss=float("nan")))
+    with pytest.raises(DataError, match=r"changed\.bin: its loss is nan; the file is damaged"):
+        read_debug_state(tmp_path / "changed.bin", CONFIG)
+
+
+def test_a_debug_state_of_wrong_shapes_is_not_written(debug_files: Path, tmp_path: Path) -> None:
+    state = read_debug_state(debug_files / "small_debug_state.bin", CONFIG)
+    with pytest.raises(ValueError, match=r"logits: expected \(34, 301\), got \(33, 301\)"):
+        write_debug_state(tmp_path / "new.bin", CONFIG, replace(state, logits=state.logits[1:]))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_debug_state_of_gpt2_has_the_size_of_llmcs_file(tmp_path: Path) -> None:
     header = np.zeros(HEADER_BYTES // 4, np.int32)
     header[:4] = 20240327, 2, 4, 64  # magic number, version, B, T
