@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 from gpu_gpt2.cli import app as app_module
 from gpu_gpt2.cli import inspect
 from gpu_gpt2.cli import train as train_module
-from gpu_gpt2.cli.app import app, main
-from gpu_gpt2.cli.common import console
+from gpu_gpt2.cli.app import app
 from gpu_gpt2.config import DEFAULTS, OPTIONS, Option, TrainConfig, defaults_for, preset
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.source import DTYPES
@@ -28,25 +27,6 @@ from gpu_gpt2.train import Outcome
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--model", "nano", "--tokenizer", "bytes", "--batch-size", "2", "--seq-len", "8")
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in an empty folder as a user would; gives exit code, output, errors."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gpu-gpt2", *args])
-        monkeypatch.setattr(console, "_width", 200)
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
 
 
 def write_bad_inputs() -> None:

@@ -22,7 +22,6 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from gpu_gpt2 import convert
-from gpu_gpt2.cli.app import main
 from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, TrainConfig
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import files, hf, llmc
@@ -37,23 +36,6 @@ from gpu_gpt2.training.optimizer import UpdateState
 
 CONFIG = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs the command line in an empty folder: exit code, output, errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gpu-gpt2", *args])
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as error:
-            code = error.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def random_arena(config: ModelConfig = CONFIG) -> FloatArray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from devices import every_device
 from models import new_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpu_gpt2.cli.app import main
-from gpu_gpt2.cli.common import console
 from gpu_gpt2.data.corpus import python_docs
 from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
 from gpu_gpt2.evaluate import answers, check_examples, completion_losses, row_length
@@ -171,21 +168,9 @@ def test_examples_that_cannot_be_scored_are_named() -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command on the CPU in an empty folder; gives exit code, output, errors."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gpu-gpt2", *args, "--device", "cpu"])
-        monkeypatch.setattr(console, "_width", 200)
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
+def run(run: Run) -> Run:
+    """Runs the command as the fixture of conftest.py does, on the CPU."""
+    return lambda *args: run(*args, "--device", "cpu")
 
 
 @torch.no_grad()

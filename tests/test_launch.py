@@ -166,7 +166,6 @@ def write_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
     (tmp_path / "common.cuh").write_text("// nothing\n")
 
     def write(text: str) -> None:
-        source_module._signatures.cache_clear()
         (tmp_path / "odd.cu").write_text(text)
 
     return write
