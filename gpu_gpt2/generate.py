@@ -1,4 +1,4 @@
-"""Text from a model, token by token."""
+"""Generates text with a model, token by token."""
 
 from __future__ import annotations
 

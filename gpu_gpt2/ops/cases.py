@@ -183,7 +183,7 @@ def attention_bwd(g: Maker, B: int, T: int, H: int, D: int) -> Call:
 
 
 def softmax_fwd(g: Maker, N: int, V: int, offset: int, inplace: int) -> Call:
-    """With a large offset, exponentials that are not taken around the maximum leave float32."""
+    """Scores with an offset, at which exp(x) overflows unless the maximum is subtracted first."""
     x = g.normal(N, V, scale=5.0, mean=offset)
     return g.call(y=x, x="y") if inplace else g.call(x=x)
 
@@ -227,7 +227,7 @@ def _classifier_values(g: Maker, N: int, V: int, Vp: int) -> tuple[NDArray, NDAr
 
 
 def prepare_update(g: Maker, N: int, clipped: int) -> Call:
-    """The fourth update, with the gradient in a scale of 4."""
+    """The fourth update, of a gradient that carries a loss scale of 4."""
     norm = 3.0
     settings = _adamw_settings(norm * (0.5 if clipped else 2.0))
     return g.call(
@@ -241,7 +241,7 @@ def prepare_update(g: Maker, N: int, clipped: int) -> Call:
 
 
 def adamw(g: Maker, n: int, decayed: int) -> Call:
-    """The third update of weights whose moments are already under way."""
+    """The third update, with moments that earlier updates have left."""
     factors = Factors(apply=1.0, grad_factor=0.3, lr=1e-2, c1=1 - 0.9**3, c2=1 - 0.999**3)
     return g.call(
         master=g.normal(n, scale=0.02),
@@ -269,7 +269,7 @@ def cast_to_float32(g: Maker, n: int) -> Call:
 
 
 def cast_to_bfloat16(g: Maker, n: int) -> Call:
-    """Among ordinary numbers: ties, the largest, the smallest, infinities and NaNs.
+    """Ordinary numbers, ties, the largest and smallest numbers, infinities and NaNs.
 
     Of all NaNs, the one with every bit set is the one that rounding would carry into a zero.
     """
@@ -281,14 +281,14 @@ def cast_to_bfloat16(g: Maker, n: int) -> Call:
 
 
 def cast_every_float16(g: Maker, n: int) -> Call:
-    """All that is not a NaN, if n = 2 x 0x7c01: zeros, infinities, all between."""
+    """Every float16 that is not a NaN, from zero to infinity, if n = 2 x 0x7c01."""
     magnitudes = np.arange(n // 2, dtype=np.uint16)
     x = np.concatenate([magnitudes, magnitudes | 0x8000]).view(np.float16)
     return g.call(dtypes={"y": FLOAT32, "x": FLOAT16}, x=x, exact=True)
 
 
 def cast_to_float16(g: Maker, n: int) -> Call:
-    """Among numbers of all sizes: ties, the last that stay finite, the first that vanish."""
+    """Numbers of all sizes, ties, the last that stay finite and the first that become zero."""
     x = g.normal_x(n) * 2.0 ** g.rng.integers(-30, 16, n)
     special = [1 + 2**-11, 1 + 3 * 2**-11, 65519.99, 65520, -1e9, 2**-14 - 2**-26, 2**-25,
                3 * 2**-25, -(2**-25 + 2**-40), 1e-9, -0.0, np.inf, -np.inf]  # fmt: skip
