@@ -77,9 +77,9 @@ def test_decayed_parameters_are_the_matrices_and_come_first(name: str) -> None:
     assert decayed_count(MODELS[name]) == sum(s.size for s in specs[: sum(matrices)])
 
 
-@pytest.mark.parametrize("device", OPTIONS["device"].choices)
-def test_defaults_are_a_valid_run(device: str) -> None:
-    config = train_config(**defaults_for(device), device=device)
+@pytest.mark.parametrize("name", OPTIONS["device"].choices)
+def test_defaults_of_a_device_are_a_valid_run(name: str) -> None:
+    config = train_config(**defaults_for(name), device=name)
     assert config.seq_len <= MODELS[config.model].n_positions
     assert config.total_batch_tokens % (config.batch_size * config.seq_len) == 0
     assert TrainConfig.from_dict(asdict(config)) == config
