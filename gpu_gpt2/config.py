@@ -175,10 +175,14 @@ class Option:
         bounds = ((">=", self.minimum), (">", self.above), ("<", self.below))
         return " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
 
-    def check(self, value: object) -> None:
-        """Raises ConfigError, which names the option, if the setting cannot have this value."""
+    def check(self, value: object, *, takes_auto: bool = False) -> None:
+        """Raises ConfigError, which names the option, if the setting cannot have this value.
+
+        With `takes_auto` the message says that the command line takes AUTO too.
+        """
         if not self._allows(value):
-            raise ConfigError(f"{self.flag} must be {self._expected()}, not {value!r}")
+            text = f"{self._expected()}{f', or {AUTO}' if takes_auto else ''}"
+            raise ConfigError(f"{self.flag} must be {text}, not {value!r}")
 
     def _allows(self, value: Any) -> bool:
         if type(value) is not self.kind and (self.kind, type(value)) != (float, int):
@@ -195,15 +199,14 @@ class Option:
 
     def _expected(self) -> str:
         if self.choices:
-            return f"one of {self.allowed}"
+            return f"one of {', '.join(self.choices)}"
         kinds = {
             str: "text",
             int: "a whole number",
             float: "a finite number",
             bool: "true or false",
         }
-        text = f"{kinds[self.kind]} {self.allowed}".strip()
-        return f"{text}, or {AUTO}" if self.auto else text
+        return f"{kinds[self.kind]} {self.allowed}".strip()
 
 
 def _option(help: str, group: str, **more: Any) -> dict[str, Any]:  # noqa: A002
@@ -359,7 +362,7 @@ class TrainConfig:
             "Decay rate of AdamW's first moment, the mean of the gradients.",
             _OPTIMIZER,
             metavar="RATE",
-            minimum=0,
+            above=0,
             below=1,
         ),
     )
@@ -369,7 +372,7 @@ class TrainConfig:
             "Decay rate of AdamW's second moment, the mean of the squared gradients.",
             _OPTIMIZER,
             metavar="RATE",
-            minimum=0,
+            above=0,
             below=1,
         ),
     )

@@ -63,7 +63,7 @@ def train(
     with Run(config, console, resumed) as run, StopSignal(console) as stop:
         while True:
             # 1. What is due after this many steps: each once, the last step included.
-            finished = run.step == config.steps
+            finished = run.step >= config.steps
             if finished or (run.is_due(config.eval_every) and not stop.requested):
                 run.save()
                 if finished:

@@ -1,4 +1,4 @@
-"""kernels/adamw.cu and its NumPy twin, on every device."""
+"""kernels/adamw.cu and the NumPy op, on every device."""
 
 from __future__ import annotations
 

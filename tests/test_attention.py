@@ -1,4 +1,4 @@
-"""kernels/attention.cu and its NumPy twin, on every device."""
+"""kernels/attention.cu and the NumPy op, on every device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kernels/bias.cu and its NumPy twin, on every device."""
+"""kernels/bias.cu and the NumPy op, on every device."""
 
 from __future__ import annotations
 

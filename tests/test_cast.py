@@ -1,4 +1,4 @@
-"""kernels/cast.cu and its NumPy twin, on every device."""
+"""kernels/cast.cu and the NumPy op, on every device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kernels/classifier.cu and its NumPy twin, on every device."""
+"""kernels/classifier.cu and the NumPy op, on every device."""
 
 from __future__ import annotations
 

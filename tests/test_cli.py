@@ -53,8 +53,8 @@ def write_bad_inputs() -> None:
         (["--data", "text.txt", "--tokenizer", "words"], "words"),
         (["--data", "text.txt", "--tokenizer", "bpe:12"], "bpe:12"),
         (["--data", "text.txt", "--model", "gpt5"], "unknown model 'gpt5'; choose one of dN"),
-        (["--device", "tpu"], "--device must be one of cuda, cpu, emulator, auto, not 'tpu'"),
-        (["--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16, auto, not 'fp8'"),
+        (["--device", "tpu"], "--device must be one of cuda, cpu, emulator, or auto, not 'tpu'"),
+        (["--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16, or auto, not 'fp8'"),
         (["--device", "cpu", "--dtype", "bf16"], "the CPU trains in fp32 only"),
         (["--data", "text.txt", "--model", "nano", "--seq-len", "33"], "context of 32"),
         (["--device", "cpu", "--tf32"], "--tf32 is for fp32 on a GPU, not fp32 on cpu"),
@@ -64,7 +64,7 @@ def write_bad_inputs() -> None:
         (["--seq-len", "0", "--batch-size", "auto"], "--seq-len must be a whole number >= 1"),
         (["--recompute", "4"], "--recompute must be a whole number from 0 to 3, not 4"),
         (["--lr", "-1"], "--lr must be a finite number > 0, not -1"),
-        (["--beta2", "1"], "--beta2 must be a finite number >= 0 and < 1, not 1"),
+        (["--beta2", "1"], "--beta2 must be a finite number > 0 and < 1, not 1"),
         (["--batch-size", "3", "--total-batch-tokens", "100"], "--total-batch-tokens 100 is not"),
         (["--data", "text.txt", *SMALL, "--run-dir", "/proc/no"], "cannot make the run"),
         (["--batch-size", "1000000000", "--steps", "1"], "x --seq-len = 64,000,000,000 is"),
@@ -105,6 +105,11 @@ def test_bad_input_to_generate(run: Run, args: list[str], message: str) -> None:
     assert code == 1
     assert len(err.splitlines()) == 1
     assert message in err
+
+
+def test_a_message_names_auto_only_where_the_command_takes_it(run: Run) -> None:
+    code, _, err = run("bench", "step", "--batch-size", "0")
+    assert (code, err) == (1, "gpu-gpt2: --batch-size must be a whole number >= 1, not 0\n")
 
 
 def test_train_then_generate(run: Run) -> None:

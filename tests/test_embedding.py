@@ -1,4 +1,4 @@
-"""kernels/embedding.cu and its NumPy twin, on every device."""
+"""kernels/embedding.cu and the NumPy op, on every device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kernels/gelu.cu and its NumPy twin, on every device."""
+"""kernels/gelu.cu and the NumPy op, on every device."""
 
 from __future__ import annotations
 

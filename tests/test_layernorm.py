@@ -1,4 +1,4 @@
-"""kernels/layernorm.cu and its NumPy twin, on every device."""
+"""kernels/layernorm.cu and the NumPy op, on every device."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """The whole model against PyTorch: loss, every gradient, ten optimizer steps."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.arena import flat_views
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2, parameters
+from gpu_gpt2.models.gpt2 import GPT2, SHAPES_KEPT, parameters
 from gpu_gpt2.models.init import initial_weights
 from gpu_gpt2.training.optimizer import AdamW
 
@@ -166,6 +168,28 @@ def test_batches_of_other_shapes_share_the_memory() -> None:
         big.forward(tokens[:1, :9]).copy(), small.forward(tokens[:1, :9]), rtol=1e-6, atol=1e-7
     )
     np.testing.assert_array_equal(big.forward(tokens), before)
+
+
+def test_a_model_is_freed_without_the_garbage_collector() -> None:
+    """On a GPU its memory would else be held until the collector happens to run."""
+    gc.disable()
+    try:
+        model = our_model(weights())
+        optimizer = AdamW(model)
+        training_step(model, optimizer, [batch()], 1e-3)
+        freed = weakref.ref(model), weakref.ref(optimizer)
+        del model, optimizer
+        assert [ref() for ref in freed] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_many_shapes_give_what_each_gives_alone() -> None:
+    model, tokens = our_model(weights()), batch().tokens
+    first = model.forward(tokens[:1, :1]).copy()
+    for n in range(2, SHAPES_KEPT + 5):
+        model.forward(tokens[:1, :n])
+    np.testing.assert_array_equal(model.forward(tokens[:1, :1]), first)
 
 
 def test_overfits_one_batch() -> None:

@@ -1,4 +1,4 @@
-"""kernels/softmax.cu and its NumPy twin, on every device."""
+"""kernels/softmax.cu and the NumPy op, on every device."""
 
 from __future__ import annotations
 

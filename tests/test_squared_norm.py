@@ -1,4 +1,4 @@
-"""kernels/squared_norm.cu and its NumPy twin, on every device."""
+"""kernels/squared_norm.cu and the NumPy op, on every device."""
 
 from __future__ import annotations
 

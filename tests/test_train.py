@@ -204,6 +204,12 @@ def test_everything_that_is_due_is_done_once(events: list[str]) -> None:
     assert events == ["enqueue 5", "read 5", "save", "evaluate", "sample"]
 
 
+def test_a_state_beyond_the_last_step_is_not_trained_on() -> None:
+    state = checkpoint.load(train(settings(steps=4), quiet()).checkpoint)
+    outcome = train(replace(state.train, steps=3), quiet(), state)
+    assert (outcome.step, outcome.interrupted) == (4, False)
+
+
 @pytest.mark.usefixtures("asynchronous")
 def test_an_interrupted_run_reads_every_step_then_saves_and_does_no_more(
     events: list[str], monkeypatch: pytest.MonkeyPatch

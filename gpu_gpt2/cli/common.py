@@ -56,7 +56,7 @@ def _reader(option: Option, *, takes_auto: bool) -> Callable[[Any], Any]:
         if option.kind is int and isinstance(value, str):  # text, because it might be "auto"
             with suppress(ValueError):
                 value = int(value)
-        option.check(value)
+        option.check(value, takes_auto=takes_auto)
         return value
 
     return read

@@ -59,7 +59,7 @@ class Device(ABC):
 
     @property
     def peak_memory(self) -> int:
-        """The most bytes that this process has ever held here, or 0 where nobody counts them."""
+        """The most bytes held here, on a GPU since `release_memory`; 0 where nobody counts."""
         return 0
 
     def release_memory(self) -> None:  # noqa: B027 (most devices keep none)

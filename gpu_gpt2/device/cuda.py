@@ -93,6 +93,8 @@ class CudaDevice(Device):
         self._graph_error = ""
         self._in_graph = False  # the current work belongs to a graph, whether captured or not
         self._uploading: list[npt.NDArray[Any]] = []  # host arrays that a copy may still read
+        # Host arrays that a copy may still write, with the event at the end of the copy.
+        self._reading: list[tuple[Any, npt.NDArray[Any]]] = []
 
     @property
     def compute_capability(self) -> int:
@@ -171,7 +173,7 @@ class CudaDevice(Device):
 
     @property
     def peak_memory(self) -> int:
-        """Bytes that CuPy holds for arrays, in use or kept for later ones: it gives none back."""
+        """Bytes that CuPy holds for arrays: it gives none back before `release_memory`."""
         return int(self._cupy.get_default_memory_pool().total_bytes())
 
     def stager(self, *buffers: Array) -> Callable[..., None]:
@@ -185,6 +187,8 @@ class CudaDevice(Device):
         host = _pinned(src)
         src.get(out=host, blocking=False)
         copied = self._stream.record(self._cupy.cuda.Event(block=True, disable_timing=True))
+        # The host array must outlive its copy, even if nobody waits for the result.
+        self._reading = [read for read in self._reading if not read[0].done] + [(copied, host)]
 
         def wait() -> npt.NDArray[Any]:
             copied.synchronize()

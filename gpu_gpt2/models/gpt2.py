@@ -5,7 +5,7 @@ The same lines run on every device: `ops` decides whether an op is NumPy or a ke
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Final
@@ -167,7 +167,7 @@ class GPT2:
         self._act_arena = device.empty(
             (bytes_of(self._act_specs(max_batch, max_seq_len), self.x_dtype),), np.uint8
         )
-        self._activations = functools.lru_cache(SHAPES_KEPT)(self._activation_views)
+        self._views: dict[tuple[int, int], SimpleNamespace] = {}
         self._stagers: dict[tuple[int, int], Callable[..., None]] = {}
         self._graphs: dict[tuple[object, ...], Callable[[], None]] = {}
         self._unscaled = device.empty((1,), FLOAT32)
@@ -221,8 +221,9 @@ class GPT2:
             self._stagers[shape] = device.stager(a.tokens, a.targets, a.order)
         key = (shape, first, micro_steps, device.address(scale))
         if key not in self._graphs:
+            model = weakref.proxy(self)  # the model holds the graph, which must not hold the model
             self._graphs[key] = device.graph(
-                lambda: self._micro_step(a, scale, first=first, micro_steps=micro_steps)
+                lambda: model._micro_step(a, scale, first=first, micro_steps=micro_steps)
             )
         self._stagers[shape](batch.tokens, batch.targets.reshape(-1), batch.order)
         self._graphs[key]()
@@ -350,11 +351,13 @@ class GPT2:
     def _act_specs(self, B: int, T: int) -> tuple[TensorSpec, ...]:
         return activations(self.config, B, T, recompute=self.recompute, training=self.training)
 
-    def _activation_views(self, B: int, T: int) -> SimpleNamespace:
+    def _activations(self, B: int, T: int) -> SimpleNamespace:
         """Returns the activations of a batch of (B, T) by name, and `layers`, those of each layer.
 
-        The activations of all shapes lie in the same memory.
+        The activations of all shapes lie in the same memory. Their views are cached.
         """
+        if (B, T) in self._views:
+            return self._views[B, T]
         check_seq_len(T, self.config)
         specs = self._act_specs(B, T)
         a = views(specs, self.x_dtype, self._act_arena)
@@ -363,4 +366,7 @@ class GPT2:
         for layer in a.layers:
             layer.residual = residual  # the residual stream that enters the layer
             residual = layer.res_mlp
+        if len(self._views) == SHAPES_KEPT:
+            del self._views[next(iter(self._views))]  # the oldest
+        self._views[B, T] = a
         return a

@@ -3,7 +3,7 @@
 Everything that must agree with the text of a kernel is decided in this one file: compile-time
 names, grid, block, and the size of scratch memory. A method checks its tensors against the row of
 its op in `table`, then any constraint that the row cannot express, then launches. Blocks and chunks
-follow from tensor sizes alone, never from the GPU, so that sums have one order everywhere.
+follow from tensor sizes alone, never from the GPU, so that a kernel adds in one order on every GPU.
 """
 
 from __future__ import annotations

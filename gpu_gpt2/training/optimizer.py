@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -163,7 +164,8 @@ class AdamW:
         device = self.model.ops.device
         key = (device.address(losses), losses.size, micro_steps)
         if key not in self._graphs:
-            self._graphs[key] = device.graph(lambda: self._update(losses, micro_steps))
+            optimizer = weakref.proxy(self)  # it holds the graph, which must not hold it
+            self._graphs[key] = device.graph(lambda: optimizer._update(losses, micro_steps))
         self._stage_lr(np.array([lr], np.float32))
         self._graphs[key]()
         return PendingStep(device.read_async(self._report))
