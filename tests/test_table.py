@@ -128,7 +128,7 @@ def assert_fits(op: str, ops: KernelOps, device: Recorder, arrays: dict[str, Any
 
 
 def test_launches_and_signatures_fit_the_table() -> None:
-    ops_of = defaultdict(set)  # of each kernel
+    ops_of = defaultdict(set)  # ops that launch a kernel, by its name
     for dtype in DTYPES:
         device = Recorder()
         ops = KernelOps(device, dtype)
