@@ -98,8 +98,8 @@ def test_the_scale_doubles_after_many_updates_in_a_row(dtype: str, device: str) 
         (GROWTH_INTERVAL - 1, 16.0, (32.0, 0)),
         (GROWTH_INTERVAL - 1, 64.0, (64.0, 0)),
     ]
-    for in_a_row, scale, expected in cases:
-        found = Prepared(ops, grad_sq=1.0, scale=scale, counts=(9000, in_a_row))
+    for good_steps, scale, expected in cases:
+        found = Prepared(ops, grad_sq=1.0, scale=scale, counts=(9000, good_steps))
         assert (found.scale, found.counts[1]) == expected
         assert found.grad_factor == 1 / scale  # of the scale that the gradient was computed with
 

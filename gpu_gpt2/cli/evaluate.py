@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,13 +12,12 @@ import numpy as np
 import typer
 
 from gpu_gpt2.cli.common import Device, Dtype, model_on_device, progress, say
-from gpu_gpt2.config import MAX_BATCH_TOKENS, TrainConfig
+from gpu_gpt2.config import MAX_BATCH_TOKENS
 from gpu_gpt2.data.corpus import BUILT_IN, text_file
 from gpu_gpt2.data.dataset import matching_files, prepare
 from gpu_gpt2.data.loader import sequential_batches
 from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
 from gpu_gpt2.evaluate import answers, check_examples, mean_loss, row_length
-from gpu_gpt2.formats.hf import read_json
 from gpu_gpt2.formats.multiple_choice import Example, read_choices
 from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_tokens
 from gpu_gpt2.models.batch import Batch
@@ -27,7 +25,7 @@ from gpu_gpt2.models.gpt2 import GPT2, check_seq_len
 from gpu_gpt2.models.weights import WeightSource
 from gpu_gpt2.open_model import open_model, tokenizer_of
 from gpu_gpt2.tokenizer import Tokenizer
-from gpu_gpt2.training.checkpoint import TRAINING_FILE, trained_seq_len
+from gpu_gpt2.training.checkpoint import saved_settings, trained_seq_len
 
 
 def evaluate(
@@ -89,17 +87,12 @@ def evaluate(
 
 def _run_data(name: str, source: WeightSource) -> tuple[Tokenizer, Sequence[Tokens]]:
     """The run's tokenizer, and the part of its held-out text that training evaluates; UserError."""
-    folder = source.folder
-    if folder is None or not os.path.isfile(folder / TRAINING_FILE):
+    config = saved_settings(source.folder)
+    if config is None:
         raise ConfigError(
             f"{name} is no run of gpu-gpt2, so it has no text of its own; name one with --data, "
             f"or a multiple-choice file with --hellaswag"
         )
-    values = read_json(folder / TRAINING_FILE).get("train")
-    try:
-        config = TrainConfig.from_dict(values if isinstance(values, dict) else {})
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / TRAINING_FILE}: {error}") from error
     dataset = prepare(config.data, config.tokenizer)
     if dataset.tokenizer.tokens() != tokenizer_of(source).tokens():
         raise DataError(

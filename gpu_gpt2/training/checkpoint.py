@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeGuard
 
 import numpy as np
 
@@ -161,13 +161,27 @@ def latest(path: Path) -> Path:
     )
 
 
+def saved_settings(folder: Path | None) -> TrainConfig | None:
+    """Returns the settings of the run that wrote a checkpoint, or None for any other folder.
+
+    Raises CheckpointError.
+    """
+    if not _is_ours(folder):
+        return None
+    values = read_json(folder / TRAINING_FILE).get("train")
+    try:
+        return TrainConfig.from_dict(values if isinstance(values, dict) else {})
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / TRAINING_FILE}: {error}") from error
+
+
 def trained_seq_len(folder: Path | None, model: ModelConfig) -> int:
     """Returns the length of the sequences that a model was trained on.
 
     Position embeddings beyond it are untrained. Where there is no checkpoint of ours, it is the
     whole context of the model.
     """
-    if folder is None or not os.path.isfile(folder / TRAINING_FILE):
+    if not _is_ours(folder):
         return model.n_positions
     train = read_json(folder / TRAINING_FILE).get("train")
     seq_len = train.get("seq_len") if isinstance(train, dict) else None
@@ -276,6 +290,11 @@ def _load_moments(path: Path, model: ModelConfig) -> tuple[FloatArray, FloatArra
             f"{path}: {others[0]!r} ({len(others)} such) is not a moment of this model's weights"
         )
     return m, v
+
+
+def _is_ours(folder: Path | None) -> TypeGuard[Path]:
+    """Returns True if the folder has a training.json, which only our checkpoints have."""
+    return folder is not None and os.path.isfile(folder / TRAINING_FILE)
 
 
 def _is_complete(folder: Path) -> bool:
