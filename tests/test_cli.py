@@ -17,7 +17,7 @@ from gpu_gpt2.cli import app as app_module
 from gpu_gpt2.cli import inspect
 from gpu_gpt2.cli import train as train_module
 from gpu_gpt2.cli.app import app
-from gpu_gpt2.config import DEFAULTS, OPTIONS, Option, TrainConfig, defaults_for, preset
+from gpu_gpt2.config import DEFAULTS, OPTIONS, Option, TrainConfig, defaults_for, device_defaults
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.formats.tokens import write_tokens
@@ -300,7 +300,7 @@ def test_help_lists_every_setting_with_its_default_here(monkeypatch: pytest.Monk
     shown = squeezed(out)
     defaults = {
         **{name: f"default: {value}" for name, value in DEFAULTS.items() if value is not False},
-        **{name: f"default on cpu: {value}" for name, value in preset("cpu").items()},
+        **{name: f"default on cpu: {value}" for name, value in device_defaults("cpu").items()},
         "device": "default: auto, here cpu",
         "dtype": "default: auto, here fp32",
     }

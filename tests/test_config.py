@@ -18,7 +18,7 @@ from gpu_gpt2.config import (
     TrainConfig,
     defaults_for,
     model_config,
-    preset,
+    device_defaults,
 )
 from gpu_gpt2.device import DEVICES
 from gpu_gpt2.device.source import DTYPES
@@ -85,14 +85,14 @@ def test_defaults_of_a_device_are_a_valid_run(name: str) -> None:
     assert TrainConfig.from_dict(asdict(config)) == config
 
 
-def test_every_device_has_a_preset_of_the_same_settings() -> None:
+def test_every_device_has_defaults_for_the_same_settings() -> None:
     """A setting has one default for all devices, in its declaration, or one in each preset."""
     devices = OPTIONS["device"].choices
-    assert sorted(path.name for path in PRESETS_DIR.iterdir()) == sorted(
+    assert sorted(path.name for path in (PRESETS_DIR / "devices").iterdir()) == sorted(
         f"{device}.toml" for device in devices
     )
     for device in devices:
-        assert preset(device).keys() == {
+        assert device_defaults(device).keys() == {
             name
             for name, option in OPTIONS.items()
             if option.default is None and name not in ("device", "dtype", "run_dir")

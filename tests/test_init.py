@@ -117,7 +117,7 @@ def test_matrices_are_drawn_layer_by_layer() -> None:
 def test_padding_of_the_vocabulary_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = named(ODD, initial_weights(ODD, 42))
     rows = usual["wte"].shape[0]
-    monkeypatch.setattr("gpu_gpt2.config.VOCAB_PADDING", 1000)
+    monkeypatch.setattr("gpu_gpt2.config.model.VOCAB_PADDING", 1000)
     padded = named(ODD, initial_weights(ODD, 42))
     assert padded["wte"].shape[0] == 1000 > rows
     np.testing.assert_array_equal(padded["wte"][:rows], usual["wte"])

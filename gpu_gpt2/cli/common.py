@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Annotated, Any, Final
 
 import typer
@@ -48,15 +47,14 @@ def shared_option(name: str, *, auto: str = "", show_default: bool | str = True)
 
 
 def _reader(option: Option, *, takes_auto: bool) -> Callable[[Any], Any]:
-    """A function that checks a value from the command line; None means that none was given."""
+    """Returns a function that checks a value of the command line; None means none was given."""
 
     def read(value: Any) -> Any:
-        if value is None or (takes_auto and value == AUTO):
-            return value
-        if option.kind is int and isinstance(value, str):  # text, because it might be "auto"
-            with suppress(ValueError):
-                value = int(value)
-        option.check(value, takes_auto=takes_auto)
+        if value is None:
+            return None
+        if takes_auto or option.in_epochs:
+            return option.check_given(value)
+        option.check(value)
         return value
 
     return read

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -58,19 +58,33 @@ class Dataset:
         """
         return loss / math.log(2) * self.val_tokens_per_byte
 
+    def with_val(self, val: Tokens) -> Dataset:
+        """Returns the same training tokens with `val` (tokens,) as the held-out ones."""
+        return _dataset(self.name, self.tokenizer, self.train, val, shards=self.shards)
 
-def prepare(data: str, tokenizer_spec: str) -> Dataset:
-    """The training and held-out tokens of `data`; UserError.
+
+def prepare(data: str, tokenizer_spec: str, val_data: str = "") -> Dataset:
+    """Returns the training and held-out tokens of `data`. Raises UserError.
 
     data: the name of a built-in corpus; the path of a text or token file; a folder of shards; or
     a pattern such as 'data/fineweb_train_*.bin'. tokenizer_spec: "gpt2", "bytes", "bpe:N" or the
-    path of a tokenizer. A text is tokenised once and then read from a cache.
+    path of a tokenizer. val_data: the path of a text or of token files to validate on; all of
+    `data` is then trained on. A text is tokenised once and then read from a cache.
     """
     vocab_size_of(tokenizer_spec)
-    path = Path(data)
     if data not in BUILT_IN and (shards := token_files(data)):
-        return _from_token_files(shards, tokenizer_spec)
-    corpus = BUILT_IN[data]() if data in BUILT_IN else text_file(path)
+        return _from_token_files(shards, tokenizer_spec, val_data)
+    corpus = BUILT_IN[data]() if data in BUILT_IN else text_file(Path(data))
+    if not val_data:
+        return _from_corpus(corpus, tokenizer_spec)
+    if data not in BUILT_IN:  # nothing has to be held out of a text of the user's own
+        corpus = replace(corpus, train=("".join((*corpus.train, *corpus.val)),))
+    dataset = _from_corpus(corpus, tokenizer_spec)
+    return dataset.with_val(_val_tokens(val_data, dataset.tokenizer))
+
+
+def _from_corpus(corpus: Corpus, tokenizer_spec: str) -> Dataset:
+    """Returns the tokens of a text, from the cache if they are there."""
     cache = _cache_folder(corpus, tokenizer_spec)
     if cache is not None:
         try:
@@ -141,8 +155,11 @@ def token_files(data: str) -> list[Path]:
     return found
 
 
-def _from_token_files(paths: Sequence[Path], spec: str) -> Dataset:
-    """A dataset of shards; the _val files beside them, or a tenth of the last one, are held out."""
+def _from_token_files(paths: Sequence[Path], spec: str, val_data: str) -> Dataset:
+    """Returns a dataset of shards, validated on `val_data` if it is given.
+
+    Otherwise the _val files beside the shards, or a tenth of the last shard, are held out.
+    """
     if spec.startswith("bpe:"):
         raise ConfigError(
             f"{paths[0]} is a token file, which carries no vocabulary: {spec} cannot be trained "
@@ -150,6 +167,9 @@ def _from_token_files(paths: Sequence[Path], spec: str) -> Dataset:
         )
     tokenizer = make_tokenizer(spec, ())
     train = [read_tokens(path) for path in paths]
+    if val_data:
+        val = _val_tokens(val_data, tokenizer)
+        return _dataset(paths[0].stem, tokenizer, train, val, shards=True)
     if val_paths := sorted({val for path in paths for val in _val_files(path)} - set(paths)):
         val = _first_tokens(val_paths, MAX_VAL_TOKENS)
     else:
@@ -157,6 +177,24 @@ def _from_token_files(paths: Sequence[Path], spec: str) -> Dataset:
         train[-1], val = train[-1][:cut], train[-1][cut:]
     check_tokens(val, tokenizer.vocab_size, str((val_paths or paths)[-1]))
     return _dataset(paths[0].stem, tokenizer, train, val, shards=True)
+
+
+def _val_tokens(val_data: str, tokenizer: Tokenizer) -> Tokens:
+    """Returns the tokens (count,) of text files or token files to validate on.
+
+    Raises DataError, also for tokens outside the vocabulary.
+    """
+    paths = matching_files(val_data)
+    if paths[0].is_dir():
+        paths = sorted(p for p in paths[0].glob("*.bin") if stem_and_split(p.name)[1] == "val")
+        if not paths:
+            raise DataError(f"{val_data} holds no token files such as NAME_val.bin; name a file")
+    if not is_token_file(paths[0]):
+        corpora = [text_file(path) for path in paths]
+        return _encode(tokenizer, ["".join((*c.train, *c.val)) for c in corpora])
+    val = _first_tokens(paths, MAX_VAL_TOKENS)
+    check_tokens(val, tokenizer.vocab_size, str(paths[-1]))
+    return val
 
 
 def _val_files(path: Path) -> Iterator[Path]:

@@ -1,18 +1,53 @@
 """Learning-rate schedules, as pure functions of the step."""
 
+from __future__ import annotations
+
 import math
 
+from gpu_gpt2.config import TrainConfig
+from gpu_gpt2.errors import ConfigError
 
-def warmup_cosine(
-    step: int, *, lr: float, warmup_steps: int, steps: int, final_lr_fraction: float
-) -> float:
-    """Returns the learning rate of step `step`, from 0 on: linear warm-up, then half a cosine.
 
-    Warm-up ends at `lr` on step `warmup_steps - 1`; the cosine would reach `lr *
-    final_lr_fraction` on step `steps`. Source: llm.c's "cosine" schedule.
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Returns the learning rate of step `step`, counted from 0.
+
+    The warm-up rises linearly and reaches config.lr on step `warmup_steps - 1`. After it the rate
+    follows `lr_schedule`; cosine, linear and wsd would reach lr * final_lr_fraction on step
+    `steps`. Cosine and linear are llm.c's. The decay of wsd is linear (Hu et al. 2024, "MiniCPM";
+    Hägele et al. 2024), where llm.c's follows a square root, and constant has a warm-up, which
+    llm.c's ignores.
     """
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-    lowest = lr * final_lr_fraction
-    return lowest + 0.5 * (1.0 + math.cos(math.pi * progress)) * (lr - lowest)
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.lr
+    start = decay_start(config)
+    progress = min(1.0, max(0.0, (step - start) / max(1, config.steps - start)))
+    lowest = config.lr * config.final_lr_fraction
+    if config.lr_schedule == "cosine":
+        return lowest + 0.5 * (1.0 + math.cos(math.pi * progress)) * (config.lr - lowest)
+    return config.lr - progress * (config.lr - lowest)
+
+
+def decay_start(config: TrainConfig) -> int:
+    """Returns the step on which the rate begins to fall; `steps` if it never does."""
+    if config.lr_schedule == "constant":
+        return config.steps
+    if config.lr_schedule == "wsd":
+        return config.steps - round(config.decay_fraction * config.steps)
+    return config.warmup_steps
+
+
+def check_lengths(config: TrainConfig) -> None:
+    """Raises ConfigError if the parts of the schedule do not fit into the steps of the run."""
+    if config.warmup_steps > config.steps:
+        raise ConfigError(
+            f"--warmup-steps {config.warmup_steps} is longer than the run of {config.steps} steps; "
+            f"use a shorter warm-up or more --steps"
+        )
+    if (start := decay_start(config)) < config.warmup_steps:
+        raise ConfigError(
+            f"--warmup-steps {config.warmup_steps} and the decay from step {start} on "
+            f"(--decay-fraction {config.decay_fraction} of {config.steps} steps) overlap; shorten "
+            f"one of them"
+        )

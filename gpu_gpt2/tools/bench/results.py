@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from gpu_gpt2.config import AUTO, OPTIONS, Option, preset
+from gpu_gpt2.config import AUTO, OPTIONS, Option, device_defaults
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.cuda import cuda_versions
 from gpu_gpt2.errors import DataError
@@ -158,7 +158,7 @@ def option_tables() -> str:
 
 
 def _default(option: Option, device: str) -> str:
-    default = preset(device).get(option.name, option.default)
+    default = device_defaults(device).get(option.name, option.default)
     if default is None:
         return AUTO if option.auto else ""
     return f"`{default}`" if option.kind is not bool else "off"

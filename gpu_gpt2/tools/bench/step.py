@@ -19,8 +19,9 @@ from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, model_config
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.errors import ConfigError, DeviceError
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2, check_seq_len, parameter_count
+from gpu_gpt2.models.gpt2 import GPT2, check_seq_len
 from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.models.size import flops_per_token
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.tools.bench.kernels import large_matmul_tflops
 from gpu_gpt2.training.memory import check_fits, memory_plan
@@ -109,11 +110,6 @@ def parse_size(text: str) -> Size:
     size = Size(model=match[1], batch_size=int(match[2]), seq_len=int(match[3]))
     check_seq_len(size.seq_len, model_config(size.model))
     return size
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Returns the flops of training on one token as llm.c counts them: 6 n + 6 L C T."""
-    return 6.0 * (parameter_count(config) + config.n_layer * config.n_embd * seq_len)
 
 
 def measure_ours(

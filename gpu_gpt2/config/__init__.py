@@ -1,0 +1,56 @@
+"""Sizes of models and settings of training runs, and their defaults and presets."""
+
+from gpu_gpt2.config.model import (
+    GPT2_SIZES,
+    GPT2_VOCAB_SIZE,
+    HF_SIZES,
+    LAYER_NORM_EPSILON,
+    MAX_HEAD_SIZE,
+    MODELS,
+    VOCAB_PADDING,
+    ModelConfig,
+    model_config,
+)
+from gpu_gpt2.config.option import AUTO, Option
+from gpu_gpt2.config.presets import (
+    PRESETS_DIR,
+    defaults_for,
+    device_defaults,
+    named_presets,
+    read_preset,
+    read_settings,
+    settings_text,
+)
+from gpu_gpt2.config.train import (
+    DEFAULTS,
+    MAX_BATCH_TOKENS,
+    MAX_RECOMPUTE,
+    OPTIONS,
+    TrainConfig,
+)
+
+__all__ = [
+    "AUTO",
+    "DEFAULTS",
+    "GPT2_SIZES",
+    "GPT2_VOCAB_SIZE",
+    "HF_SIZES",
+    "LAYER_NORM_EPSILON",
+    "MAX_BATCH_TOKENS",
+    "MAX_HEAD_SIZE",
+    "MAX_RECOMPUTE",
+    "MODELS",
+    "OPTIONS",
+    "PRESETS_DIR",
+    "VOCAB_PADDING",
+    "ModelConfig",
+    "Option",
+    "TrainConfig",
+    "defaults_for",
+    "device_defaults",
+    "model_config",
+    "named_presets",
+    "read_preset",
+    "read_settings",
+    "settings_text",
+]

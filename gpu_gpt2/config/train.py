@@ -1,0 +1,510 @@
+"""The settings of a training run, checked when they are made.
+
+A setting is stated once, as a field of TrainConfig: its meaning, range and default. The options of
+`gpu-gpt2 train`, error messages, the rules of --resume and docs/training-options.md follow from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, Final
+
+from gpu_gpt2.config.model import MODEL_NAMES
+from gpu_gpt2.config.option import Option, declare
+from gpu_gpt2.errors import ConfigError
+
+MAX_BATCH_TOKENS: Final = 1 << 30  # limit of one micro-batch: kernels count rows in 32 bits
+MAX_RECOMPUTE: Final = 3  # highest level of activation recomputation: models/gpt2.py, activations
+MAX_SEED: Final = (1 << 32) - 1  # the Mersenne Twister is seeded with one 32-bit word
+
+_MODEL: Final = "Model and data"
+_DEVICE: Final = "Device, precision and memory"
+_LENGTH: Final = "Length and batch size"
+_SCHEDULE: Final = "Learning rate"
+_OPTIMIZER: Final = "Optimizer (AdamW)"
+_SAFETY: Final = "When numbers go wrong"
+_EVALUATION: Final = "Validation and samples"
+_RUN: Final = "Checkpoints and run folder"
+_WATCH: Final = "Plots and dashboards"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """All settings of a training run, resolved: every checkpoint holds them in training.json.
+
+    Raises ConfigError for an impossible value, by the name of its option on the command line.
+    """
+
+    data: str = field(
+        default="python-docs",
+        metadata=declare(
+            "Text to train on: python-docs (the language reference that every Python carries), a "
+            "text file, or token files (a folder, or a pattern such as 'shards/train_*.bin').",
+            _MODEL,
+            metavar="NAME|FILE",
+        ),
+    )
+    val_data: str = field(
+        default="",
+        metadata=declare(
+            "Text or token files for validation. Without it, a part of --data is held out: the "
+            "*_val*.bin beside token files, or the last tenth.",
+            _MODEL,
+            metavar="NAME|FILE",
+        ),
+    )
+    init_from: str = field(
+        default="",
+        metadata=declare(
+            "Model to start from, instead of random weights: a run, a checkpoint, a Hugging Face "
+            "folder, a .safetensors file or a .bin file of llm.c. Its sizes and tokenizer are kept.",
+            _MODEL,
+            metavar="MODEL",
+        ),
+    )
+    model: str = field(metadata=declare(f"Model size: {MODEL_NAMES}.", _MODEL, metavar="NAME"))
+    n_layer: int = field(
+        default=0,
+        metadata=declare(
+            "Layers (transformer blocks); 0: as many as --model has.",
+            _MODEL,
+            metavar="LAYERS",
+            minimum=0,
+        ),
+    )
+    n_head: int = field(
+        default=0,
+        metadata=declare(
+            "Attention heads in a layer; 0: as many as --model has.",
+            _MODEL,
+            metavar="HEADS",
+            minimum=0,
+        ),
+    )
+    n_embd: int = field(
+        default=0,
+        metadata=declare(
+            "Channels, the length of an embedding; 0: as many as --model has.",
+            _MODEL,
+            metavar="CHANNELS",
+            minimum=0,
+        ),
+    )
+    context: int = field(
+        default=0,
+        metadata=declare(
+            "Longest sequence that the model can take, in tokens; 0: that of --model.",
+            _MODEL,
+            metavar="TOKENS",
+            minimum=0,
+        ),
+    )
+    tokenizer: str = field(
+        metadata=declare(
+            "Tokenizer: gpt2, bytes, bpe:N (a vocabulary of N tokens, trained on the text), or "
+            "the file or folder of a tokenizer.",
+            _MODEL,
+            metavar="NAME|FILE",
+        )
+    )
+    seed: int = field(
+        default=42,  # llm.c's
+        metadata=declare(
+            "Seed of the initial weights and the data order.",
+            _MODEL,
+            metavar="SEED",
+            minimum=0,
+            maximum=MAX_SEED,
+        ),
+    )
+    steps: int = field(
+        metadata=declare(
+            "Optimizer steps, each of which updates the weights once; or epochs, as in 3epochs: "
+            "passes over the training text.",
+            _LENGTH,
+            metavar="STEPS",
+            minimum=1,
+            in_epochs=True,
+            resumable=True,
+        )
+    )
+    batch_size: int = field(
+        metadata=declare(
+            "Sequences in one micro-batch.",
+            _LENGTH,
+            metavar="SEQUENCES",
+            minimum=1,
+            auto="as many as fit into memory",
+        )
+    )
+    seq_len: int = field(
+        metadata=declare("Tokens in one sequence.", _LENGTH, metavar="TOKENS", minimum=1)
+    )
+    total_batch_tokens: int = field(
+        metadata=declare(
+            "Tokens in one optimizer step, which accumulates the gradients of as many "
+            "micro-batches as it takes.",
+            _LENGTH,
+            metavar="TOKENS",
+            minimum=1,
+        )
+    )
+    overfit_batch: bool = field(
+        default=False,
+        metadata=declare(
+            "Train on the batches of the first step in every step. The loss must approach 0: a "
+            "test of the whole program.",
+            _LENGTH,
+        ),
+    )
+    lr: float = field(
+        metadata=declare(
+            "Peak learning rate, at the end of the warm-up.", _SCHEDULE, metavar="RATE", above=0
+        )
+    )
+    lr_schedule: str = field(
+        default="cosine",
+        metadata=declare(
+            "Course of the learning rate after the warm-up: cosine or linear, falling to the final "
+            "rate over the whole run; constant; or wsd (warm-up, stable, decay), constant until a "
+            "linear decay at the end.",
+            _SCHEDULE,
+            choices=("cosine", "linear", "constant", "wsd"),
+        ),
+    )
+    warmup_steps: int = field(
+        metadata=declare("Steps of linear warm-up to --lr.", _SCHEDULE, metavar="STEPS", minimum=0)
+    )
+    final_lr_fraction: float = field(
+        default=0.1,
+        metadata=declare(
+            "Learning rate at the last step, as a fraction of --lr; wsd: 0 unless given.",
+            _SCHEDULE,
+            metavar="FRACTION",
+            minimum=0,
+            maximum=1,
+        ),
+    )
+    decay_fraction: float = field(
+        default=0.2,  # llm.c's
+        metadata=declare(
+            "Share of --steps at the end of the run in which wsd lowers the learning rate.",
+            _SCHEDULE,
+            metavar="FRACTION",
+            minimum=0,
+            maximum=1,
+            resumable=True,
+        ),
+    )
+    weight_decay: float = field(
+        metadata=declare(
+            "AdamW weight decay of the matrices; biases and layernorms have none.",
+            _OPTIMIZER,
+            metavar="RATE",
+            minimum=0,
+        )
+    )
+    beta1: float = field(
+        default=0.9,
+        metadata=declare(
+            "Decay rate of AdamW's first moment, the mean of the gradients.",
+            _OPTIMIZER,
+            metavar="RATE",
+            above=0,
+            below=1,
+        ),
+    )
+    beta2: float = field(
+        default=0.95,
+        metadata=declare(
+            "Decay rate of AdamW's second moment, the mean of the squared gradients.",
+            _OPTIMIZER,
+            metavar="RATE",
+            above=0,
+            below=1,
+        ),
+    )
+    eps: float = field(
+        default=1e-8,
+        metadata=declare(
+            "Term in the denominator of AdamW's update that prevents division by zero.",
+            _OPTIMIZER,
+            metavar="EPS",
+            above=0,
+        ),
+    )
+    max_grad_norm: float = field(
+        default=1.0,
+        metadata=declare(
+            "Gradient clipping: a gradient with a larger norm is scaled down to this norm.",
+            _OPTIMIZER,
+            metavar="NORM",
+            above=0,
+        ),
+    )
+    max_loss_zscore: float = field(
+        default=0.0,
+        metadata=declare(
+            "Make no update where the loss is this many standard deviations above the mean of the "
+            "last 128 steps; 0: always update.",
+            _SAFETY,
+            metavar="DEVIATIONS",
+            minimum=0,
+        ),
+    )
+    max_grad_zscore: float = field(
+        default=0.0,
+        metadata=declare(
+            "Make no update where the gradient norm is this many standard deviations above the "
+            "mean of the last 128 steps; 0: always update.",
+            _SAFETY,
+            metavar="DEVIATIONS",
+            minimum=0,
+        ),
+    )
+    on_nan: str = field(
+        default="stop",
+        metadata=declare(
+            "Reaction to a loss or gradient that is not finite: stop the run and name the first "
+            "bad tensor; skip the update; or rollback to the newest checkpoint and continue with "
+            "the data that comes next.",
+            _SAFETY,
+            choices=("stop", "skip", "rollback"),
+            resumable=True,
+        ),
+    )
+    device: str = field(
+        metadata=declare(
+            "Device to compute on.",
+            _DEVICE,
+            choices=("cuda", "cpu", "emulator"),
+            auto="cuda if there is an NVIDIA GPU, else cpu",
+            resumable=True,
+        )
+    )
+    dtype: str = field(
+        metadata=declare(
+            "Data type of weights and activations.",
+            _DEVICE,
+            choices=("fp32", "bf16", "fp16"),
+            auto="bf16 on a GPU from Ampere on, fp16 from Volta on, else fp32",
+            resumable=True,
+        )
+    )
+    recompute: int = field(
+        default=0,
+        metadata=declare(
+            "Activation recomputation in the backward pass, which saves memory: 0 none; 1 GELU; "
+            "2 GELU and layernorms; 3 whole layers, about a third more work.",
+            _DEVICE,
+            metavar="LEVEL",
+            minimum=0,
+            maximum=MAX_RECOMPUTE,
+            resumable=True,
+        ),
+    )
+    tf32: bool = field(
+        default=False,
+        metadata=declare(
+            "Compute fp32 matmuls on a GPU in TF32, on tensor cores: faster, but inputs are "
+            "rounded to 10 bits of mantissa.",
+            _DEVICE,
+            resumable=True,
+        ),
+    )
+    eval_every: int = field(
+        metadata=declare(
+            "Steps between validations, of which the first is before training; 0: only at the end.",
+            _EVALUATION,
+            metavar="STEPS",
+            minimum=0,
+            resumable=True,
+        )
+    )
+    eval_batches: int = field(
+        default=0,
+        metadata=declare(
+            "Batches of --batch-size x --seq-len tokens in a validation; 0: the whole validation "
+            "text, up to 1,048,576 tokens.",
+            _EVALUATION,
+            metavar="BATCHES",
+            minimum=0,
+            resumable=True,
+        ),
+    )
+    hellaswag: str = field(
+        default="",
+        metadata=declare(
+            "HellaSwag file for --hellaswag-every, such as hellaswag_val.bin.",
+            _EVALUATION,
+            metavar="FILE",
+            resumable=True,
+        ),
+    )
+    hellaswag_every: int = field(
+        default=0,
+        metadata=declare(
+            "Steps between measurements of the accuracy on --hellaswag; 0: only at the end, if "
+            "there is a file.",
+            _EVALUATION,
+            metavar="STEPS",
+            minimum=0,
+            resumable=True,
+        ),
+    )
+    sample_every: int = field(
+        metadata=declare(
+            "Steps between samples of generated text; 0: only at the end.",
+            _EVALUATION,
+            metavar="STEPS",
+            minimum=0,
+            resumable=True,
+        )
+    )
+    sample_tokens: int = field(
+        default=160,  # a paragraph: enough to judge the text, short enough to wait for
+        metadata=declare(
+            "Tokens of a sample; 0: no samples.",
+            _EVALUATION,
+            metavar="TOKENS",
+            minimum=0,
+            resumable=True,
+        ),
+    )
+    sample_prompt: str = field(
+        default="",
+        metadata=declare(
+            "Text that samples continue.", _EVALUATION, metavar="TEXT", resumable=True
+        ),
+    )
+    run_dir: str = field(
+        metadata=declare(
+            "Folder of the run; the default is the first unused of runs/001, runs/002, ...; with "
+            "--resume, the newest of them.",
+            _RUN,
+            metavar="FOLDER",
+        )
+    )
+    save_every: int = field(
+        metadata=declare(
+            "Steps between checkpoints; 0: only at the end.",
+            _RUN,
+            metavar="STEPS",
+            minimum=0,
+            resumable=True,
+        )
+    )
+    keep_last: int = field(
+        default=2,  # the newest, and one to fall back on
+        metadata=declare(
+            "Newest checkpoints to keep; 0: all.",
+            _RUN,
+            metavar="CHECKPOINTS",
+            minimum=0,
+            resumable=True,
+        ),
+    )
+    keep_every: int = field(
+        default=0,
+        metadata=declare(
+            "Steps between checkpoints that are kept for good; a multiple of --save-every. 0: none.",
+            _RUN,
+            metavar="STEPS",
+            minimum=0,
+            resumable=True,
+        ),
+    )
+    keep_best: bool = field(
+        default=False,
+        metadata=declare(
+            "Also save and keep the checkpoint with the lowest validation loss so far.",
+            _RUN,
+            resumable=True,
+        ),
+    )
+    plot: bool = field(
+        default=False,
+        metadata=declare(
+            "Draw the curves of the run into plot.png in its folder when it ends.",
+            _WATCH,
+            resumable=True,
+        ),
+    )
+    tensorboard: bool = field(
+        default=False,
+        metadata=declare(
+            "Log to TensorBoard too, in the folder tensorboard of the run.",
+            _WATCH,
+            resumable=True,
+        ),
+    )
+    wandb: bool = field(
+        default=False,
+        metadata=declare(
+            "Log to Weights & Biases too, project gpu-gpt2.",
+            _WATCH,
+            resumable=True,
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for option in OPTIONS.values():
+            option.check(getattr(self, option.name))
+        if self.tf32 and (self.device, self.dtype) != ("cuda", "fp32"):
+            raise ConfigError(
+                f"--tf32 is for fp32 on a GPU, not {self.dtype} on {self.device}; leave it out"
+            )
+        micro = self.batch_size * self.seq_len
+        if micro > MAX_BATCH_TOKENS:
+            raise ConfigError(
+                f"--batch-size x --seq-len = {micro:,} is too large; a micro-batch has at most "
+                f"{MAX_BATCH_TOKENS:,} tokens"
+            )
+        if self.total_batch_tokens % micro:
+            raise ConfigError(
+                f"--total-batch-tokens {self.total_batch_tokens} is not a multiple of --batch-size "
+                f"x --seq-len = {micro}; use "
+                f"{math.ceil(self.total_batch_tokens / micro) * micro}"
+            )
+        if self.hellaswag_every and not self.hellaswag:
+            raise ConfigError("--hellaswag-every needs a file: name it with --hellaswag FILE")
+        if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
+            raise ConfigError(
+                f"--keep-every {self.keep_every} is not a multiple of --save-every "
+                f"{self.save_every}, so no checkpoint would be kept"
+            )
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Micro-batches in one optimizer step."""
+        return self.total_batch_tokens // (self.batch_size * self.seq_len)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Rebuilds a saved configuration; unknown and missing keys are refused by name."""
+        if unknown := sorted(set(values) - set(OPTIONS)):
+            raise ConfigError(f"unknown training settings: {', '.join(unknown)}")
+        if missing := sorted(set(OPTIONS) - set(values)):
+            raise ConfigError(f"missing training settings: {', '.join(missing)}")
+        return cls(**values)
+
+
+# Every setting of TrainConfig by its name, in the order of the fields.
+OPTIONS: Final[Mapping[str, Option]] = {
+    f.name: Option(
+        name=f.name,
+        kind={"str": str, "int": int, "float": float, "bool": bool}[str(f.type)],
+        default=None if f.default is MISSING else f.default,
+        **f.metadata,
+    )
+    for f in fields(TrainConfig)
+}
+# Defaults that are the same on every device.
+DEFAULTS: Final[Mapping[str, Any]] = {
+    name: option.default for name, option in OPTIONS.items() if option.default is not None
+}

@@ -1,0 +1,513 @@
+"""A run of training: everything that the loop in train.py works on."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import numpy as np
+from rich.console import Console
+
+from gpu_gpt2.config import ModelConfig, TrainConfig, model_config, settings_text
+from gpu_gpt2.data.dataset import Dataset, prepare
+from gpu_gpt2.data.loader import BatchLoader
+from gpu_gpt2.data.prefetch import Prefetcher
+from gpu_gpt2.data.repeat import FirstBatches
+from gpu_gpt2.device import open_device
+from gpu_gpt2.device.base import X_DTYPES, Device
+from gpu_gpt2.errors import CheckpointError, ConfigError, TrainingError
+from gpu_gpt2.evaluate import check_examples, hellaswag_accuracy, validation_loss
+from gpu_gpt2.formats.multiple_choice import Example, read_choices
+from gpu_gpt2.generate import generate
+from gpu_gpt2.models.batch import Batch
+from gpu_gpt2.models.gpt2 import GPT2, check_seq_len, parameter_count
+from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.models.weights import FloatArray, load_arena
+from gpu_gpt2.open_model import open_model
+from gpu_gpt2.ops import ops_for
+from gpu_gpt2.plot import plot_runs
+from gpu_gpt2.summary import run_summary
+from gpu_gpt2.tokenizer import vocab_size_of
+from gpu_gpt2.training import checkpoint, sinks
+from gpu_gpt2.training.memory import check_fits, memory_plan, plan_table
+from gpu_gpt2.training.metrics import RunLog
+from gpu_gpt2.training.optimizer import AdamW, PendingStep, StepResult
+from gpu_gpt2.training.saver import CheckpointSaver
+from gpu_gpt2.training.schedule import learning_rate
+from gpu_gpt2.training.stop_signal import StopSignal
+from gpu_gpt2.training.trace import first_bad_tensor
+
+SETTINGS_FILE: Final = "settings.toml"
+PLOT_FILE: Final = "plot.png"
+MAX_SKIPS: Final = 20  # steps in a row without an update that --on-nan skip allows
+MAX_ROLLBACKS: Final = 3  # rollbacks that --on-nan rollback allows without a new checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueuedStep:
+    """A step that is enqueued on the device, and not logged yet."""
+
+    number: int
+    lr: float
+    pending: PendingStep
+    batches: list[Batch]  # its micro-batches, to find the cause if a number is not finite
+
+
+class Run:
+    """The configuration, model, optimizer, batches and log of a run.
+
+    `step` is the number of optimizer steps that have been enqueued. As a context manager it keeps
+    the log open and the batches coming.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        console: Console,
+        resumed: checkpoint.TrainingState | None,
+        stop: StopSignal,
+    ) -> None:
+        self.config = config
+        self._console = console
+        self._stop = stop
+        self._run_dir = Path(config.run_dir)
+        sizes, weights = _sizes_and_weights(config, resumed)
+        check_seq_len(config.seq_len, sizes)
+        self.data = prepare(config.data, config.tokenizer, config.val_data)
+        if config.eval_batches:
+            count = config.eval_batches * config.batch_size * config.seq_len + 1
+            self.data = self.data.with_val(self.data.val[:count])
+        self._examples = _hellaswag(config, sizes)
+        self._loader = _loader(config, self.data, sizes)
+        if resumed:
+            self._loader.restore(resumed.loader)
+        device = open_device(config.device, tf32=config.tf32)
+        memory = memory_plan(
+            sizes,
+            config.dtype,
+            config.batch_size,
+            config.seq_len,
+            config.recompute,
+            host_copies=not device.is_gpu,
+        )
+        console.print(
+            run_summary(config, sizes, self.data), highlight=False, markup=False, soft_wrap=True
+        )
+        console.print(plan_table(memory))
+        check_fits(memory, device.free_memory, resumed=resumed is not None)
+        self.model, self.optimizer = _build(config, sizes, device)
+        if resumed:
+            self._load(resumed)
+        else:
+            self.optimizer.load(weights)
+        self.step = self._first_step = resumed.step if resumed else 0
+        # The step and folder of the newest checkpoint.
+        self._saved: tuple[int, Path] | None = None
+        if resumed:
+            self._saved = resumed.step, self._run_dir / checkpoint.folder_name(resumed.step)
+        self._sampled = self._first_step  # the step of the newest sample
+        self._step_batches: list[Batch] = []  # micro-batches of the step that is being enqueued
+        self._enqueued: deque[EnqueuedStep] = deque()  # oldest first
+        self._skips = self._rollbacks = 0  # in a row
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Run:
+        with ExitStack() as stack:
+            _make_run_dir(self._run_dir, self.config)
+            self.log = stack.enter_context(
+                RunLog(
+                    self._run_dir,
+                    self._console,
+                    first_step=self._first_step,
+                    steps=self.config.steps,
+                    sinks=sinks.open_sinks(self._run_dir, self.config, self._first_step),
+                )
+            )
+            aside = checkpoint.set_aside(self._run_dir, self._first_step)
+            if aside:
+                self._console.print(
+                    f"moved later checkpoints to {aside[0].parent}: {len(aside)}", soft_wrap=True
+                )
+            self._saver = stack.enter_context(
+                CheckpointSaver(
+                    self._run_dir,
+                    self.model.ops.device,
+                    parameter_count(self.model.config),
+                    self.data.tokenizer,
+                )
+            )
+            self._batches = stack.enter_context(Prefetcher(self._loader))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", RuntimeWarning)  # an overflow: see _log_step
+            self._resources = stack.pop_all()
+        self._last_read = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._resources.__exit__(kind, error, trace)
+
+    @property
+    def finished(self) -> bool:
+        """True after the last step."""
+        return self.step >= self.config.steps
+
+    def is_due(self, every: int) -> bool:
+        """Returns True after each `every` steps; never if `every` is 0, nor before training."""
+        return every > 0 and self.step > 0 and self.step % every == 0
+
+    def next_batch(self) -> Batch:
+        """Returns the next micro-batch of the step."""
+        batch = self._batches.next_batch()
+        self._step_batches.append(batch)
+        return batch
+
+    def learning_rate(self) -> float:
+        """Returns the learning rate of the next step."""
+        return learning_rate(self.step, self.config)
+
+    def count_step(self, lr: float, pending: PendingStep) -> None:
+        """Counts a step that was enqueued, and logs it or, on a GPU, the step before.
+
+        The GPU has then work to do while Python waits for a result.
+        """
+        self.step += 1
+        self._enqueued.append(EnqueuedStep(self.step, lr, pending, self._step_batches))
+        self._step_batches = []
+        self._saver.check()
+        self._read_enqueued(leave=1 if self.model.ops.device.is_async else 0)
+
+    def save(self) -> Path:
+        """Begins to write a checkpoint, unless this step has one, and returns its folder.
+
+        Training pauses for the copy of the weights and moments only; a thread writes the files.
+        """
+        if self._saved is None or self._saved[0] != self.step:
+            with self._paused("saving"):
+                if self._saved is None or self._saved[0] != self.step:  # no rollback came between
+                    self._start_saving()
+        assert self._saved is not None
+        return self._saved[1]
+
+    def validate(self) -> None:
+        """Logs the loss on the validation text if it is due and was not recorded yet.
+
+        A validation that a crash prevented is made up for when the run is resumed. A signal to stop
+        ends it early and without a record.
+        """
+        if not self._validation_due():
+            return
+        with self._paused("validating"):
+            loss = self._validation_loss() if self._validation_due() else None
+            if loss is None:
+                return
+            if not math.isfinite(loss):
+                raise self._diverged(f"step {self.step}: validation loss {loss}")
+            self.log.validation(
+                self.step, loss=loss, bits_per_byte=self.data.val_bits_per_byte(loss)
+            )
+        best = self.log.best
+        if self.config.keep_best and best and best[0] == self.step > 0:
+            self.save()
+
+    def _validation_due(self) -> bool:
+        before_training = self.step == 0 and self.config.eval_every > 0
+        due = self.finished or before_training or self.is_due(self.config.eval_every)
+        return due and not self._stop.requested and not self.log.has("val_loss", self.step)
+
+    def _validation_loss(self) -> float | None:
+        total = len(self.data.val) - 1
+        return validation_loss(
+            self.model,
+            self.data.val,
+            self.config.batch_size,
+            self.config.seq_len,
+            advance=lambda done: self.log.doing("validating", done, total, unit="tokens"),
+            stop=lambda: self._stop.requested,
+        )
+
+    def answer_hellaswag(self) -> None:
+        """Logs the accuracy on HellaSwag if it is due and was not recorded yet."""
+        if not self._hellaswag_due():
+            return
+        with self._paused("HellaSwag"):
+            if not self._hellaswag_due():
+                return
+            total = len(self._examples)
+            answered = hellaswag_accuracy(
+                self.model,
+                self._examples,
+                advance=lambda done: self.log.doing("HellaSwag", done, total, unit="examples"),
+                stop=lambda: self._stop.requested,
+            )
+            if answered is not None:
+                correct, count = answered
+                self.log.hellaswag(self.step, correct=correct, count=count)
+
+    def _hellaswag_due(self) -> bool:
+        due = self.finished or self.is_due(self.config.hellaswag_every)
+        recorded = self.log.has("hellaswag_acc_norm", self.step)
+        return bool(self._examples) and due and not self._stop.requested and not recorded
+
+    def sample(self) -> None:
+        """Shows a text that the model makes from the prompt, if a sample is due."""
+        if not self._sample_due():
+            return
+        config, tokenizer = self.config, self.data.tokenizer
+        with self._paused("sampling"):
+            if not self._sample_due():
+                return
+            prompt = tokenizer.encode(config.sample_prompt)
+            tokens = list(
+                generate(
+                    self.model,
+                    np.concatenate([np.array([tokenizer.eot], np.int32), prompt]),
+                    max_tokens=config.sample_tokens,
+                    seed=config.seed + self.step,
+                )
+            )
+            self.log.sample(self.step, config.sample_prompt + tokenizer.decode(tokens))
+            self._sampled = self.step
+
+    def _sample_due(self) -> bool:
+        due = self.finished or self.is_due(self.config.sample_every)
+        wanted = self.config.sample_tokens > 0 and not self._stop.requested
+        return due and wanted and self._sampled != self.step
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is on the disk, and shows the curve of the run."""
+        self._saver.wait()
+        self._stop.release()  # all is saved: from here on Ctrl-C ends the program at once
+        if self.finished:
+            self.log.finish()
+            if self.config.plot:
+                plot_runs([self._run_dir], self._run_dir / PLOT_FILE)
+
+    @contextmanager
+    def _paused(self, doing: str) -> Iterator[None]:
+        """Reads all enqueued steps first; the time spent inside is excluded from step_ms."""
+        self._read_enqueued(leave=0)
+        self.log.doing(doing)
+        yield
+        self.log.doing("")
+        self._last_read = time.perf_counter()
+
+    def _read_enqueued(self, *, leave: int) -> None:
+        """Reads, checks and logs the results of all steps but the newest `leave`, in order."""
+        while len(self._enqueued) > leave:
+            enqueued = self._enqueued.popleft()
+            result = enqueued.pending.result()
+            if result.diverged and self._handle_divergence(enqueued, result):
+                return
+            self._log_step(enqueued, result)
+
+    def _log_step(self, enqueued: EnqueuedStep, result: StepResult) -> None:
+        if not result.diverged:
+            self._skips = 0
+        if not (result.updated or result.diverged):
+            logger.warning("step %d: %s", enqueued.number, _why_no_update(result))
+        now = time.perf_counter()
+        self.log.training(
+            enqueued.number,
+            loss=result.loss,
+            lr=enqueued.lr,
+            grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
+            step_ms=(now - self._last_read) * 1000,
+            tokens=self.config.total_batch_tokens,
+            skipped=result.skipped,
+        )
+        self._last_read = now
+
+    def _handle_divergence(self, enqueued: EnqueuedStep, result: StepResult) -> bool:
+        """Reacts to a step that is not finite as --on-nan says.
+
+        The device has made no update, so the cause can be found: the step is repeated op by op.
+        Returns True after a rollback, and raises TrainingError where the run has to stop.
+        """
+        what = f"step {enqueued.number}: loss {result.loss}, gradient norm {result.grad_norm}"
+        if not self._skips:  # the first of several in a row
+            bad = first_bad_tensor(
+                self.model,
+                enqueued.batches,
+                micro_steps=self.config.grad_accum_steps,
+                loss_scale=self.optimizer.loss_scale,
+            )
+            what += f"; {bad}" if bad else ""
+        if self.config.on_nan == "skip" and self._skips < MAX_SKIPS:
+            self._skips += 1
+            logger.warning("%s; no update", what)
+            return False
+        if self.config.on_nan == "rollback" and self._rollbacks < MAX_ROLLBACKS:
+            self._saver.wait()
+            if saved := checkpoint.checkpoints(self._run_dir):
+                self._roll_back(what, saved[-1])
+                return True
+        raise self._diverged(what)
+
+    def _roll_back(self, what: str, folder: Path) -> None:
+        """Returns to a checkpoint, and continues with the data that comes next."""
+        state = checkpoint.load(folder)
+        self._load(state)
+        self._enqueued.clear()  # steps enqueued since then are forgotten
+        self._rollbacks += 1
+        self.step = state.step
+        self._saved = state.step, folder
+        self.log.rewind(state.step)
+        logger.warning("%s: back to %s, and on with the data that comes next", what, folder.name)
+
+    def _load(self, state: checkpoint.TrainingState) -> None:
+        self.optimizer.load(state.weights, state.m, state.v)
+        same_dtype = state.train.dtype == self.config.dtype
+        self.optimizer.load_state(state.update if same_dtype else state.update.with_initial_scale())
+
+    def _start_saving(self) -> None:
+        optimizer = self.optimizer
+        weights, m, v = self._saver.host_copies(optimizer.master, optimizer.m, optimizer.v)
+        if not np.isfinite(weights).all():
+            raise self._diverged(f"step {self.step}: a weight is no longer a finite number")
+        state = checkpoint.TrainingState(
+            model=self.model.config,
+            train=self.config,
+            step=self.step,
+            tokens=self.step * self.config.total_batch_tokens,
+            loader=self._batches.state(),
+            weights=weights,
+            m=m,
+            v=v,
+            update=optimizer.state(),
+        )
+        best = self.log.best if self.config.keep_best else None
+        retention = checkpoint.Retention(
+            last=self.config.keep_last,
+            every=self.config.keep_every,
+            best=best[0] if best else None,
+        )
+        self._saved = self.step, self._saver.start(state, retention)
+        self._rollbacks = 0
+
+    def _diverged(self, what: str) -> TrainingError:
+        self._saver.wait()
+        saved = checkpoint.checkpoints(self._run_dir)
+        left = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was saved"
+        return TrainingError(
+            f"{what}: training diverged; {left}; try a lower --lr or a longer --warmup-steps"
+        )
+
+
+def _sizes_and_weights(
+    config: TrainConfig, resumed: checkpoint.TrainingState | None
+) -> tuple[ModelConfig, FloatArray]:
+    """Returns the sizes of the model and its weights at the beginning of this run or part."""
+    if resumed:
+        return resumed.model, resumed.weights
+    if config.init_from:
+        source = open_model(config.init_from)
+        weights = load_arena(source)
+        _check_weights(config, weights)
+        return source.config, weights
+    sizes = model_config(
+        config.model,
+        vocab_size_of(config.tokenizer),
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        context=config.context,
+    )
+    return sizes, initial_weights(sizes, config.seed)
+
+
+def _check_weights(config: TrainConfig, weights: FloatArray) -> None:
+    """Raises ConfigError if a weight is not finite, or would not be in the dtype of the run."""
+    if not np.isfinite(weights).all():
+        raise ConfigError(
+            f"--init-from {config.init_from}: a weight is not a finite number; the file is damaged"
+        )
+    with np.errstate(over="ignore"):
+        fits = np.isfinite(weights.astype(X_DTYPES[config.dtype])).all()
+    if not fits:
+        raise ConfigError(
+            f"--init-from {config.init_from}: its largest weight, {abs(weights).max():g}, is "
+            f"beyond the range of {config.dtype}; use --dtype bf16 or fp32"
+        )
+
+
+def _hellaswag(config: TrainConfig, sizes: ModelConfig) -> list[Example]:
+    """Returns the examples of --hellaswag, which fit the model and the batch; none without it."""
+    if not config.hellaswag:
+        return []
+    examples = read_choices(Path(config.hellaswag))
+    check_examples(examples, sizes.vocab_size, config.batch_size, config.seq_len, config.hellaswag)
+    return examples
+
+
+def _loader(config: TrainConfig, data: Dataset, sizes: ModelConfig) -> BatchLoader | FirstBatches:
+    loader = BatchLoader(
+        data.train,
+        config.batch_size,
+        config.seq_len,
+        scattered=not data.shards,
+        vocab_size=sizes.vocab_size,
+        seed=config.seed,
+    )
+    return FirstBatches(loader, config.grad_accum_steps) if config.overfit_batch else loader
+
+
+def _build(config: TrainConfig, sizes: ModelConfig, device: Device) -> tuple[GPT2, AdamW]:
+    model = GPT2(
+        sizes,
+        ops_for(device, config.dtype),
+        max_batch=config.batch_size,
+        max_seq_len=config.seq_len,
+        recompute=config.recompute,
+    )
+    optimizer = AdamW(
+        model,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        max_loss_zscore=config.max_loss_zscore,
+        max_grad_zscore=config.max_grad_zscore,
+        halt=config.on_nan != "skip",
+    )
+    return model, optimizer
+
+
+def _make_run_dir(run_dir: Path, config: TrainConfig) -> None:
+    """Makes the run folder with the settings of the run, as a file for --config."""
+    values = {name: value for name, value in config.to_dict().items() if name != "run_dir"}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / SETTINGS_FILE).write_text(
+            f"# Use these settings again: gpu-gpt2 train --config "
+            f"{shlex.quote(str(run_dir / SETTINGS_FILE))}\n{settings_text(values)}",
+            encoding="utf-8",
+        )
+    except OSError as error:
+        raise CheckpointError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
+
+
+def _why_no_update(result: StepResult) -> str:
+    if result.skipped == "loss spike":
+        return f"loss {result.loss:.4f} is {result.loss_zscore:.1f} deviations high; no update"
+    if result.skipped == "gradient spike":
+        norm, deviations = result.grad_norm, result.grad_zscore
+        return f"gradient norm {norm:.3g} is {deviations:.1f} deviations high; no update"
+    return f"gradient out of range; no update, loss scale now {result.loss_scale:g}"

@@ -1,0 +1,218 @@
+"""From the options that a user gives to all settings of a run, new or resumed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from gpu_gpt2.config import (
+    AUTO,
+    MODELS,
+    OPTIONS,
+    ModelConfig,
+    TrainConfig,
+    defaults_for,
+    model_config,
+)
+from gpu_gpt2.config.option import EPOCHS
+from gpu_gpt2.config.presets import TOKENS_PER_PARAM
+from gpu_gpt2.data.corpus import BUILT_IN
+from gpu_gpt2.data.dataset import prepare
+from gpu_gpt2.device import choose_dtype, open_device
+from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.weights import WeightSource
+from gpu_gpt2.open_model import open_model, tokenizer_of
+from gpu_gpt2.tokenizer import is_path, vocab_size_of
+from gpu_gpt2.training import checkpoint
+from gpu_gpt2.training.memory import best_fit
+from gpu_gpt2.training.schedule import check_lengths, learning_rate
+
+HEADROOM: Final = 0.05  # share of the free memory that --batch-size auto leaves for other programs
+# Fine-tuning begins at this fraction of the usual learning rate, because weights that have learned
+# something are lost at the rate of a new model: nanoGPT and llm.c fine-tune at 1/20 to 1/3 of it.
+FINE_TUNING_LR_FRACTION: Final = 0.1
+SIZES: Final = ("model", "n_layer", "n_head", "n_embd", "context")
+PATHS: Final = ("data", "val_data", "init_from", "hellaswag")
+
+
+def new_config(given: Mapping[str, Any], preset: Mapping[str, Any], run_dir: Path) -> TrainConfig:
+    """Returns the settings of a new run.
+
+    Those `given` on the command line come first, then those of a `preset` or file, then the
+    defaults of the device. Raises UserError for settings that do not fit together.
+    """
+    chosen = _one_length({**preset, **given}, given)
+    device = open_device(chosen.get("device", AUTO))
+    dtype = choose_dtype(chosen.get("dtype", AUTO), device)
+    values = {**defaults_for(device.name), **chosen, "device": device.name, "dtype": dtype}
+    for name in PATHS:  # --resume may come from another folder
+        if values[name] and values[name] not in BUILT_IN:
+            values[name] = os.path.abspath(values[name])
+    if values["init_from"]:
+        model, longest = _start_from(values, chosen)
+    else:
+        if is_path(values["tokenizer"]):
+            values["tokenizer"] = os.path.abspath(values["tokenizer"])
+        model = _model(values)
+        longest = model.n_positions
+    if "seq_len" not in chosen:
+        values["seq_len"] = min(values["seq_len"], longest)
+    if values["batch_size"] == AUTO:
+        values |= _fitting(values, model, chosen.get("recompute"), device.free_memory)
+    micro = values["batch_size"] * values["seq_len"]
+    if "total_batch_tokens" not in chosen and values["total_batch_tokens"] % micro:
+        values["total_batch_tokens"] = micro
+    if values["lr_schedule"] == "wsd" and "final_lr_fraction" not in chosen:
+        values["final_lr_fraction"] = 0.0
+    values["steps"] = _step_count(values, model)
+    if "warmup_steps" not in chosen:
+        values["warmup_steps"] = min(values["warmup_steps"], values["steps"])
+    values.pop(TOKENS_PER_PARAM, None)
+    config = TrainConfig(**values, run_dir=str(run_dir))
+    check_lengths(config)
+    return config
+
+
+def resumed_config(
+    state: checkpoint.TrainingState, folder: Path, options: Mapping[str, Any]
+) -> TrainConfig:
+    """Returns the settings of a run resumed from `folder`: those saved, changed by `options`.
+
+    Raises ConfigError, which shows the difference, for an option that contradicts the run.
+    """
+    saved, given = state.train, dict(options)
+    for name in ("device", "dtype"):
+        if given.get(name) == AUTO:
+            del given[name]
+    for name in (*PATHS, "tokenizer"):
+        if given.get(name) and getattr(saved, name) == os.path.abspath(given[name]):
+            given[name] = os.path.abspath(given[name])
+    if "steps" in given or TOKENS_PER_PARAM in given:
+        given["steps"] = _step_count({**saved.to_dict(), **given}, state.model)
+        given.pop(TOKENS_PER_PARAM, None)
+    changed = {name for name, value in given.items() if getattr(saved, name) != value}
+    if fixed := [name for name in OPTIONS if name in changed and not OPTIONS[name].resumable]:
+        differences = "; ".join(
+            f"{OPTIONS[name].flag} is {getattr(saved, name)!r} in the run, {given[name]!r} was given"
+            for name in fixed
+        )
+        raise ConfigError(
+            f"a resumed run keeps the settings that it was started with: {differences}; leave out "
+            f"{', '.join(OPTIONS[name].flag for name in fixed)}"
+        )
+    if "device" in changed:
+        given = {"dtype": "fp32", **given}  # the one dtype of every device
+    if changed & {"device", "dtype"}:
+        given = {"tf32": False, **given}
+    # A run keeps a copy of its tokenizer in every checkpoint.
+    if is_path(saved.tokenizer) and not os.path.exists(saved.tokenizer):
+        given["tokenizer"] = os.path.abspath(folder)
+    config = replace(saved, **given, run_dir=str(folder.parent))
+    choose_dtype(config.dtype, open_device(config.device))
+    return config
+
+
+def rate_jump(saved: TrainConfig, config: TrainConfig, step: int) -> str:
+    """Returns a warning if the learning rate of the next step is not what it was to be, or ""."""
+    before, after = learning_rate(step, saved), learning_rate(step, config)
+    if step >= config.steps or math.isclose(before, after, rel_tol=1e-9):
+        return ""
+    return (
+        f"the learning rate jumps from {before:.3g} to {after:.3g} at step {step}, because "
+        f"{config.lr_schedule} depends on the number of steps: {config.steps} instead of "
+        f"{saved.steps}; a run with --lr-schedule wsd can be prolonged without a jump"
+    )
+
+
+def _model(values: Mapping[str, Any]) -> ModelConfig:
+    sizes = {name: values[name] for name in ("n_layer", "n_head", "n_embd", "context")}
+    return model_config(values["model"], vocab_size_of(values["tokenizer"]), **sizes)
+
+
+def _start_from(values: dict[str, Any], chosen: Mapping[str, Any]) -> tuple[ModelConfig, int]:
+    """Sets the values that follow from --init-from; returns the model's sizes and longest row."""
+    name = chosen["init_from"]
+    if contradicting := [OPTIONS[size].flag for size in SIZES if chosen.get(size)]:
+        raise ConfigError(
+            f"--init-from {name} has sizes of its own; leave out {', '.join(contradicting)} "
+            f"(--seq-len cuts the sequences shorter)"
+        )
+    if not os.path.exists(values["init_from"]) and name in MODELS:
+        raise ConfigError(
+            f"--init-from {name}: there is no such file or folder, and {name} is the name of a "
+            f"size; use --model {name} for random weights, or fetch weights first, as in: hf "
+            f"download openai-community/gpt2 --local-dir gpt2, then --init-from ./gpt2"
+        )
+    source = open_model(values["init_from"])
+    values["model"] = ""
+    values["tokenizer"] = _tokenizer_spec(source, chosen.get("tokenizer"), name)
+    if "lr" not in chosen:
+        values["lr"] *= FINE_TUNING_LR_FRACTION
+    return source.config, checkpoint.trained_seq_len(source.folder, source.config)
+
+
+def _tokenizer_spec(source: WeightSource, given: str | None, name: str) -> str:
+    """Returns the tokenizer that belongs to a model, or the one `given` if it has its size."""
+    if given is not None:
+        if (size := vocab_size_of(given)) != source.config.vocab_size:
+            raise ConfigError(
+                f"--tokenizer {given} has {size} tokens, --init-from {name} "
+                f"{source.config.vocab_size}; leave out --tokenizer to use the model's own"
+            )
+        return os.path.abspath(given) if is_path(given) else given
+    own = tokenizer_of(source)  # raises DataError if there is none that fits
+    return own.name if source.tokenizer_path is None else os.path.abspath(source.tokenizer_path)
+
+
+def _one_length(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the choices with either `steps` or `tokens_per_param`. Raises ConfigError for both."""
+    lengths = {"steps", TOKENS_PER_PARAM}
+    if lengths <= given.keys():
+        raise ConfigError("--steps and --tokens-per-param both set the length; leave out one")
+    if lengths <= chosen.keys():
+        replaced = lengths - given.keys() or {TOKENS_PER_PARAM}
+        return {name: value for name, value in chosen.items() if name not in replaced}
+    return chosen
+
+
+def _step_count(values: Mapping[str, Any], model: ModelConfig) -> int:
+    """Returns the number of optimizer steps that `steps` or `tokens_per_param` means."""
+    total = values["total_batch_tokens"]
+    if ratio := values.get(TOKENS_PER_PARAM):
+        return math.ceil(ratio * parameter_count(model) / total)
+    steps = OPTIONS["steps"].check_given(values["steps"])
+    if not isinstance(steps, str):
+        return int(steps)
+    match = EPOCHS.fullmatch(steps)
+    assert match
+    data = prepare(values["data"], values["tokenizer"], values["val_data"])
+    count = int(float(match[1]) * sum(map(len, data.train)) / total)
+    if count == 0:
+        raise ConfigError(f"--steps {steps} of {data.name} are less than one optimizer step")
+    return count
+
+
+def _fitting(
+    values: Mapping[str, Any], model: ModelConfig, recompute: int | None, free_memory: int
+) -> dict[str, int]:
+    """Returns the batch size and recompute level of best_fit; `recompute` fixes the level."""
+    T, total = values["seq_len"], values["total_batch_tokens"]
+    if total % T:
+        raise ConfigError(
+            f"--total-batch-tokens {total} is not a multiple of --seq-len {T}; choose one that is"
+        )
+    fit = best_fit(
+        model,
+        values["dtype"],
+        T,
+        free_memory,
+        headroom=int(HEADROOM * free_memory),
+        recompute=recompute,
+        sequences=total // T,
+    )
+    return {"batch_size": fit.batch_size, "recompute": fit.recompute}
