@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from gpu_gpt2.config import ModelConfig, TrainConfig, model_config, settings_text
-from gpu_gpt2.data.dataset import Dataset, prepare
+from gpu_gpt2.data.dataset import Dataset, of_run
 from gpu_gpt2.data.loader import BatchLoader
 from gpu_gpt2.data.prefetch import Prefetcher
 from gpu_gpt2.data.repeat import FirstBatches
@@ -85,10 +85,7 @@ class Run:
         self._run_dir = Path(config.run_dir)
         sizes, weights = _sizes_and_weights(config, resumed)
         check_seq_len(config.seq_len, sizes)
-        self.data = prepare(config.data, config.tokenizer, config.val_data)
-        if config.eval_batches:
-            count = config.eval_batches * config.batch_size * config.seq_len + 1
-            self.data = self.data.with_val(self.data.val[:count])
+        self.data = of_run(config)
         self._examples = _hellaswag(config, sizes)
         self._loader = _loader(config, self.data, sizes)
         if resumed:

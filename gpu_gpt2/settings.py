@@ -109,11 +109,17 @@ def resumed_config(
         given = {"dtype": "fp32", **given}  # the one dtype of every device
     if changed & {"device", "dtype"}:
         given = {"tf32": False, **given}
-    # A run keeps a copy of its tokenizer in every checkpoint.
-    if is_path(saved.tokenizer) and not os.path.exists(saved.tokenizer):
-        given["tokenizer"] = os.path.abspath(folder)
-    config = replace(saved, **given, run_dir=str(folder.parent))
+    config = with_own_tokenizer(
+        replace(saved, **given, run_dir=str(folder.parent)), folder
+    )
     choose_dtype(config.dtype, open_device(config.device))
+    return config
+
+
+def with_own_tokenizer(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Returns the settings with the tokenizer in a checkpoint of the run if its own file is gone."""
+    if is_path(config.tokenizer) and not os.path.exists(config.tokenizer):
+        return replace(config, tokenizer=os.path.abspath(folder))
     return config
 
 

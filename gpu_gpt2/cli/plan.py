@@ -29,6 +29,10 @@ def show_plan(
         str, typer.Option(metavar="SIZE", help="Memory of the GPU, such as 8GB or 24GiB.")
     ] = "80GB",
     model: Model = "gpt2",
+    n_layer: Annotated[int, shared_option("n_layer")] = 0,
+    n_head: Annotated[int, shared_option("n_head")] = 0,
+    n_embd: Annotated[int, shared_option("n_embd")] = 0,
+    context: Annotated[int, shared_option("context")] = 0,
     dtype: Annotated[str, shared_option("dtype")] = "bf16",
     seq_len: Annotated[
         int | None, shared_option("seq_len", show_default="the full context of the model")
@@ -41,7 +45,7 @@ def show_plan(
     ] = None,
 ) -> None:
     """Print the memory that training needs, and the largest batch that fits; needs no GPU."""
-    config = model_config(model)
+    config = model_config(model, n_layer=n_layer, n_head=n_head, n_embd=n_embd, context=context)
     T = config.n_positions if seq_len is None else seq_len
     check_seq_len(T, config)
     available = parse_bytes(memory)

@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from gpu_gpt2.cache import cache_dir
+from gpu_gpt2.config import TrainConfig
 from gpu_gpt2.data.corpus import BUILT_IN, VAL_FRACTION, Corpus, text_file
 from gpu_gpt2.errors import ConfigError, DataError, UserError
 from gpu_gpt2.formats.files import sha256_of
@@ -61,6 +62,14 @@ class Dataset:
     def with_val(self, val: Tokens) -> Dataset:
         """Returns the same training tokens with `val` (tokens,) as the held-out ones."""
         return _dataset(self.name, self.tokenizer, self.train, val, shards=self.shards)
+
+
+def of_run(config: TrainConfig) -> Dataset:
+    """Returns the tokens that a run trains on, and those that it validates on. Raises UserError."""
+    data = prepare(config.data, config.tokenizer, config.val_data)
+    if not config.eval_batches:
+        return data
+    return data.with_val(data.val[: config.eval_batches * config.batch_size * config.seq_len + 1])
 
 
 def prepare(data: str, tokenizer_spec: str, val_data: str = "") -> Dataset:
