@@ -72,7 +72,8 @@ def train_settings(**changes: object) -> TrainConfig:
     values = {
         "model": "nano", "device": "cpu", "dtype": "fp32", "tokenizer": "bytes", "steps": 8,
         "batch_size": 4, "seq_len": 32, "total_batch_tokens": 256, "lr": 3e-3, "warmup_steps": 2,
-        "weight_decay": 0.1, "eval_every": 4, "sample_every": 0, "seed": 3, "run_dir": "run",
+        "weight_decay": 0.1, "eval_every": 4, "save_every": 4, "sample_every": 0, "seed": 3,
+        "run_dir": "run",
     }  # fmt: skip
     return TrainConfig(**{**values, **changes})
 

@@ -25,7 +25,7 @@ from gpu_gpt2.config import AUTO, DEFAULTS, model_config
 from gpu_gpt2.device import base, choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops import ops_for
-from gpu_gpt2.tools.bench import kernels, results, static, step
+from gpu_gpt2.tools.bench import kernels, overhead, results, static, step
 from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
 
 bench_app = typer.Typer(no_args_is_help=True, help="Time ops and training steps on this machine.")
@@ -154,6 +154,29 @@ def bench_peers(
     _save(json, "steps", what, device, [asdict(row) for row in rows])
     if not any(row.step_ms for row in rows if row.name == step.OURS):
         raise typer.Exit(1)
+
+
+@bench_app.command("overhead")
+def bench_overhead(
+    device_name: Device = AUTO,
+    dtype: Dtype = AUTO,
+    model: Model = "d12",
+    batch_size: BatchSize = 4,
+    seq_len: SeqLen = 64,
+    steps: Steps = 10,
+    json: Json = None,
+) -> None:
+    """Time what a run adds to the computation of its steps: batches, log and checks."""
+    device = _timed_device(device_name)
+    dtype = choose_dtype(dtype, device)
+    size = step.Size(model=model, batch_size=batch_size, seq_len=seq_len)
+    row = overhead.measure(device.name, dtype, size, steps)
+    say(
+        f"{size}, {dtype} on {device.name}, medians of {steps}: bare step {row.bare_ms:.2f} ms, "
+        f"step of a run {row.run_ms:.2f} ms, of which {row.around_ms:.2f} ms "
+        f"({row.around_ms / row.bare_ms:.2%}) pass around the computation"
+    )
+    _save(json, "overhead", f"{size}, {dtype}", device, [asdict(row)])
 
 
 @bench_app.command("tables")
