@@ -359,7 +359,7 @@ class ReferenceOps(Ops):
         loss_weight: float,
         settings: AdamWSettings,
     ) -> None:
-        before = Counts(*map(float, counts))
+        before = Counts(*counts)
         scale = float(loss_scale[0])
         loss = float(losses.sum(dtype="float64")) * loss_weight
         norm = float(np.sqrt(grad_sq[0])) / scale
