@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,12 @@ def test_an_overflow_is_left_out_and_training_goes_on(dtype: str, device: str) -
     result = step()
     assert not math.isfinite(result.grad_norm)
     assert math.isfinite(result.loss)
-    assert (result.updated, result.diverged) == (False, False)
+    assert (result.skipped, result.diverged) == ("not finite", False)
+    assert (result.scaled_by, result.loss_scale) == (MAX_LOSS_SCALE, MAX_LOSS_SCALE / 2)
     assert state() == before
-    expected = UpdateState(updates=0, good_steps=0, loss_scale=MAX_LOSS_SCALE / 2)
+    expected = UpdateState(
+        updates=0, good_steps=0, loss_scale=MAX_LOSS_SCALE / 2, losses=(result.loss,)
+    )
     assert optimizer.state() == expected
 
     losses, skipped = [result.loss], 1
@@ -75,6 +79,8 @@ def test_an_overflow_is_left_out_and_training_goes_on(dtype: str, device: str) -
     end = optimizer.state()
     assert end.updates == 26 - skipped
     assert end.loss_scale == MAX_LOSS_SCALE / 2**skipped
+    assert end.losses == tuple(losses)
+    assert len(end.grad_norms) == 26 - skipped
 
 
 @pytest.mark.parametrize(("dtype", "device"), FP16)
@@ -108,15 +114,34 @@ def test_only_float16_begins_with_a_scale(dtype: str, scale: float) -> None:
     ("result", "updated", "diverged"),
     [
         (StepResult(2.0, 1.0, 1.0), True, False),
-        (StepResult(2.0, math.inf, 1.0), False, True),
-        (StepResult(2.0, math.nan, 1.0), False, True),
-        (StepResult(2.0, math.inf, 2.0), False, False),
-        (StepResult(math.nan, math.inf, 2.0), False, True),
-        (StepResult(math.inf, 1.0, 2.0), True, True),
+        (StepResult(2.0, 1.0, 1.0, skipped="loss spike"), False, False),
+        (StepResult(2.0, math.inf, 1.0, skipped="not finite"), False, True),
+        (StepResult(2.0, math.nan, 1.0, skipped="not finite"), False, True),
+        (StepResult(2.0, math.inf, 1.0, scaled_by=2.0, skipped="not finite"), False, False),
+        (StepResult(math.nan, math.inf, 2.0, scaled_by=2.0, skipped="not finite"), False, True),
+        (StepResult(math.inf, 1.0, 2.0, scaled_by=2.0, skipped="not finite"), False, True),
     ],
 )
 def test_when_a_run_has_diverged(result: StepResult, updated: bool, diverged: bool) -> None:
     assert (result.updated, result.diverged) == (updated, diverged)
+
+
+@pytest.mark.parametrize(("dtype", "device"), FP16)
+def test_a_spike_leaves_the_scale_and_its_growth(dtype: str, device: str) -> None:
+    model, _ = built(device, dtype)
+    optimizer = AdamW(model, max_loss_zscore=1.0)
+    optimizer.load(initial_weights(TINY, 0))
+    before = UpdateState(
+        updates=3, good_steps=7, loss_scale=8.0, losses=(1.0, 1.125) * 64, grad_norms=(1.0,)
+    )
+    optimizer.load_state(before)
+    result = training_step(model, optimizer, [batch()], 1e-2)
+    assert (result.skipped, result.loss_scale) == ("loss spike", 8.0)
+    assert optimizer.state() == replace(
+        before,
+        losses=(*before.losses[1:], result.loss),
+        grad_norms=(1.0, result.grad_norm),
+    )
 
 
 def settings(**changes: object) -> TrainConfig:
@@ -150,7 +175,8 @@ def test_a_run_warns_of_skipped_updates_and_saves_the_scale(
     assert "step 1: gradient out of range; no update, loss scale now 524288" in caplog.messages
     end = checkpoint.load(folder)
     scale = 2.0 ** (20 - skipped)
-    assert end.update == UpdateState(updates=4 - skipped, good_steps=4 - skipped, loss_scale=scale)
+    assert (end.update.updates, end.update.good_steps) == (4 - skipped, 4 - skipped)
+    assert end.update.loss_scale == scale
 
     middle = checkpoint.load(checkpoint.checkpoints(Path("run"))[0])
     assert middle.step == 2
@@ -164,7 +190,7 @@ def test_a_run_warns_of_skipped_updates_and_saves_the_scale(
 def test_a_run_in_another_dtype_begins_its_scale_anew() -> None:
     first = train(settings(dtype="bf16", steps=1), quiet()).checkpoint
     state = checkpoint.load(first)
-    assert state.update == UpdateState(updates=1, good_steps=1, loss_scale=1.0)
+    assert (state.update.updates, state.update.loss_scale) == (1, 1.0)
     config = settings(steps=2)
     end = checkpoint.load(train(config, quiet(), state).checkpoint)
     assert end.update.updates in (1, 2)
@@ -176,7 +202,7 @@ def test_a_gradient_out_of_range_at_the_lowest_scale_ends_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gpu_gpt2.training.optimizer.INITIAL_LOSS_SCALE", 2.0)
-    result = StepResult(loss=3.0, grad_norm=math.inf, loss_scale=1.0)
+    result = StepResult(loss=3.0, grad_norm=math.inf, loss_scale=1.0, skipped="not finite")
     monkeypatch.setattr("gpu_gpt2.training.optimizer.PendingStep.result", lambda _: result)
     with pytest.raises(TrainingError, match=r"step 1: loss 3\.0, gradient norm inf: training div"):
         train(settings(), quiet())

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_info
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.ops import reference
 from gpu_gpt2.ops.reference import ReferenceOps
-from gpu_gpt2.ops.table import AdamWSettings
+from gpu_gpt2.ops.table import WINDOW, AdamWSettings
 
 EPS = 1e-5
 OPS = ReferenceOps()
@@ -213,14 +213,16 @@ def test_adamw_reads_like_the_paper() -> None:
     v2 = 0.95 * v + 0.05 * clipped**2
     update = (m2 / (1 - 0.9**5)) / (np.sqrt(v2 / (1 - 0.95**5)) + 1e-8)
     expected = w - 0.1 * (update + 0.2 * w * (np.arange(n) < decayed))
-    grad_sq, factors, report = np.empty(1), np.empty(5), np.empty(3)
+    grad_sq, factors, report = np.empty(1), np.empty(5), np.empty(7)
+    windows = np.full((2, WINDOW), np.nan)
     OPS.squared_norm(grad_sq, 8 * g)
     np.testing.assert_allclose(grad_sq[0], 64 * norm**2, rtol=1e-14)
     OPS.prepare_update(
-        factors, report, np.array([8.0]), np.array([4.0, 0.0]), np.array([1.0, 4.0]), grad_sq,
-        np.array([0.1]), 0.5, SETTINGS,
+        factors, report, np.array([8.0]), np.array([4.0, 0.0, 0.0]), windows, np.array([1.0, 4.0]),
+        grad_sq, np.array([0.1]), 0.5, SETTINGS,
     )  # fmt: skip
-    np.testing.assert_allclose(report, [2.5, norm, 8.0], rtol=1e-14)
+    np.testing.assert_allclose(report, [2.5, norm, 8.0, 8.0, np.nan, np.nan, 0.0], rtol=1e-14)
+    np.testing.assert_allclose(windows[:, -1], [2.5, norm], rtol=1e-14)
     OPS.adamw(w, m, v, w, 8 * g, factors, decayed, SETTINGS)
     np.testing.assert_allclose(m, m2, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(v, v2, rtol=1e-12, atol=1e-15)

@@ -1,13 +1,19 @@
 """A whole training step by kernels against the same step in NumPy: every op in its place."""
 
+import json
+from dataclasses import asdict, replace
+
 import numpy as np
-from devices import kernel_devices
+import pytest
+from devices import every_device, kernel_devices
 from models import new_model, noisy_weights, random_batch, training_step
 
 from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.arena import flat_views
 from gpu_gpt2.models.gpt2 import GPT2, parameters
-from gpu_gpt2.training.optimizer import AdamW
+from gpu_gpt2.ops.table import WINDOW
+from gpu_gpt2.training.optimizer import AdamW, StepResult, UpdateState
 
 CONFIG = ModelConfig(vocab_size=131, n_positions=19, n_embd=48, n_layer=2, n_head=3)
 B, T = 2, 17
@@ -36,9 +42,11 @@ def weights() -> np.ndarray:
     return noisy_weights(CONFIG, noise_seed=5).astype("bfloat16").astype(np.float32)
 
 
-def built(device: str, dtype: str, weight_decay: float = 0.1) -> tuple[GPT2, AdamW]:
+def built(
+    device: str, dtype: str, weight_decay: float = 0.1, **settings: float
+) -> tuple[GPT2, AdamW]:
     model = new_model(CONFIG, device, dtype, B=B, T=T)
-    optimizer = AdamW(model, weight_decay=weight_decay)
+    optimizer = AdamW(model, weight_decay=weight_decay, **settings)
     optimizer.load(weights())
     return model, optimizer
 
@@ -82,3 +90,136 @@ def test_overfits_one_batch(dtype: str, device: str) -> None:
     losses = [training_step(model, optimizer, [batch], 1e-2).loss for _ in range(25)]
     assert losses[0] > 4.5  # ln 131 = 4.88
     assert losses[-1] < 0.3
+
+
+def state_of(optimizer: AdamW) -> list[bytes]:
+    """Every bit that updates change."""
+    arrays = (optimizer.master, optimizer.m, optimizer.v, optimizer.model.param_arena)
+    return [optimizer.model.ops.device.download(array).tobytes() for array in arrays]
+
+
+def spoil(model: GPT2, value: float) -> None:
+    """Sets one weight of the model, but not its master weight."""
+    weight = np.array([value]).astype(model.x_dtype)
+    model.ops.device.upload(model.params.lnfb[:1], weight)
+
+
+@every_device
+def test_after_a_step_that_diverged_nothing_changes_until_a_state_is_loaded(
+    dtype: str, device: str
+) -> None:
+    model, optimizer = built(device, dtype)
+    two_micro_steps(model, optimizer, updates=1)
+    healthy = model.ops.device.download(model.param_arena)
+    spoil(model, np.nan)
+    before, state = state_of(optimizer), optimizer.state()
+    batch = random_batch(CONFIG, np.random.default_rng(2), B, T)
+    with np.errstate(all="ignore"):
+        bad = training_step(model, optimizer, [batch], 1e-3)
+    assert (bad.skipped, bad.diverged) == ("not finite", True)
+    assert state_of(optimizer) == before
+    assert optimizer.state() == state
+
+    model.ops.device.upload(model.param_arena, healthy)  # a healthy step that is enqueued already
+    if dtype == "fp32":
+        model.ops.device.upload(optimizer.master, healthy)
+    before = state_of(optimizer)
+    late = training_step(model, optimizer, [batch], 1e-3)
+    assert (late.skipped, late.updated, late.diverged) == ("halted", False, False)
+    assert np.isfinite(late.loss)
+    assert state_of(optimizer) == before
+    assert optimizer.state() == state
+
+    optimizer.load_state(state)
+    again = training_step(model, optimizer, [batch], 1e-3)
+    assert again.updated
+    assert (again.loss, again.grad_norm) == (late.loss, late.grad_norm)
+    assert state_of(optimizer) != before
+
+
+@every_device
+def test_without_halt_training_continues_after_a_step_that_diverged(
+    dtype: str, device: str
+) -> None:
+    model, optimizer = built(device, dtype, halt=False)
+    healthy = model.ops.device.download(model.param_arena)
+    spoil(model, np.inf)
+    batch = random_batch(CONFIG, np.random.default_rng(2), B, T)
+    with np.errstate(all="ignore"):
+        assert training_step(model, optimizer, [batch], 1e-3).diverged
+    model.ops.device.upload(model.param_arena, healthy)
+    assert training_step(model, optimizer, [batch], 1e-3).updated
+    assert optimizer.state().updates == 1
+
+
+def test_a_loss_that_is_not_finite_prevents_an_update_even_with_a_finite_gradient() -> None:
+    model, optimizer = built("cpu", "fp32")
+    batch = random_batch(CONFIG, np.random.default_rng(2), B, T)
+    losses = model.forward_backward(batch)
+    losses[0] = np.inf
+    before = state_of(optimizer)
+    result = optimizer.step(1e-3, losses).result()
+    assert np.isfinite(result.grad_norm)
+    assert (result.skipped, result.diverged) == ("not finite", True)
+    assert state_of(optimizer) == before
+
+
+def steps(optimizer: AdamW, first: int, count: int) -> list[StepResult]:
+    """Some steps on batches so small that losses vary; batch i depends on i alone."""
+    return [
+        training_step(
+            optimizer.model,
+            optimizer,
+            [random_batch(CONFIG, np.random.default_rng(i), 1, 4)],
+            1e-3,
+        )
+        for i in range(first, first + count)
+    ]
+
+
+@pytest.mark.parametrize("first", [5, WINDOW, WINDOW + 9])
+def test_a_resumed_run_skips_the_same_steps(first: int) -> None:
+    """With a window that is half full, just full, and full for long."""
+    limits = {"max_loss_zscore": 0.7, "max_grad_zscore": 0.7}
+    _, whole = built("cpu", "fp32", **limits)
+    steps(whole, 0, first)
+    saved = json.loads(json.dumps(asdict(whole.state())))
+    assert len(saved["losses"]) == len(saved["grad_norms"]) == min(first, WINDOW)
+    _, parts = built("cpu", "fp32", **limits)
+    parts.load(whole.master, whole.m, whole.v)
+    parts.load_state(UpdateState(**saved))
+    more = WINDOW + 20 - first if first < WINDOW else 20
+    expected = steps(whole, first, more)
+    assert repr(steps(parts, first, more)) == repr(expected)  # a NaN does not equal itself
+    assert state_of(parts) == state_of(whole)
+    assert parts.state() == whole.state()
+    assert {result.skipped for result in expected} == {"", "loss spike", "gradient spike"}
+
+
+def test_without_limits_windows_change_nothing() -> None:
+    """Both limits are 0 unless they are given."""
+    ends = []
+    for values in ((), (0.0,) * WINDOW):
+        _, optimizer = built("cpu", "fp32")
+        state = replace(optimizer.state(), losses=values, grad_norms=values)
+        optimizer.load_state(state)
+        results = steps(optimizer, 0, 3)
+        assert all(result.updated for result in results)
+        assert all(np.isnan(result.loss_zscore) != bool(values) for result in results)
+        ends.append(state_of(optimizer))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    "values", [3.0, "12", None, [1.0, "2"], [True], [float("nan")], [1e39], [1.0] * (WINDOW + 1)]
+)
+@pytest.mark.parametrize("name", ["losses", "grad_norms"])
+def test_a_window_that_no_run_has_is_refused(name: str, values: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} must be a list of at most 128 finite numbers"):
+        UpdateState(**{"updates": 0, "good_steps": 0, "loss_scale": 1.0, name: values})
+
+
+def test_a_state_without_windows_is_that_of_an_older_checkpoint() -> None:
+    state = UpdateState(updates=1, good_steps=1, loss_scale=1.0)
+    assert (state.losses, state.grad_norms) == ((), ())
+    assert replace(state, losses=[1, 2.5]).losses == (1.0, 2.5)

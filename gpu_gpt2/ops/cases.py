@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gpu_gpt2.config import LAYER_NORM_EPSILON
 from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
 from gpu_gpt2.ops.reference import ReferenceOps
-from gpu_gpt2.ops.table import TABLE, AdamWSettings, Factors, OpTensor
+from gpu_gpt2.ops.table import TABLE, WINDOW, AdamWSettings, Factors, OpTensor
 
 NDArray = npt.NDArray[Any]
 
@@ -226,14 +226,18 @@ def _classifier_values(g: Maker, N: int, V: int, Vp: int) -> tuple[NDArray, NDAr
     return logits, targets
 
 
-def prepare_update(g: Maker, N: int, clipped: int) -> Call:
-    """The fourth update, of a gradient that carries a loss scale of 4."""
+def prepare_update(g: Maker, N: int, clipped: int, max_zscore: int) -> Call:
+    """The fourth update, of a gradient that carries a loss scale of 4.
+
+    The windows are full, and the z-scores are about 3 and 4.
+    """
     norm = 3.0
-    settings = _adamw_settings(norm * (0.5 if clipped else 2.0))
+    settings = _adamw_settings(norm * (0.5 if clipped else 2.0), max_zscore)
     return g.call(
         loss_scale=np.array([4.0]),
-        counts=np.array([3.0, 2.0]),
-        losses=g.normal(N, mean=3.0),
+        counts=np.array([3.0, 2.0, 0.0]),
+        windows=g.normal(2, WINDOW, scale=0.3) + np.array([[2.0], [1.8]]),
+        losses=g.normal(N, scale=0.1, mean=3.0),
         grad_sq=np.array([(4.0 * norm) ** 2]),
         lr=np.array([0.5]),
         scalars={"loss_weight": 1.0 / N, "settings": settings},
@@ -253,7 +257,7 @@ def adamw(g: Maker, n: int, decayed: int) -> Call:
     )
 
 
-def _adamw_settings(max_grad_norm: float) -> AdamWSettings:
+def _adamw_settings(max_grad_norm: float, max_zscore: float = 0.0) -> AdamWSettings:
     return AdamWSettings(
         beta1=0.9,
         beta2=0.999,
@@ -261,6 +265,8 @@ def _adamw_settings(max_grad_norm: float) -> AdamWSettings:
         weight_decay=0.1,
         max_grad_norm=max_grad_norm,
         max_loss_scale=8.0,
+        max_loss_zscore=max_zscore,
+        max_grad_zscore=max_zscore,
     )
 
 
@@ -375,7 +381,10 @@ CASES: Final[tuple[Case, ...]] = (
     *_cases(classifier_fwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
     *_cases(classifier_fwd_bwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
     *_cases("squared_norm", "n", *LENGTHS, (300_000,)),
-    *_cases(prepare_update, "N clipped", (1, 0), (31, 1), (257, 0), (3000, 1)),
+    *_cases(
+        *(prepare_update, "N clipped max_zscore"),
+        *((1, 0, 0), (31, 1, 2), (257, 0, 9), (3000, 1, 0)),
+    ),
     *_cases(adamw, "n decayed", (1, 1), (31, 0), (258, 101), (1000, 1000), (1027, 1025)),
     *_cases(cast_to_float32, "n", *LENGTHS),
     *_cases(cast_to_bfloat16, "n", *LENGTHS),
@@ -402,7 +411,7 @@ LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases(classifier_fwd, "N V Vp", (64, 50257, 50304)),
     *_cases(classifier_fwd_bwd, "N V Vp", (64, 50257, 50304)),
     *_cases("squared_norm", "n", (5_000_001,)),
-    *_cases(prepare_update, "N clipped", (65_536, 1)),
+    *_cases(prepare_update, "N clipped max_zscore", (65_536, 1, 0)),
     *_cases(adamw, "n decayed", (3_000_001, 2_000_001)),
     *_cases(cast_to_bfloat16, "n", (3_000_001,)),
     *_cases(cast_to_float16, "n", (3_000_001,)),

@@ -273,13 +273,14 @@ class KernelOps(Ops):
         report: Array,
         loss_scale: Array,
         counts: Array,
+        windows: Array,
         losses: Array,
         grad_sq: Array,
         lr: Array,
         loss_weight: float,
         settings: AdamWSettings,
     ) -> None:
-        tensors = (factors, report, loss_scale, counts, losses, grad_sq, lr)
+        tensors = (factors, report, loss_scale, counts, windows, losses, grad_sq, lr)
         (N,) = self._sizes("prepare_update", "N", *tensors)
         scalars = (
             loss_weight,
@@ -288,6 +289,9 @@ class KernelOps(Ops):
             settings.max_grad_norm,
             settings.max_loss_scale,
             GROWTH_INTERVAL,
+            settings.max_loss_zscore,
+            settings.max_grad_zscore,
+            int(settings.halt),
         )
         threads = _row_threads(N, MAX_THREADS)
         self._launch("prepare_update", (1,), (threads,), (*tensors, N, *scalars))

@@ -26,6 +26,7 @@ from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.ops.table import (
     GROWTH_INTERVAL,
     MIN_LOSS_SCALE,
+    SKIPPED,
     AdamWSettings,
     Counts,
     Factors,
@@ -351,32 +352,68 @@ class ReferenceOps(Ops):
         report: NDArray,
         loss_scale: NDArray,
         counts: NDArray,
+        windows: NDArray,
         losses: NDArray,
         grad_sq: NDArray,
         lr: NDArray,
         loss_weight: float,
         settings: AdamWSettings,
     ) -> None:
-        finite = bool(np.isfinite(grad_sq[0]))
-        scale = float(loss_scale[0])
-        norm = float(np.sqrt(grad_sq[0])) / scale
-
         before = Counts(*counts)
-        updates, good_steps = before.updates + finite, (before.good_steps + 1) * finite
+        scale = float(loss_scale[0])
+        loss = float(losses.sum(dtype="float64")) * loss_weight
+        norm = float(np.sqrt(grad_sq[0])) / scale
+        loss_finite = abs(loss) <= np.finfo(report.dtype).max  # False for a NaN
+        grad_finite = bool(np.isfinite(grad_sq[0]))
+        halted = bool(before.halted)
+
+        loss_zscore = grad_zscore = math.nan
+        if not halted and loss_finite:
+            loss_zscore = _append(windows[0], loss)
+        if not halted and grad_finite:
+            grad_zscore = _append(windows[1], norm)
+        if halted:
+            skipped = "halted"
+        elif not (loss_finite and grad_finite):
+            skipped = "not finite"
+        elif 0.0 < settings.max_loss_zscore < loss_zscore:  # False for a NaN
+            skipped = "loss spike"
+        elif 0.0 < settings.max_grad_zscore < grad_zscore:
+            skipped = "gradient spike"
+        else:
+            skipped = ""
+
+        apply = not skipped
+        updates = before.updates + apply
         clip = settings.max_grad_norm / norm if norm > settings.max_grad_norm else 1.0
         c1 = -math.expm1(updates * math.log(settings.beta1))  # 1 - beta1^updates
         c2 = -math.expm1(updates * math.log(settings.beta2))
-        factors[:] = Factors(apply=finite, grad_factor=clip / scale, lr=lr[0], c1=c1, c2=c2)
+        factors[:] = Factors(apply=apply, grad_factor=clip / scale, lr=lr[0], c1=c1, c2=c2)
 
-        if not finite:
-            scale /= 2
-        elif good_steps >= GROWTH_INTERVAL:
-            scale, good_steps = 2 * scale, 0
-        scale = min(max(scale, MIN_LOSS_SCALE), settings.max_loss_scale)
-        loss = losses.sum(dtype="float64") * loss_weight
-        report[:] = Report(loss=loss, norm=norm, loss_scale=scale)
-        loss_scale[0] = scale
-        counts[:] = Counts(updates=updates, good_steps=good_steps)
+        next_scale, good_steps = scale, before.good_steps
+        if apply:
+            good_steps += 1
+            if good_steps >= GROWTH_INTERVAL:
+                next_scale, good_steps = 2 * scale, 0
+        elif not halted and loss_finite and not grad_finite:
+            next_scale, good_steps = scale / 2, 0
+        next_scale = min(max(next_scale, MIN_LOSS_SCALE), settings.max_loss_scale)
+        report[:] = Report(
+            loss=loss,
+            norm=norm,
+            loss_scale=next_scale,
+            scaled_by=scale,
+            loss_zscore=loss_zscore,
+            grad_zscore=grad_zscore,
+            skipped=SKIPPED.index(skipped),
+        )
+        diverged = not loss_finite or (not grad_finite and scale <= MIN_LOSS_SCALE)
+        loss_scale[0] = next_scale
+        counts[:] = Counts(
+            updates=updates,
+            good_steps=good_steps,
+            halted=halted or (settings.halt and diverged),
+        )
 
     def adamw(
         self,
@@ -479,3 +516,13 @@ def _add_losses(losses: NDArray, x: NDArray, targets: NDArray) -> NDArray:
     total: NDArray = x.sum(axis=1)
     losses += np.log(total) - picked
     return total
+
+
+def _append(window: NDArray, value: float) -> float:
+    """Appends a value to a window (WINDOW,), oldest first, and returns its z-score in it."""
+    window[:-1] = window[1:]
+    window[-1] = value
+    values = window.astype(np.float64)
+    deviation = values - values.mean()
+    std = math.sqrt(np.mean(deviation**2))
+    return float(deviation[-1]) / std if std else 0.0

@@ -41,6 +41,9 @@ MAX_SIZE: Final = 2**30  # largest dimension and most rows, so that no int count
 MAX_ELEMENTS: Final = 2**63 - 1  # largest n: kernels count elements of flat arrays in 64 bits
 GROWTH_INTERVAL: Final = 2000  # good steps after which the loss scale doubles, as PyTorch's does
 MIN_LOSS_SCALE: Final = 1.0  # the scale keeps small gradients; below 1 it would lose them
+WINDOW: Final = 128  # losses, and gradient norms, among which outliers are found, as in llm.c
+# Why a step made no update, numbered as in Report.skipped; "" stands for an update.
+SKIPPED: Final = ("", "loss spike", "gradient spike", "not finite", "halted")
 ANY: Final = tuple(X_DTYPES.values())  # the dtypes that "any" stands for
 
 ROW_TEXT: Final = re.compile(r"(\w+(?:, \w+)*) \(([^)]+)\) (X|float32|int32|any)(?: (\+?=))?")
@@ -145,12 +148,16 @@ class AdamWSettings:
     weight_decay: float
     max_grad_norm: float  # gradients are scaled down to this norm when above it
     max_loss_scale: float = 1.0  # a power of two
+    # A step whose loss or gradient norm has a z-score above these makes no update; 0 turns it off.
+    max_loss_zscore: float = 0.0
+    max_grad_zscore: float = 0.0
+    halt: bool = True  # a step that diverged stops all later updates
 
 
 class Factors(NamedTuple):
     """The elements of `factors` (5): the scalars that `prepare_update` computes for `adamw`."""
 
-    apply: float  # 1, or 0 where the gradient is not finite: then nothing is updated
+    apply: float  # 1, or 0 if the step makes no update
     grad_factor: float  # min(1, max_grad_norm / norm) / loss_scale
     lr: float
     c1: float  # 1 - beta1^t
@@ -158,18 +165,23 @@ class Factors(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The elements of `report` (3): results of an update, for the host to read."""
+    """The elements of `report` (7): results of a step, for the host to read."""
 
     loss: float  # the sum of the losses times loss_weight
     norm: float  # norm of the gradient without its scale, before clipping
     loss_scale: float  # loss scale of the next step
+    scaled_by: float  # loss scale of this step
+    loss_zscore: float  # z-score of the loss among the last WINDOW; NaN until there are so many
+    grad_zscore: float  # z-score of the norm among the last WINDOW
+    skipped: float  # index into SKIPPED
 
 
 class Counts(NamedTuple):
-    """The elements of `counts` (2): the state that `prepare_update` keeps between updates."""
+    """The elements of `counts` (3): the state that `prepare_update` keeps between steps."""
 
     updates: float  # t, the number of updates made
     good_steps: float  # updates made since loss_scale last changed
+    halted: float  # 1 if a step has diverged and nothing may change; else 0
 
 
 class Ops(ABC):
@@ -355,9 +367,10 @@ class Ops(ABC):
 
     @tensors(
         "factors (5) float32 =",
-        "report (3) float32 =",
+        "report (7) float32 =",
         "loss_scale (1) float32 +=",
-        "counts (2) float32 +=",
+        "counts (3) float32 +=",
+        f"windows (2, {WINDOW}) float32 +=",
         "losses (N) float32",
         "grad_sq (1) float32",
         "lr (1) float32",
@@ -369,6 +382,7 @@ class Ops(ABC):
         report: Array,
         loss_scale: Array,
         counts: Array,
+        windows: Array,
         losses: Array,
         grad_sq: Array,
         lr: Array,
@@ -377,9 +391,19 @@ class Ops(ABC):
     ) -> None:
         """factors = the scalars of `adamw`'s next update; report = results for the host.
 
-        `Factors`, `Report` and `Counts` name the elements. loss_scale halves after a gradient that
-        is not finite, doubles after GROWTH_INTERVAL good steps, and stays within MIN_LOSS_SCALE
-        and the settings' maximum. grad_sq is the squared norm of the gradient in its scale.
+        `Factors`, `Report` and `Counts` name the elements. grad_sq is the squared norm of the
+        gradient in its scale. There is no update if the loss or the norm is not finite, if the
+        z-score of one of them is above the settings' limit, or once counts.halted is set.
+
+        loss_scale halves after a gradient of a finite loss that is not finite, doubles after
+        GROWTH_INTERVAL good steps, and stays within MIN_LOSS_SCALE and the settings' maximum.
+
+        windows[0] holds the last losses and windows[1] the last norms, oldest first and NaN where
+        there have been fewer; a value that is not finite does not enter. z = (newest - mean) /
+        standard deviation over the window: 0 if all values are equal, NaN until it is full.
+
+        counts.halted is set, if the settings say so, by a loss that is not finite and by a gradient
+        that is not finite at MIN_LOSS_SCALE. Then counts, windows and loss_scale stay as they are.
         """
 
     @tensors(

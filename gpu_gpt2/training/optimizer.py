@@ -15,19 +15,33 @@ from gpu_gpt2.config import DEFAULTS
 from gpu_gpt2.device.base import FLOAT16, FLOAT32, Array, AsyncRead
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.gpt2 import GPT2, decayed_count, parameter_count
-from gpu_gpt2.ops.table import MIN_LOSS_SCALE, AdamWSettings, Counts, Factors, Report
+from gpu_gpt2.ops.table import (
+    MIN_LOSS_SCALE,
+    SKIPPED,
+    WINDOW,
+    AdamWSettings,
+    Counts,
+    Factors,
+    Report,
+)
 
 INITIAL_LOSS_SCALE: Final = 2.0**16  # just above float16's largest number
 MAX_LOSS_SCALE: Final = 2.0**24
+MAX_FLOAT32: Final = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateState:
-    """Update counter and loss-scaler state, saved in checkpoints."""
+    """Update counter, loss-scaler state and outlier windows, saved in checkpoints.
 
-    updates: int  # made so far; a gradient that is not finite makes none
+    Raises ConfigError for values that no run can have. Windows may be given as lists.
+    """
+
+    updates: int  # made so far; a step that is skipped makes none
     good_steps: int  # updates since the loss scale last changed: the growth tracker
     loss_scale: float
+    losses: tuple[float, ...] = ()  # of the last WINDOW steps, oldest first; finite ones only
+    grad_norms: tuple[float, ...] = ()  # likewise
 
     def with_initial_scale(self) -> UpdateState:
         """Returns this state as it continues in another dtype, whose loss scale starts anew."""
@@ -41,26 +55,43 @@ class UpdateState:
                 f"updates, good_steps and loss_scale must be two counts and {MIN_LOSS_SCALE:g} to "
                 f"{MAX_LOSS_SCALE:g}, not {', '.join(map(repr, numbers))}"
             )
+        for name in ("losses", "grad_norms"):
+            object.__setattr__(self, name, _window(name, getattr(self, name)))
+
+
+def _window(name: str, values: object) -> tuple[float, ...]:
+    """Returns a window as a tuple; ConfigError unless it is one of at most WINDOW float32s."""
+    if (
+        not isinstance(values, (list, tuple))
+        or len(values) > WINDOW
+        or not all(type(value) in (int, float) and abs(value) <= MAX_FLOAT32 for value in values)
+    ):
+        raise ConfigError(f"{name} must be a list of at most {WINDOW} finite numbers")
+    return tuple(map(float, values))
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Loss and gradient norm of one optimizer step; without a finite norm no update was made."""
+    """Loss and gradient norm of one optimizer step, and whether it made an update."""
 
     loss: float  # mean over the tokens of the step, in nats
     grad_norm: float  # before clipping, without the loss scale
     loss_scale: float  # loss scale of the next step
+    scaled_by: float = MIN_LOSS_SCALE  # loss scale of this step
+    loss_zscore: float = math.nan  # of the loss among the last WINDOW; NaN until there are so many
+    grad_zscore: float = math.nan  # of the gradient norm, likewise
+    skipped: str = ""  # one of SKIPPED: why there was no update, or ""
 
     @property
     def updated(self) -> bool:
         """True if the weights were updated."""
-        return math.isfinite(self.grad_norm)
+        return not self.skipped
 
     @property
     def diverged(self) -> bool:
         """True if a number is not finite and no smaller loss scale can help."""
-        lowest = self.loss_scale <= MIN_LOSS_SCALE
-        return not math.isfinite(self.loss) or (not self.updated and lowest)
+        lowest = self.scaled_by <= MIN_LOSS_SCALE
+        return not math.isfinite(self.loss) or (not math.isfinite(self.grad_norm) and lowest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +101,16 @@ class PendingStep:
     report: AsyncRead
 
     def result(self) -> StepResult:
-        loss, norm, loss_scale = map(float, Report(*self.report.result()))
-        return StepResult(loss=loss, grad_norm=norm, loss_scale=loss_scale)
+        report = Report(*map(float, self.report.result()))
+        return StepResult(
+            loss=report.loss,
+            grad_norm=report.norm,
+            loss_scale=report.loss_scale,
+            scaled_by=report.scaled_by,
+            loss_zscore=report.loss_zscore,
+            grad_zscore=report.grad_zscore,
+            skipped=SKIPPED[int(report.skipped)],
+        )
 
 
 class AdamW:
@@ -80,6 +119,11 @@ class AdamW:
     `m`, `v` and `master` are (n,) float32 arenas in the order of gpt2.parameters; with float32
     weights, `master` is the model's own arena. `loss_scale` (1,) float32, by which the model must
     multiply the loss, is 1 unless the weights are float16.
+
+    A step makes no update if its loss or its gradient norm is not finite, or if the z-score of one
+    of them is above `max_loss_zscore` or `max_grad_zscore` (0 turns a limit off). With `halt`, a
+    step that diverged stops all later updates until `load_state`, so the weights are still its own
+    when its result is read, even if the next step is already enqueued.
     """
 
     def __init__(
@@ -91,6 +135,9 @@ class AdamW:
         eps: float = DEFAULTS["eps"],
         weight_decay: float = 0.0,
         max_grad_norm: float = DEFAULTS["max_grad_norm"],
+        max_loss_zscore: float = 0.0,
+        max_grad_zscore: float = 0.0,
+        halt: bool = True,
     ) -> None:
         self.model = model
         self.settings = AdamWSettings(
@@ -100,6 +147,9 @@ class AdamW:
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             max_loss_scale=MAX_LOSS_SCALE if model.x_dtype == FLOAT16 else MIN_LOSS_SCALE,
+            max_loss_zscore=max_loss_zscore,
+            max_grad_zscore=max_grad_zscore,
+            halt=halt,
         )
         device = model.ops.device
         n = parameter_count(model.config)
@@ -116,6 +166,7 @@ class AdamW:
         self._factors = device.zeros((len(Factors._fields),), FLOAT32)
         self._report = device.zeros((len(Report._fields),), FLOAT32)
         self._counts = device.zeros((len(Counts._fields),), FLOAT32)
+        self._windows = device.empty((2, WINDOW), FLOAT32)
         self._stage_lr = device.stager(self._lr)
         self._graphs: dict[tuple[int, int, int], Callable[[], None]] = {}
         self.load_state(UpdateState(updates=0, good_steps=0, loss_scale=INITIAL_LOSS_SCALE))
@@ -137,22 +188,32 @@ class AdamW:
         device.synchronize()  # the host arrays are no longer needed
 
     def load_state(self, state: UpdateState) -> None:
-        """Continues from a saved state; without loss scaling the scale becomes 1."""
+        """Continues from a saved state, also after a step that diverged.
+
+        Without loss scaling the scale becomes 1.
+        """
         device = self.model.ops.device
         scale = min(state.loss_scale, self.settings.max_loss_scale)
         device.upload(self.loss_scale, np.array([scale], np.float32))
-        counts = Counts(updates=state.updates, good_steps=state.good_steps)
+        counts = Counts(updates=state.updates, good_steps=state.good_steps, halted=0)
         device.upload(self._counts, np.array(counts, np.float32))
+        windows = np.full((2, WINDOW), np.nan, np.float32)
+        for window, values in zip(windows, (state.losses, state.grad_norms), strict=True):
+            window[WINDOW - len(values) :] = values
+        device.upload(self._windows, windows)
 
     def state(self) -> UpdateState:
         """Returns the state after the last update; waits for the device."""
         device = self.model.ops.device
         counts = Counts(*device.download(self._counts))
         scale = device.download(self.loss_scale)
+        losses, norms = (row[~np.isnan(row)] for row in device.download(self._windows))
         return UpdateState(
             updates=int(counts.updates),
             good_steps=int(counts.good_steps),
             loss_scale=float(scale[0]),
+            losses=tuple(losses.tolist()),
+            grad_norms=tuple(norms.tolist()),
         )
 
     def step(self, lr: float, losses: Array, *, micro_steps: int = 1) -> PendingStep:
@@ -178,6 +239,7 @@ class AdamW:
             self._report,
             self.loss_scale,
             self._counts,
+            self._windows,
             losses,
             self._grad_sq,
             self._lr,
