@@ -48,8 +48,8 @@ def mean_loss(
 ) -> float | None:
     """Returns the mean cross-entropy in nats of all targets of the batches, of any shapes.
 
-    After each batch `advance` is called with the number of its targets. Before each batch `stop` is
-    asked; once it returns True, the result is None.
+    After each batch `advance` is called with the number of targets so far. Before each batch `stop`
+    is asked; once it returns True, the result is None.
 
     The losses of up to k = BATCHES_PER_SUM batches of one shape add up on the device in float32,
     position by position; the host adds these sums in float64. Losses are not negative, so the k - 1
@@ -67,7 +67,7 @@ def mean_loss(
                 sums = None
             count += batch.targets.size
             if advance is not None:
-                advance(batch.targets.size)
+                advance(count)
         if sums is not None:
             total += _sum(model, sums)
     return total / count
@@ -122,17 +122,17 @@ def hellaswag_accuracy(
     """Returns the number of examples that the model answers right, and the number of examples.
 
     The examples have passed check_examples for the model's (max_batch, max_seq_len). After each
-    example `advance` is called with 1. Before each example `stop` is asked; once it returns True,
-    the result is None. Raises CheckpointError as `answers` does.
+    example `advance` is called with the number of examples so far. Before each example `stop` is
+    asked; once it returns True, the result is None. Raises CheckpointError as `answers` does.
     """
     correct = 0
     found = answers(model, examples)
-    for _ in examples:
+    for done in range(1, len(examples) + 1):
         if stop is not None and stop():
             return None
         correct += next(found)
         if advance is not None:
-            advance(1)
+            advance(done)
     return correct, len(examples)
 
 

@@ -147,7 +147,7 @@ def _print_loss(
                         text_bytes += int(lengths[batch.targets].sum())
                     yield batch
 
-        loss = mean_loss(gpt2, batches(), advance=lambda done: bar.advance(task, done))
+        loss = mean_loss(gpt2, batches(), advance=lambda done: bar.update(task, completed=done))
     assert loss is not None  # it is None only if `stop` was given
     if not math.isfinite(loss):
         raise CheckpointError(f"the loss is {loss}: the model's weights are damaged")
@@ -161,7 +161,9 @@ def _print_loss(
 def _print_score(gpt2: GPT2, examples: Sequence[Example]) -> None:
     with progress() as bar:
         task = bar.add_task("examples", total=len(examples))
-        score = hellaswag_accuracy(gpt2, examples, advance=lambda done: bar.advance(task, done))
+        score = hellaswag_accuracy(
+            gpt2, examples, advance=lambda done: bar.update(task, completed=done)
+        )
     assert score is not None  # it is None only if `stop` was given
     correct, count = score
     say(f"HellaSwag {correct}/{count} = {correct / count:.4f} (acc_norm)")
