@@ -13,12 +13,22 @@ import numpy as np
 import pytest
 import torch
 from devices import every_device
-from models import new_model
+from models import new_model, random_batch, training_step
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpu_gpt2.data.corpus import python_docs
+from gpu_gpt2.data.loader import sequential_batches
 from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
-from gpu_gpt2.evaluate import answers, check_examples, completion_losses, row_length
+from gpu_gpt2.evaluate import (
+    BATCHES_PER_SUM,
+    answers,
+    check_examples,
+    completion_losses,
+    hellaswag_accuracy,
+    mean_loss,
+    row_length,
+    validation_loss,
+)
 from gpu_gpt2.formats.multiple_choice import COMPLETIONS, Example, write_choices
 from gpu_gpt2.formats.tokens import write_tokens
 from gpu_gpt2.models.batch import Batch
@@ -26,6 +36,7 @@ from gpu_gpt2.models.gpt2 import GPT2
 from gpu_gpt2.models.weights import load_arena
 from gpu_gpt2.open_model import open_model
 from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.training.optimizer import AdamW
 
 V, T = 257, 24  # the vocabulary of --tokenizer bytes, and the context
 Run = Callable[..., tuple[int, str, str]]
@@ -78,6 +89,102 @@ def torch_losses(model: GPT2LMHeadModel, example: Example) -> list[float]:
         labels[: len(example.context)] = -100
         found.append(float(model(row[None], labels=labels[None]).loss))
     return found
+
+
+def single_losses(model: GPT2, batches: list[Batch]) -> np.ndarray:
+    """The loss of every target in float64, from one batch at a time."""
+    return np.concatenate([model.losses(batch) for batch in batches]).astype(np.float64)
+
+
+@every_device
+def test_losses_that_add_up_are_the_mean_of_all_targets(
+    torch_model: GPT2LMHeadModel, dtype: str, device: str
+) -> None:
+    """Batches of three shapes; more full ones than are added up in float32."""
+    B, row, count = (2, 3, 107) if device == "emulator" else (3, T, 3 * 35 * T + T + 5)
+    model = our_model(torch_model, 3, device, dtype)
+    tokens = np.random.default_rng(0).integers(0, V, count)
+    batches = list(sequential_batches(tokens, B, row))
+    assert len({batch.tokens.shape for batch in batches}) == 3
+    loss = validation_loss(model, tokens, B, row)
+    bound = (BATCHES_PER_SUM - 1) * 2.0**-24
+    assert loss == pytest.approx(single_losses(model, batches).mean(), rel=bound)
+    assert loss == mean_loss(model, batches)
+
+
+def test_many_batches_add_up_without_drift(torch_model: GPT2LMHeadModel) -> None:
+    """Equal losses are rounded alike in every float32 sum, so the errors do not cancel."""
+    model = our_model(torch_model, 1)
+    batch = Batch.of(np.array([[5]]), np.array([[9]]))
+    exact = float(model.losses(batch)[0])
+    assert mean_loss(model, [batch] * 3001) == pytest.approx(exact, rel=15 * 2.0**-24)
+    one_sum = np.full(3001, exact, np.float32).cumsum(dtype=np.float32)[-1] / 3001
+    assert abs(one_sum / exact - 1) > 15 * 2.0**-24  # a single float32 sum would drift
+
+
+def test_a_validation_reports_its_progress_and_can_be_stopped(
+    torch_model: GPT2LMHeadModel,
+) -> None:
+    model = our_model(torch_model, 2)
+    tokens = np.random.default_rng(0).integers(0, V, 5 * T + 4)
+    done: list[int] = []
+    whole = validation_loss(model, tokens, 2, T, advance=done.append)
+    assert done == [2 * T, 4 * T, 5 * T, 5 * T + 3]
+    asked = 0
+
+    def third_time() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 3
+
+    done.clear()
+    assert validation_loss(model, tokens, 2, T, advance=done.append, stop=third_time) is None
+    assert done == [2 * T, 4 * T]
+    assert asked == 3
+    done.clear()
+    # A request that comes with the last batch does not throw away a loss that is complete.
+    late = validation_loss(model, tokens, 2, T, advance=done.append, stop=lambda: len(done) == 4)
+    assert late == whole
+
+
+def test_hellaswag_in_a_run_changes_nothing(torch_model: GPT2LMHeadModel) -> None:
+    """A trainer's model has the arena of a training batch, and goes on training afterwards."""
+    examples = some_examples(23)
+    expected = sum(answers(our_model(torch_model, 10), examples))
+    source = open_model(torch_model.folder)
+    weights = []
+    for during in (False, True):
+        model = new_model(source.config, B=5, T=T)
+        optimizer = AdamW(model)
+        optimizer.load(load_arena(source))
+        rng = np.random.default_rng(0)
+        if during:
+            done: list[int] = []
+            assert hellaswag_accuracy(model, examples, advance=done.append) == (expected, 23)
+            assert done == list(range(1, 24))
+        for _ in range(2):
+            training_step(model, optimizer, [random_batch(source.config, rng, 5, T)], 1e-3)
+            if during:
+                assert hellaswag_accuracy(model, examples) is not None
+                validation_loss(model, np.arange(100), 5, T)
+        weights.append(optimizer.master.copy())
+    np.testing.assert_array_equal(weights[0], weights[1])
+
+
+def test_hellaswag_can_be_stopped(
+    torch_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = our_model(torch_model, 8)
+    batches: list[Batch] = []
+    losses = GPT2.losses
+    monkeypatch.setattr(
+        GPT2, "losses", lambda self, batch: batches.append(batch) or losses(self, batch)
+    )
+    done: list[int] = []
+    examples = some_examples(23)
+    stopped = hellaswag_accuracy(model, examples, advance=done.append, stop=lambda: len(done) == 4)
+    assert stopped is None
+    assert (len(done), len(batches)) == (4, 2)  # two examples in a batch
 
 
 @every_device

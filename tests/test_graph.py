@@ -12,20 +12,25 @@ import numpy as np
 import pytest
 from cupy_backends.cuda.libs import cublas as cupy_cublas
 from devices import every_device
-from models import TINY, new_model, random_batch, training_step
+from models import TINY, new_model, noisy_weights, random_batch, training_step
 
+from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.device import cublas, open_device
 from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.cublas import Cublas
 from gpu_gpt2.device.cuda import CudaDevice
 from gpu_gpt2.device.source import DTYPES
+from gpu_gpt2.evaluate import completion_losses, validation_loss
+from gpu_gpt2.formats.multiple_choice import Example
+from gpu_gpt2.generate import generate
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.gpt2 import GPT2, SHAPES_KEPT
 from gpu_gpt2.models.init import initial_weights
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.training.optimizer import AdamW
 
+LONG = ModelConfig(vocab_size=67, n_positions=140, n_embd=32, n_layer=2, n_head=2)
 B, T = 2, 11
 MICRO_STEPS = 3
 STEPS = 4
@@ -33,7 +38,7 @@ GPU = [pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 
 
 def trained(device: str, dtype: str) -> tuple[list[float], bytes]:
-    """Losses of STEPS steps, with a look at another batch size in between, and the weights."""
+    """Losses of STEPS steps and of other passes in between, and the weights."""
     model = new_model(TINY, device, dtype, B=B, T=T)
     optimizer = AdamW(model, weight_decay=0.1)
     optimizer.load(initial_weights(TINY, 0))
@@ -43,7 +48,8 @@ def trained(device: str, dtype: str) -> tuple[list[float], bytes]:
         batches = [random_batch(TINY, rng, B, T) for _ in range(MICRO_STEPS)]
         losses.append(training_step(model, optimizer, batches, 1e-3 * (i + 1)).loss)
         small = np.full((1, T - 4), i, np.int32)
-        model.losses(Batch.of(small, small))
+        losses += map(float, model.losses(Batch.of(small, small)))
+        losses.append(float(model.ops.device.download(model.forward(small)).max()))
     assert not model.ops.device.graph_error
     return losses, model.ops.device.download(optimizer.master).tobytes()
 
@@ -64,9 +70,15 @@ def test_graphs_give_what_single_launches_give(
 class GraphDevice(CpuDevice):
     """A CPU that plays a device with graphs, and notes which are made and launched."""
 
+    is_async = True
+
     def __init__(self) -> None:
         self.made: list[Callable[[], None]] = []
         self.launched: list[int] = []
+        self.waits = 0
+
+    def synchronize(self) -> None:
+        self.waits += 1
 
     def graph(self, work: Callable[[], None]) -> Callable[[], None]:
         number = len(self.made)
@@ -97,6 +109,93 @@ def test_every_shape_of_batch_has_its_own_graphs_which_are_made_once() -> None:
         assert math.isfinite(training_step(model, optimizer, batches, 1e-3).loss)
         assert device.launched == expected
     assert len(device.made) == 7
+
+
+def graph_model(config: ModelConfig, *, B: int, T: int) -> tuple[GPT2, GraphDevice]:
+    """A model with random weights on a device with graphs."""
+    device = GraphDevice()
+    model = GPT2(config, ReferenceOps(device), max_batch=B, max_seq_len=T)
+    model.load(noisy_weights(config, noise_seed=1))
+    return model, device
+
+
+def test_losses_are_one_graph_for_each_shape() -> None:
+    model, device = graph_model(TINY, B=B, T=T)
+    rng = np.random.default_rng(2)
+    full, short = random_batch(TINY, rng, B, T), random_batch(TINY, rng, 1, 5)
+    expected = [model.losses(full), model.losses(short)]
+    for batch, losses, first, launched in (
+        (full, expected[0], True, 0),
+        (full, 2 * expected[0], False, 0),  # the same graph adds to the losses
+        (short, expected[1], True, 1),
+        (full, expected[0], True, 0),
+    ):
+        device.launched.clear()
+        np.testing.assert_allclose(model.add_losses(batch, first=first), losses, rtol=1e-6)
+        assert device.launched == [launched]
+    assert len(device.made) == 2
+
+
+def test_the_graphs_of_the_shape_used_least_recently_are_dropped() -> None:
+    model, device = graph_model(LONG, B=1, T=LONG.n_positions)
+    rng = np.random.default_rng(2)
+    batches = [random_batch(LONG, rng, 1, n) for n in range(1, SHAPES_KEPT + 2)]
+    expected = [model.losses(batch) for batch in batches[:SHAPES_KEPT]]
+    model.losses(batches[0])  # used last now
+    device.waits = 0
+    model.losses(batches[SHAPES_KEPT])  # drops the second shape
+    assert device.waits == 1  # before the memory of its stager is given back
+    assert len(device.made) == SHAPES_KEPT + 1
+    np.testing.assert_array_equal(model.losses(batches[0]), expected[0])
+    assert len(device.made) == SHAPES_KEPT + 1
+    np.testing.assert_array_equal(model.losses(batches[1]), expected[1])
+    assert len(device.made) == SHAPES_KEPT + 2
+
+
+def test_sampling_makes_one_graph_for_64_lengths() -> None:
+    """The last length is the context, which is no multiple of 64."""
+    model, device = graph_model(LONG, B=2, T=LONG.n_positions)
+    usual = new_model(LONG, B=1, T=LONG.n_positions, training=False)
+    usual.load(noisy_weights(LONG, noise_seed=1))
+    tokens = np.random.default_rng(2).integers(0, LONG.vocab_size, (1, LONG.n_positions))
+    tokens = tokens.astype(np.int32)
+    for n in range(1, LONG.n_positions + 1):
+        device.launched.clear()
+        logits = model.forward(tokens[:, :n], last_only=True)
+        assert device.launched == [(n - 1) // 64]
+        assert logits.shape == (1, LONG.padded_vocab_size)
+        expected = usual.forward(tokens[:, :n], last_only=True)
+        np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6)
+    assert len(device.made) == 3
+    assert usual.padded_length(5) == 5
+    texts = [list(generate(m, tokens[0, :3], max_tokens=140)) for m in (model, usual)]
+    assert texts[0] == texts[1]
+
+
+def test_hellaswag_makes_few_graphs() -> None:
+    model, device = graph_model(LONG, B=8, T=LONG.n_positions)
+    usual = new_model(LONG, B=8, T=LONG.n_positions, training=False)
+    usual.load(noisy_weights(LONG, noise_seed=1))
+    rng = np.random.default_rng(2)
+    rows = [[rng.integers(0, LONG.vocab_size, n) for n in (i, 3, 9, 1, 7)] for i in range(1, 40)]
+    examples = [Example(context=row[0], completions=tuple(row[1:]), label=0) for row in rows]
+    found = [list(completion_losses(m, examples)) for m in (model, usual)]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    assert len(device.made) == 2  # batches of two examples, and the last of one
+
+
+def test_the_host_is_at_most_16_batches_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = graph_model(TINY, B=B, T=T)
+    read: list[int] = []  # graphs launched before each look at the device
+
+    def download_view(self: GraphDevice, src: np.ndarray) -> np.ndarray:
+        read.append(len(self.launched))
+        return src
+
+    monkeypatch.setattr(GraphDevice, "download_view", download_view)
+    tokens = np.random.default_rng(2).integers(0, TINY.vocab_size, 40 * B * T + T + 5)
+    validation_loss(model, tokens, B, T)
+    assert read == [16, 32, 40, 41, 42]  # full batches, the last row, the last tokens
 
 
 @every_device

@@ -177,6 +177,8 @@ def test_a_model_is_freed_without_the_garbage_collector() -> None:
         model = our_model(weights())
         optimizer = AdamW(model)
         training_step(model, optimizer, [batch()], 1e-3)
+        model.losses(batch())
+        model.forward(batch().tokens)
         freed = weakref.ref(model), weakref.ref(optimizer)
         del model, optimizer
         assert [ref() for ref in freed] == [None, None]

@@ -17,7 +17,7 @@ from gpu_gpt2.data.corpus import BUILT_IN, text_file
 from gpu_gpt2.data.dataset import matching_files, prepare
 from gpu_gpt2.data.loader import sequential_batches
 from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
-from gpu_gpt2.evaluate import answers, check_examples, mean_loss, row_length
+from gpu_gpt2.evaluate import check_examples, hellaswag_accuracy, mean_loss, row_length
 from gpu_gpt2.formats.multiple_choice import Example, read_choices
 from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_tokens
 from gpu_gpt2.models.batch import Batch
@@ -143,12 +143,12 @@ def _print_loss(
             nonlocal text_bytes
             for tokens in texts:
                 for batch in sequential_batches(tokens, B, T):
-                    yield batch
-                    bar.advance(task, batch.targets.size)
                     if lengths is not None:
                         text_bytes += int(lengths[batch.targets].sum())
+                    yield batch
 
-        loss = mean_loss(gpt2, batches())
+        loss = mean_loss(gpt2, batches(), advance=lambda done: bar.update(task, completed=done))
+    assert loss is not None  # it is None only if `stop` was given
     if not math.isfinite(loss):
         raise CheckpointError(f"the loss is {loss}: the model's weights are damaged")
     perplexity = math.exp(min(loss, 700.0))  # exp(710) is too large for a float
@@ -159,10 +159,11 @@ def _print_loss(
 
 
 def _print_score(gpt2: GPT2, examples: Sequence[Example]) -> None:
-    correct = 0
     with progress() as bar:
         task = bar.add_task("examples", total=len(examples))
-        for right in answers(gpt2, examples):
-            correct += right
-            bar.advance(task)
-    say(f"HellaSwag {correct}/{len(examples)} = {correct / len(examples):.4f} (acc_norm)")
+        score = hellaswag_accuracy(
+            gpt2, examples, advance=lambda done: bar.update(task, completed=done)
+        )
+    assert score is not None  # it is None only if `stop` was given
+    correct, count = score
+    say(f"HellaSwag {correct}/{count} = {correct / count:.4f} (acc_norm)")

@@ -5,8 +5,10 @@ The same lines run on every device: `ops` decides whether an op is NumPy or a ke
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Final
 
@@ -20,7 +22,12 @@ from gpu_gpt2.models.arena import TensorSpec, by_layer, bytes_of, element_count,
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.ops.table import Ops
 
-SHAPES_KEPT: Final = 16  # batch shapes whose views are cached: generation brings a new one a token
+# Batch shapes whose views and graphs are kept. Training, validation, HellaSwag and a sample have
+# about twelve together on a GPU. On a CPU sampling has a new shape with every token.
+SHAPES_KEPT: Final = 16
+# Sequence lengths that change from call to call are padded to a multiple of this many tokens. A
+# context of 1,024 has then 16 shapes, whose graphs can all be kept.
+PADDED_LENGTH: Final = 64
 
 
 def parameters(c: ModelConfig) -> tuple[TensorSpec, ...]:
@@ -128,6 +135,15 @@ def check_seq_len(T: int, config: ModelConfig) -> None:
         )
 
 
+@dataclass(slots=True, eq=False)
+class _Shape:
+    """The views of one batch shape, with the stager and the graphs that use them."""
+
+    views: SimpleNamespace
+    stager: Callable[..., None] | None = None
+    graphs: dict[tuple[object, ...], Callable[[], None]] = field(default_factory=dict)
+
+
 class GPT2:
     """Weights and activations of one model on one device.
 
@@ -167,9 +183,7 @@ class GPT2:
         self._act_arena = device.empty(
             (bytes_of(self._act_specs(max_batch, max_seq_len), self.x_dtype),), np.uint8
         )
-        self._views: dict[tuple[int, int], SimpleNamespace] = {}
-        self._stagers: dict[tuple[int, int], Callable[..., None]] = {}
-        self._graphs: dict[tuple[object, ...], Callable[[], None]] = {}
+        self._shapes: dict[tuple[int, int], _Shape] = {}  # the least recently used first
         self._unscaled = device.empty((1,), FLOAT32)
         device.upload(self._unscaled, np.ones(1, np.float32))
 
@@ -177,25 +191,52 @@ class GPT2:
         """Sets all weights from a float32 parameter arena (n,) on the host, rounded to X."""
         self.ops.device.upload(self.param_arena, weights.astype(self.x_dtype, copy=False))
 
+    def padded_length(self, T: int) -> int:
+        """Returns the length to which sequences of T tokens should be padded on the right.
+
+        Attention is causal, so padding changes nothing before it. On a device with graphs the
+        length is a multiple of PADDED_LENGTH, at most max_seq_len, because every shape needs a
+        graph of its own; on any other device it is T.
+        """
+        if not self.ops.device.is_async:  # only asynchronous devices have graphs
+            return T
+        whole = math.ceil(T / PADDED_LENGTH) * PADDED_LENGTH
+        return max(T, min(whole, self.max_seq_len))
+
     def forward(self, tokens: npt.NDArray[np.int32], *, last_only: bool = False) -> Array:
         """Returns the logits (B * T, Vp) X of tokens (B, T) int32 on the host, each in [0, V).
 
         With `last_only`, for generation, B must be 1, and only the last token's logits (1, Vp) are
-        computed.
+        computed; the tokens are padded to `padded_length`.
         """
-        a = self._activations(*tokens.shape)
+        B, T = tokens.shape
+        if last_only:
+            tokens = np.pad(tokens, ((0, 0), (0, self.padded_length(T) - T)))
+        shape = self._shape(*tokens.shape)
+        a = shape.views
         self.ops.device.upload(a.tokens, tokens)
-        return self._forward(a, last_only=last_only)
+        self._run(shape, ("hidden",), lambda model: model._hidden(a))
+        return self._logits(a, slice(T - 1, T) if last_only else slice(0, B * T))
 
     def losses(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Returns the cross-entropy (B * T,) of each target on the host, in nats; no gradients."""
-        a = self._activations(*batch.tokens.shape)
-        self.forward(batch.tokens)
-        o = self.ops
-        o.device.fill_zero(a.losses)
-        o.device.upload(a.targets, batch.targets.reshape(-1))
-        o.classifier_fwd(a.losses, a.logits, a.targets, self.config.vocab_size)
-        return o.device.download(a.losses)
+        return self.ops.device.download(self.add_losses(batch))
+
+    def add_losses(self, batch: Batch, *, first: bool = True) -> Array:
+        """Enqueues a forward pass, and adds the loss of each target to a buffer on the device.
+
+        Returns the buffer, losses (B * T,) float32 in nats: at each position the sum over all
+        batches of this shape since the `first`, which overwrites the buffer. Between batches that
+        add up no other method of the model may run, because all shapes share one memory. On a GPU
+        the pass is a CUDA graph, one for each shape of batch.
+        """
+        shape = self._shape(*batch.tokens.shape)
+        a = shape.views
+        self._stage(shape, batch)
+        if first:
+            self.ops.device.fill_zero(a.losses)
+        self._run(shape, ("losses",), lambda model: model._add_losses(a))
+        return a.losses
 
     def forward_backward(
         self,
@@ -213,28 +254,44 @@ class GPT2:
         position the sum over the micro-steps so far, in nats. On a GPU the micro-step is a CUDA
         graph, one for each shape of batch.
         """
-        shape = batch.tokens.shape
-        a = self._activations(*shape)
+        shape = self._shape(*batch.tokens.shape)
+        a = shape.views
         scale = self._unscaled if loss_scale is None else loss_scale
-        device = self.ops.device
-        if shape not in self._stagers:
-            self._stagers[shape] = device.stager(a.tokens, a.targets, a.order)
-        key = (shape, first, micro_steps, device.address(scale))
-        if key not in self._graphs:
-            model = weakref.proxy(self)  # the model holds the graph, which must not hold the model
-            self._graphs[key] = device.graph(
-                lambda: model._micro_step(a, scale, first=first, micro_steps=micro_steps)
-            )
-        self._stagers[shape](batch.tokens, batch.targets.reshape(-1), batch.order)
-        self._graphs[key]()
+        self._stage(shape, batch)
+        self._run(
+            shape,
+            ("micro_step", first, micro_steps, self.ops.device.address(scale)),
+            lambda model: model._micro_step(a, scale, first=first, micro_steps=micro_steps),
+        )
         return a.losses
+
+    def _stage(self, shape: _Shape, batch: Batch) -> None:
+        """Copies a batch to the device, which may still be working on the batch before."""
+        a = shape.views
+        if shape.stager is None:
+            order = (a.order,) if self.training else ()
+            shape.stager = self.ops.device.stager(a.tokens, a.targets, *order)
+        order = (batch.order,) if self.training else ()
+        shape.stager(batch.tokens, batch.targets.reshape(-1), *order)
+
+    def _run(self, shape: _Shape, key: tuple[object, ...], work: Callable[[GPT2], None]) -> None:
+        """Runs `work` as a graph, which is made when `key` comes for the first time.
+
+        `work` must use the model that it is given: the model holds the graph, so a graph that held
+        the model would keep it from being freed.
+        """
+        if key not in shape.graphs:
+            model = weakref.proxy(self)
+            shape.graphs[key] = self.ops.device.graph(lambda: work(model))
+        shape.graphs[key]()
 
     def _micro_step(
         self, a: SimpleNamespace, loss_scale: Array, *, first: bool, micro_steps: int
     ) -> None:
         """`forward_backward` of the tokens and targets that lie in the activations `a`."""
         o = self.ops
-        self._forward(a)
+        self._hidden(a)
+        self._logits(a, slice(None))
         if first:
             o.device.fill_zero(a.losses)
         dloss = 1.0 / (a.targets.size * micro_steps)
@@ -243,11 +300,16 @@ class GPT2:
         )
         self._backward(a, accumulate=not first)
 
-    def _forward(self, a: SimpleNamespace, *, last_only: bool = False) -> Array:
-        """Returns the logits of the tokens that lie in the activations `a`."""
+    def _add_losses(self, a: SimpleNamespace) -> None:
+        """`add_losses` of the tokens and targets that lie in the activations `a`."""
+        self._hidden(a)
+        self._logits(a, slice(None))
+        self.ops.classifier_fwd(a.losses, a.logits, a.targets, self.config.vocab_size)
+
+    def _hidden(self, a: SimpleNamespace) -> None:
+        """Forward pass of the tokens that lie in `a`, up to and including the last layernorm."""
         c, p, o = self.config, self.params, self.ops
         (B, T), C, eps = a.tokens.shape, c.n_embd, c.layer_norm_epsilon
-        N = B * T
         o.embedding_fwd(a.embedded.reshape(B, T, C), a.tokens, p.wte, p.wpe)
         self._first_layernorm(a, 0)
         for l in range(c.n_layer):
@@ -264,8 +326,10 @@ class GPT2:
                 o.residual_layernorm_fwd(
                     x.res_mlp, a.lnf, a.lnf_mean, a.lnf_rstd, *residual, p.lnfw, p.lnfb, eps
                 )
-        rows = slice(N - 1, N) if last_only else slice(0, N)
-        o.matmul(a.logits[rows], a.lnf[rows], p.wte.T)  # (N, Vp)
+
+    def _logits(self, a: SimpleNamespace, rows: slice) -> Array:
+        """Returns the logits of some rows of `a`, whose forward pass `_hidden` has made."""
+        self.ops.matmul(a.logits[rows], a.lnf[rows], self.params.wte.T)  # (rows, Vp)
         return a.logits[rows]
 
     def _first_layernorm(self, a: SimpleNamespace, l: int) -> None:
@@ -351,13 +415,23 @@ class GPT2:
     def _act_specs(self, B: int, T: int) -> tuple[TensorSpec, ...]:
         return activations(self.config, B, T, recompute=self.recompute, training=self.training)
 
+    def _shape(self, B: int, T: int) -> _Shape:
+        """Returns the views of a batch of (B, T), with its stager and graphs, from the cache."""
+        shape = self._shapes.pop((B, T), None)
+        if shape is None:
+            shape = _Shape(self._activations(B, T))
+            if len(self._shapes) == SHAPES_KEPT:
+                # The device may still be reading memory of the stager that is dropped.
+                self.ops.device.synchronize()
+                del self._shapes[next(iter(self._shapes))]
+        self._shapes[B, T] = shape
+        return shape
+
     def _activations(self, B: int, T: int) -> SimpleNamespace:
         """Returns the activations of a batch of (B, T) by name, and `layers`, those of each layer.
 
-        The activations of all shapes lie in the same memory. Their views are cached.
+        The activations of all shapes lie in the same memory.
         """
-        if (B, T) in self._views:
-            return self._views[B, T]
         check_seq_len(T, self.config)
         specs = self._act_specs(B, T)
         a = views(specs, self.x_dtype, self._act_arena)
@@ -366,7 +440,4 @@ class GPT2:
         for layer in a.layers:
             layer.residual = residual  # the residual stream that enters the layer
             residual = layer.res_mlp
-        if len(self._views) == SHAPES_KEPT:
-            del self._views[next(iter(self._views))]  # the oldest
-        self._views[B, T] = a
         return a
