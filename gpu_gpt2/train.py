@@ -71,6 +71,8 @@ def train(
                 run.evaluate()
             if finished or (run.is_due(config.sample_every) and not stop.requested):
                 run.sample()
+            if finished:
+                run.log.finish()
             if finished or stop.requested:
                 break
 
@@ -216,7 +218,7 @@ class Run:
             start = np.array([tokenizer.eot], np.int32)
             seed = self.config.seed + self.step
             tokens = generate(self.model, start, max_tokens=SAMPLE_TOKENS, seed=seed)
-            self.log.sample(tokenizer.decode(list(tokens)))
+            self.log.sample(self.step, tokenizer.decode(list(tokens)))
 
     @contextmanager
     def _paused(self, doing: str) -> Iterator[None]:
@@ -250,6 +252,7 @@ class Run:
                 grad_norm=result.grad_norm if result.updated else None,
                 step_ms=(now - self._last_read) * 1000,
                 tokens=self.config.total_batch_tokens,
+                skipped="" if result.updated else "gradient out of range",
             )
             self._last_read = now
 
