@@ -1,38 +1,73 @@
-"""The log of a run: progress on the terminal, and one record for each step in metrics.jsonl."""
+"""The log of a run: progress on the terminal, metrics.jsonl, main.log, and other sinks."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from gpu_gpt2.errors import CheckpointError, ConfigError
+from gpu_gpt2.errors import CheckpointError, ConfigError, UserError
+from gpu_gpt2.training.curve import MARK, curve_text
+from gpu_gpt2.training.history import METRICS_FILE
+from gpu_gpt2.training.sinks import Sink
 
-METRICS_FILE: Final = "metrics.jsonl"
+MAIN_LOG: Final = "main.log"  # llm.c's name for its log, whose format this file has
 LINE_EVERY_S: Final = 5.0  # seconds between lines of progress where output is not a terminal
-SMOOTHING: Final = 0.9  # weight of the past in the displayed loss, an exponential moving average
+SMOOTHING: Final = 0.9  # weight of the past in the displayed averages, which are exponential
+FORECAST_STEPS: Final = (2, 3, 4)  # steps of this process whose times predict the whole run's
+SHORTEST_FORECAST_S: Final = 10.0  # seconds: the end of a shorter run comes before the news of it
+CURVE_HEIGHT: Final = 8  # lines
+CURVE_WIDTH: Final = 110  # columns at most: wider curves are flat
+CURVE_WIDTH_ELSEWHERE: Final = 70  # columns where output is not a terminal
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
     """The progress of one run, as a context manager that locks the run folder.
 
     metrics.jsonl gets one JSON object a line. A training step has step (steps done), loss (nats per
-    token), lr, grad_norm (before clipping; null if there was no update), step_ms and tokens_per_s.
-    A validation has step, val_loss (nats per token) and val_bits_per_byte.
+    token), lr, grad_norm (before clipping; null if there is none), step_ms and tokens_per_s, and,
+    if the weights were not updated, skipped (the reason). A validation has step, val_loss (nats per
+    token) and val_bits_per_byte; a HellaSwag evaluation has step and hellaswag_acc_norm.
+
+    main.log gets the losses, learning rates and accuracies in llm.c's format, whose training lines
+    count steps from 0. The sinks get all numbers as well; one that fails is warned of once and then
+    left out, so that it cannot stop the training.
     """
 
-    def __init__(self, run_dir: Path, console: Console, *, first_step: int, steps: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        console: Console,
+        *,
+        first_step: int,
+        steps: int,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        """Opens the log after `first_step` steps of `steps`; later records are cut off.
+
+        Raises ConfigError if another process trains in the folder, and CheckpointError if the
+        files cannot be written.
+        """
         self.console = console
+        self._first_step = first_step
         self._steps = steps
-        self._path = run_dir / METRICS_FILE
         self._loss: float | None = None
+        self._step_ms: float | None = None
+        self._first_times: list[float] = []  # milliseconds of the first steps of this process
         self._last_line = time.monotonic()
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
@@ -49,12 +84,15 @@ class RunLog:
         self._task: TaskID = self._progress.add_task(
             "", total=steps, completed=first_step, loss=float("nan"), speed=0.0
         )
+        self._metrics = _LogFile(run_dir / METRICS_FILE, _step_of_record)
+        self._main_log = _LogFile(run_dir / MAIN_LOG, _step_of_line)
+        self._sinks = list(sinks)
         self._lock = _locked(run_dir)
         try:
-            _cut_after(self._path, first_step)
-            self._file = self._path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self._path}: {error.strerror}") from error
+            self._cut(first_step)
+        except BaseException:
+            self._close()
+            raise
 
     def __enter__(self) -> RunLog:
         self._progress.start()
@@ -67,9 +105,20 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        self._file.close()
-        if self._lock is not None:
-            os.close(self._lock)
+        self._close()
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the lowest validation of the whole run, the first of equal ones.
+
+        None if there was no validation. Parts of the run before a resume count.
+        """
+        losses = self._recorded["val_loss"].items()
+        return min(losses, key=lambda item: (item[1], item[0]), default=None)
+
+    def has(self, kind: str, step: int) -> bool:
+        """Returns True if `kind` was recorded after `step`: "val_loss", "hellaswag_acc_norm"."""
+        return step in self._recorded[kind]
 
     def training(
         self,
@@ -80,51 +129,231 @@ class RunLog:
         grad_norm: float | None,
         step_ms: float,
         tokens: int,
+        skipped: str = "",
     ) -> None:
-        """Logs a step over `tokens` tokens; a grad_norm of None says that there was no update."""
-        speed = tokens / step_ms * 1000
-        self._write(
-            step=step, loss=loss, lr=lr, grad_norm=grad_norm, step_ms=step_ms, tokens_per_s=speed
-        )
-        smooth = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
-        self._loss = smooth
-        self._progress.update(self._task, completed=step, loss=smooth, speed=speed)
-        if not self.console.is_terminal and (
-            step == self._steps or time.monotonic() - self._last_line > LINE_EVERY_S
-        ):
-            self._last_line = time.monotonic()
-            left = (self._steps - step) * step_ms / 1000
-            self.console.print(
-                f"step {step}/{self._steps}  loss {smooth:.3f}  {speed:,.0f} tokens/s  "
-                f"{left:.0f} s left"
-            )
+        """Logs a step over `tokens` tokens.
 
-    def doing(self, what: str) -> None:
-        """Shows on the progress bar what is being done besides training; "" ends it."""
-        self._progress.update(self._task, description=f"{what}, " if what else "")
+        `skipped` is the reason why there was no update of the weights, if there was none; grad_norm
+        is None if the gradient has no norm.
+        """
+        speed = tokens / step_ms * 1000
+        numbers = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "step_ms": step_ms,
+            "tokens_per_s": speed,
+        }
+        reason = {"skipped": skipped} if skipped else {}
+        self._record({"step": step, **numbers, **reason})
+        norm = math.nan if grad_norm is None else grad_norm
+        self._main_log.write(f"s:{step - 1} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}")
+        self._to_sinks(step, {f"train/{name}": x for name, x in numbers.items() if x is not None})
+
+        self._loss = _average(self._loss, loss)
+        self._step_ms = _average(self._step_ms, step_ms)
+        self._progress.update(self._task, completed=step, loss=self._loss, speed=speed)
+        self._forecast(step, step_ms)
+        if step == self._steps or self._line_is_due():
+            left = duration((self._steps - step) * self._step_ms / 1000)
+            self._line(
+                f"step {step}/{self._steps}  loss {self._loss:.3f}  {speed:,.0f} tokens/s  "
+                f"{left} left"
+            )
 
     def validation(self, step: int, *, loss: float, bits_per_byte: float) -> None:
         """Logs the mean loss, in nats per token, on the held-out text after `step` steps."""
-        self._write(step=step, val_loss=loss, val_bits_per_byte=bits_per_byte)
+        self._record({"step": step, "val_loss": loss, "val_bits_per_byte": bits_per_byte})
+        self._main_log.write(f"s:{step} tel:{loss:.4f}")
+        self._to_sinks(step, {"val/loss": loss, "val/bits_per_byte": bits_per_byte})
         self.console.print(
             f"step {step}  validation loss {loss:.4f}  {bits_per_byte:.3f} bits per byte"
         )
 
-    def sample(self, text: str) -> None:
-        """Prints a generated text between two rules."""
-        self.console.rule("sample", style="dim")
+    def hellaswag(self, step: int, *, correct: int, count: int) -> None:
+        """Logs how many of `count` HellaSwag questions the model answers correctly."""
+        accuracy = correct / count
+        self._record({"step": step, "hellaswag_acc_norm": accuracy})
+        self._main_log.write(f"s:{step} eval:{accuracy:.4f}")
+        self._to_sinks(step, {"val/hellaswag_acc_norm": accuracy})
+        self.console.print(f"step {step}  HellaSwag {correct:,}/{count:,} = {accuracy:.4f}")
+
+    def sample(self, step: int, text: str) -> None:
+        """Prints the text that the model generates after `step` steps between two rules."""
+        self.console.rule(f"sample after step {step}", style="dim")
         self.console.print(text, markup=False, highlight=False, emoji=False)
         self.console.rule(style="dim")
 
-    def _write(self, **record: Any) -> None:
+    def doing(self, what: str, done: int = 0, total: int = 0, unit: str = "tokens") -> None:
+        """Shows what is being done besides training, of which `done` of `total` is finished.
+
+        A `total` of 0 says that this is not known; an empty `what` ends the display.
+        """
+        share = f" {done / total:.0%}" if total else ""
+        self._progress.update(self._task, description=f"{what}{share}, " if what else "")
+        if total and self._line_is_due():
+            self._line(f"{what} {done:,}/{total:,} {unit}")
+
+    def rewind(self, step: int) -> None:
+        """Takes everything after `step` back, because training continues from a checkpoint."""
+        self._cut(step)
+        self._loss = self._step_ms = None
+        self._progress.update(self._task, completed=step)
+
+    def finish(self) -> None:
+        """Prints the curve of the whole run's loss; a short run has none."""
+        width = (
+            min(self.console.width, CURVE_WIDTH)
+            if self.console.is_terminal
+            else CURVE_WIDTH_ELSEWHERE
+        )
+        losses = self._recorded["loss"]
+        curve = curve_text(
+            list(losses),
+            list(losses.values()),
+            self._recorded["val_loss"],
+            width=width,
+            height=CURVE_HEIGHT,
+            encoding=self.console.encoding,
+        )
+        if curve:
+            text = Text(curve)
+            text.highlight_words([MARK], "bold yellow")
+            self.console.print(text, soft_wrap=True)
+
+    def _cut(self, step: int) -> None:
+        """Drops what was logged after `step` steps: these steps will be done again."""
+        # A run that begins keeps nothing, not even a validation before the first step.
+        last = step if step > 0 else -1
+        records = [json.loads(line) for line in self._metrics.cut(last)]
+        self._main_log.cut(last)
+        self._recorded: dict[str, dict[int, float]] = {
+            kind: {record["step"]: record[kind] for record in records if kind in record}
+            for kind in ("loss", "val_loss", "hellaswag_acc_norm")
+        }
+        self._each_sink(lambda sink: sink.start(step))
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        self._metrics.write(json.dumps(record))
+        for kind, values in self._recorded.items():
+            if kind in record:
+                values[record["step"]] = record[kind]
+
+    def _to_sinks(self, step: int, values: Mapping[str, float]) -> None:
+        self._each_sink(lambda sink: sink.log(step, values))
+
+    def _each_sink(self, act: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                act(sink)
+            except UserError:
+                raise
+            except Exception as error:  # of any library: none of them may stop the training
+                self._sinks.remove(sink)
+                logger.warning(
+                    "%s failed and gets no more numbers, but training continues: %s",
+                    sink.name,
+                    " ".join(str(error).split()) or type(error).__name__,
+                )
+
+    def _forecast(self, step: int, step_ms: float) -> None:
+        """Prints once how long the rest of the run takes, after its first few steps."""
+        last = FORECAST_STEPS[-1]
+        if len(self._first_times) == last:
+            return
+        self._first_times.append(step_ms)
+        if len(self._first_times) < last:
+            return
+        times = [self._first_times[number - 1] for number in FORECAST_STEPS]
+        left = self._steps - step
+        seconds = left * sum(times) / len(times) / 1000
+        if seconds >= SHORTEST_FORECAST_S:
+            steps = "step" if left == 1 else "steps"
+            self.console.print(
+                f"about {duration(seconds)} for the {left:,} {steps} left", highlight=False
+            )
+
+    def _line_is_due(self) -> bool:
+        """Returns True if output is not a terminal and the last line is LINE_EVERY_S old."""
+        waited = time.monotonic() - self._last_line
+        return not self.console.is_terminal and waited > LINE_EVERY_S
+
+    def _line(self, text: str) -> None:
+        if not self.console.is_terminal:
+            self._last_line = time.monotonic()
+            self.console.print(text)
+
+    def _close(self) -> None:
+        self._each_sink(lambda sink: sink.close())
+        self._sinks.clear()
+        self._metrics.close()
+        self._main_log.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in its two largest units: "45 s", "1 min 20 s", "3 h 5 min", "2 d 7 h"."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    # Rounded to the smaller unit before it is split, so that there is no "1 min 60 s".
+    for (name, size), (smaller, part) in itertools.pairwise(units):
+        count, rest = divmod(round(seconds / part), size // part)
+        if count:
+            return f"{count} {name} {rest} {smaller}" if rest else f"{count} {name}"
+    return f"{round(seconds)} s"
+
+
+class _LogFile:
+    """A text file that gets line after line, and whose end can be cut off."""
+
+    def __init__(self, path: Path, step_of: Callable[[str], float]) -> None:
+        """`step_of` returns the step of a line, or infinity if the line is damaged."""
+        self._path = path
+        self._step_of = step_of
+        self._file: TextIO | None = None
+
+    def cut(self, step: int) -> list[str]:
+        """Drops the lines after `step`, opens the file for more, and returns the lines kept.
+
+        The file is replaced as a whole, so that a crash leaves the old one or the new one.
+        """
+        self.close()
         try:
-            self._file.write(json.dumps(record) + "\n")
+            kept: list[str] = []
+            if self._path.exists():
+                text = self._path.read_text(encoding="utf-8", errors="replace")
+                lines = text.splitlines(keepends=True)
+                kept = [line for line in lines if self._step_of(line) <= step]
+                temporary = self._path.with_name(f".{self._path.name}.tmp")
+                temporary.write_text("".join(kept), "utf-8")
+                temporary.replace(self._path)
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self._path}: {error.strerror}") from error
+        return kept
+
+    def write(self, line: str) -> None:
+        """Appends a line, which is on its way to the disk when this returns."""
+        assert self._file is not None
+        try:
+            self._file.write(f"{line}\n")
             self._file.flush()
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self._path}: {error.strerror}; free some space, then continue "
                 f"with --resume"
             ) from error
+
+    def close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # a line that could not be written has been reported
+                self._file.close()
+            self._file = None
+
+
+def _average(average: float | None, value: float) -> float:
+    return value if average is None else SMOOTHING * average + (1 - SMOOTHING) * value
 
 
 def _locked(run_dir: Path) -> int | None:
@@ -146,22 +375,19 @@ def _locked(run_dir: Path) -> int | None:
     return lock
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Drops the records after `step`: a resumed run repeats the steps after its checkpoint.
-
-    The file is replaced as a whole, so that a crash leaves the old one or the new one.
-    """
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line for line in lines if _step_of(line) <= step), "utf-8")
-    temporary.replace(path)
-
-
-def _step_of(line: str) -> float:
-    """Returns the step of a record, or infinity for a line that a crash left incomplete."""
+def _step_of_record(line: str) -> float:
+    """Returns the step of a line of metrics.jsonl, or infinity if a crash left it incomplete."""
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def _step_of_line(line: str) -> float:
+    """Returns the steps done at a line of main.log, or infinity for an incomplete line."""
+    try:
+        step, value, *_ = line.split()
+        done = int(step.removeprefix("s:")) + (1 if value.startswith("trl:") else 0)
+        return done if line.endswith("\n") else math.inf
+    except ValueError:
         return math.inf

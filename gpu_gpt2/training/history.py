@@ -1,0 +1,125 @@
+"""Reads the log of a run back: the records of metrics.jsonl as arrays, and their moving average."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu_gpt2.errors import DataError
+
+METRICS_FILE: Final = "metrics.jsonl"  # in the run folder; RunLog describes its records
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The numbers that a run has logged, as arrays in the order of the steps.
+
+    n training steps and m validations. A step is counted as the number of steps done after it.
+    """
+
+    steps: IntArray  # (n,), increasing
+    loss: FloatArray  # (n,) in nats per token
+    lr: FloatArray  # (n,)
+    grad_norm: FloatArray  # (n,) before clipping; NaN where the step has none
+    tokens_per_s: FloatArray  # (n,)
+    skipped: npt.NDArray[np.bool_]  # (n,): True where the weights were not updated
+    val_steps: IntArray  # (m,), increasing
+    val_loss: FloatArray  # (m,) in nats per token
+
+
+def read_history(run_dir: Path) -> History:
+    """Returns the log of the run in `run_dir`.
+
+    An incomplete last line is left out: a training that is writing it, or a crash, left it so.
+    Raises DataError if there is no log, no training step in it, or a damaged line.
+    """
+    path = run_dir / METRICS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; give the folder of a training run"
+        ) from error
+    training: list[tuple[float, ...]] = []
+    validations: list[tuple[float, ...]] = []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+            if "loss" in record:
+                training.append(_training(record))
+            elif "val_loss" in record:
+                validations.append((_step(record), float(record["val_loss"])))
+            else:
+                _step(record)
+        except (ValueError, TypeError, KeyError):
+            raise DataError(
+                f"{path}: line {number} is damaged: {line.strip()[:40]!r}; delete this line"
+            ) from None
+    if not training:
+        raise DataError(f"{path} holds no training step yet; wait for the first one")
+    steps, loss, lr, grad_norm, tokens_per_s, skipped = np.array(training, np.float64).T
+    val_steps, val_loss = np.array(validations, np.float64).reshape(-1, 2).T
+    for name, values in (("training step", steps), ("validation of step", val_steps)):
+        if (wrong := np.flatnonzero(np.diff(values) <= 0)).size:
+            before, after = values[wrong[0]], values[wrong[0] + 1]
+            raise DataError(
+                f"{path}: {name} {after:.0f} stands after {before:.0f}; delete the older of the "
+                f"records that are there twice"
+            )
+    return History(
+        steps.astype(np.int64),
+        loss,
+        lr,
+        grad_norm,
+        tokens_per_s,
+        skipped != 0,
+        val_steps.astype(np.int64),
+        val_loss,
+    )
+
+
+def smoothed(values: FloatArray, window: float) -> FloatArray:
+    """Returns the exponential moving average of values (n,) over about `window` values.
+
+    The average at index i weighs value j <= i by decay^(i - j), decay = 1 - 1 / window, divided by
+    the sum of these weights, so that the first values are not biased towards zero. Values that are
+    not finite are left out.
+    """
+    decay = 1 - 1 / window
+    result = np.full(len(values), np.nan)
+    total = weight = 0.0
+    for i, value in enumerate(values):
+        if np.isfinite(value):
+            total, weight = decay * total + value, decay * weight + 1
+        if weight:
+            result[i] = total / weight
+    return result
+
+
+def _training(record: dict[str, Any]) -> tuple[float, ...]:
+    norm = record["grad_norm"]
+    return (
+        _step(record),
+        float(record["loss"]),
+        float(record["lr"]),
+        float("nan") if norm is None else float(norm),
+        float(record["tokens_per_s"]),
+        float(norm is None or bool(record.get("skipped"))),
+    )
+
+
+def _step(record: dict[str, Any]) -> int:
+    step = record["step"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step is {step!r}")
+    return step
