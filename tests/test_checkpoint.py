@@ -116,6 +116,34 @@ def test_the_newest_two_checkpoints_are_kept(run_dir: Path) -> None:
     assert names(run_dir) == ["metrics.jsonl", "step_00000020", "step_00000030"]
 
 
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (Retention(), [10, 12]),
+        (Retention(last=1), [12]),
+        (Retention(last=3), [8, 10, 12]),
+        (Retention(last=0), [2, 4, 6, 8, 10, 12]),
+        (Retention(every=4), [4, 8, 10, 12]),
+        (Retention(last=1, every=6), [6, 12]),
+        (Retention(best=6), [6, 10, 12]),
+        (Retention(last=1, every=4, best=2), [2, 4, 8, 12]),
+        (Retention(best=12), [10, 12]),
+        (Retention(best=7), [10, 12]),
+    ],
+)
+def test_what_is_not_kept_is_removed(retention: Retention, kept: list[int], tmp_path: Path) -> None:
+    for step in range(2, 13, 2):
+        folder = checkpoint.save(tmp_path, state_at(step), Tokenizer(), retention)
+        assert folder == checkpoint.folder_of(tmp_path, step)
+    assert names(tmp_path) == [f"step_{step:08d}" for step in kept]
+
+
+def test_the_step_just_written_is_kept_by_any_retention(run_dir: Path) -> None:
+    checkpoint.save(run_dir, state_at(20), Tokenizer())
+    checkpoint.save(run_dir, state_at(5), Tokenizer(), Retention(last=1, best=20))
+    assert names(run_dir) == ["metrics.jsonl", "step_00000005", "step_00000020"]
+
+
 def test_the_checkpoint_just_written_is_kept_even_if_later_steps_exist(run_dir: Path) -> None:
     checkpoint.save(run_dir, state_at(20), Tokenizer())
     assert checkpoint.save(run_dir, state_at(5), Tokenizer()).name == "step_00000005"
@@ -349,6 +377,98 @@ def test_a_crash_after_a_step_was_replaced_leaves_the_new_one(run_dir: Path) -> 
     assert_loads_as(checkpoint.latest(run_dir), new)
     checkpoint.save(run_dir, state_at(20), Tokenizer())
     assert names(run_dir) == ["metrics.jsonl", "step_00000010", "step_00000020"]
+
+
+SET_ASIDE_STEPS = (20, 30, 40)
+
+
+@pytest.fixture
+def branched(run_dir: Path) -> Path:
+    """A run with checkpoints of the steps 10, 20, 30 and 40."""
+    for step in SET_ASIDE_STEPS:
+        checkpoint.save(run_dir, state_at(step), Tokenizer(), Retention(last=0))
+    return run_dir
+
+
+def test_checkpoints_after_a_step_are_moved_out_of_the_run(branched: Path) -> None:
+    aside = branched / "set_aside"
+    moved = checkpoint.set_aside(branched, 20)
+    assert moved == [aside / "step_00000040", aside / "step_00000030"]
+    assert names(branched) == ["metrics.jsonl", "set_aside", "step_00000010", "step_00000020"]
+    assert checkpoint.latest(branched) == branched / "step_00000020"
+    for folder, step in zip(moved, (40, 30), strict=True):
+        assert_loads_as(folder, state_at(step))
+    assert checkpoint.set_aside(branched, 20) == []
+
+
+def test_a_run_without_later_checkpoints_gets_no_folder_for_them(branched: Path) -> None:
+    assert checkpoint.set_aside(branched, 40) == []
+    assert checkpoint.set_aside(branched / "no such run", 0) == []
+    assert "set_aside" not in names(branched)
+
+
+def test_what_was_set_aside_before_is_not_overwritten(branched: Path) -> None:
+    aside = branched / "set_aside"
+    for number in ("", ".1", ".2"):
+        new = replace(state_at(50 + len(number)), step=40)
+        checkpoint.save(branched, new, Tokenizer(), Retention(last=0))
+        assert checkpoint.set_aside(branched, 30) == [aside / f"step_00000040{number}"]
+        assert_loads_as(aside / f"step_00000040{number}", new)
+    assert names(aside) == ["step_00000040", "step_00000040.1", "step_00000040.2"]
+    # An empty folder would be replaced by a rename.
+    (aside / "step_00000030").mkdir()
+    assert checkpoint.set_aside(branched, 20) == [aside / "step_00000030.1"]
+
+
+def test_the_newest_is_set_aside_first_and_on_the_disk_before_the_next(
+    branched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[int | str] = []
+    rename = Path.rename
+
+    def note_rename(self: Path, target: Path) -> Path:
+        events.append(self.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "rename", note_rename)
+    checkpoint.set_aside(branched, 10)
+    folders = [(branched / "set_aside").stat().st_ino, branched.stat().st_ino]
+    expected: list[int | str] = []
+    for step in reversed(SET_ASIDE_STEPS):
+        expected += [f"step_{step:08d}", *folders]
+    assert events == expected
+
+
+def test_a_crash_while_checkpoints_are_set_aside_leaves_a_run(
+    branched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "step_00000030":
+            no_space()
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fail)
+        with pytest.raises(CheckpointError, match=r"cannot move .*_00000030, .*: No space left"):
+            checkpoint.set_aside(branched, 10)
+    assert [f.name[-2:] for f in checkpoint.checkpoints(branched)] == ["10", "20", "30"]
+    assert [f.name[-2:] for f in checkpoint.set_aside(branched, 10)] == ["30", "20"]
+
+
+def test_a_replaced_checkpoint_does_not_come_back_after_it_was_set_aside(branched: Path) -> None:
+    for step, left in ((40, "step_00000040"), (30, "")):  # with and without its successor
+        old = branched / f".step_{step:08d}.old"
+        (branched / f"step_{step:08d}").rename(old)
+        if left:
+            checkpoint.save(branched / "other", state_at(step), Tokenizer())
+            (branched / "other" / left).rename(branched / left)
+            (branched / "other").rmdir()
+    assert len(checkpoint.set_aside(branched, 20)) == 2
+    assert checkpoint.latest(branched) == branched / "step_00000020"
+    assert names(branched) == ["metrics.jsonl", "set_aside", "step_00000010", "step_00000020"]
 
 
 def test_a_checkpoint_disappears_from_the_list_before_its_files_do(

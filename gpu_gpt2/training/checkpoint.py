@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -37,6 +38,7 @@ from gpu_gpt2.training.optimizer import UpdateState
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 TRAINING_FILE: Final = "training.json"
 FORMAT_VERSION: Final = 3
+SET_ASIDE_FOLDER: Final = "set_aside"  # in a run: checkpoints that it no longer continues
 
 _WITHOUT_MANIFEST: Final = (1, 2)  # versions of training.json beside which there is no manifest
 # Files that every checkpoint has beside its manifest and its tokenizer.
@@ -345,6 +347,38 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def set_aside(run_dir: Path, step: int) -> list[Path]:
+    """Moves the checkpoints after a step into RUN/set_aside; returns their new folders.
+
+    A run that is resumed from an earlier checkpoint then cannot be taken for its former self, and
+    nothing is lost. The newest is moved first: after a crash in between, the rest is a run as
+    before. Nothing in RUN/set_aside is overwritten: a number is added to the name. Only one process
+    may change a run at a time. Raises CheckpointError.
+    """
+    moved: list[Path] = []
+    later = [folder for folder in checkpoints(run_dir) if _step_of(folder) > step]
+    if not later:
+        return moved
+    folder = later[-1]
+    try:
+        _clear_leftovers(run_dir)  # else the replaced checkpoint of a step could come back
+        target_dir = run_dir / SET_ASIDE_FOLDER
+        target_dir.mkdir(exist_ok=True)
+        for number in reversed([_step_of(folder) for folder in later]):
+            folder = folder_of(run_dir, number)
+            target = _unused(target_dir / folder.name)
+            folder.rename(target)
+            sync(target_dir)
+            sync(run_dir)
+            moved.append(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot move the checkpoint {folder}, which is later than step {step}, to "
+            f"{run_dir / SET_ASIDE_FOLDER}: {error.strerror or error}; move it elsewhere yourself"
+        ) from error
+    return moved
+
+
 def folder_of(run_dir: Path, step: int) -> Path:
     """Returns the folder that `save` gives the checkpoint of a step."""
     return run_dir / f"step_{step:08d}"
@@ -383,6 +417,12 @@ def _write(folder: Path, state: TrainingState, tokenizer: Tokenizer) -> None:
         manifest.write(folder, digests)
     for path in (folder / MANIFEST_FILE, folder):
         sync(path)
+
+
+def _unused(path: Path) -> Path:
+    """Returns the path, or the first of path.1, path.2 and so on if it is taken."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
 def _publish(temporary: Path, folder: Path) -> None:
