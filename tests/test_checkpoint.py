@@ -1,14 +1,17 @@
-"""Checkpoints are complete or absent, the newest two are kept, and damaged ones are refused."""
+"""Checkpoints are complete or absent, kept as long as asked, and refused if a bit is wrong."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,13 +23,19 @@ import pytest
 from models import train_settings
 from safetensors.numpy import load_file, save_file
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import DEFAULTS, ModelConfig
 from gpu_gpt2.errors import CheckpointError, DataError, UserError
 from gpu_gpt2.formats import hf
 from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.models.weights import Arena, load_arena, named
-from gpu_gpt2.training import checkpoint
-from gpu_gpt2.training.checkpoint import OPTIMIZER_FILE, TRAINING_FILE, TrainingState
+from gpu_gpt2.training import checkpoint, manifest
+from gpu_gpt2.training.checkpoint import (
+    OPTIMIZER_FILE,
+    TRAINING_FILE,
+    Retention,
+    TrainingState,
+)
+from gpu_gpt2.training.manifest import MANIFEST_FILE, Digests
 from gpu_gpt2.training.optimizer import UpdateState
 
 MODEL = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
@@ -105,6 +114,34 @@ def test_the_newest_two_checkpoints_are_kept(run_dir: Path) -> None:
         checkpoint.save(run_dir, state_at(step), Tokenizer())
         assert checkpoint.latest(run_dir).name == f"step_{max(step, 20):08d}"
     assert names(run_dir) == ["metrics.jsonl", "step_00000020", "step_00000030"]
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (Retention(), [10, 12]),
+        (Retention(last=1), [12]),
+        (Retention(last=3), [8, 10, 12]),
+        (Retention(last=0), [2, 4, 6, 8, 10, 12]),
+        (Retention(every=4), [4, 8, 10, 12]),
+        (Retention(last=1, every=6), [6, 12]),
+        (Retention(best=6), [6, 10, 12]),
+        (Retention(last=1, every=4, best=2), [2, 4, 8, 12]),
+        (Retention(best=12), [10, 12]),
+        (Retention(best=7), [10, 12]),
+    ],
+)
+def test_what_is_not_kept_is_removed(retention: Retention, kept: list[int], tmp_path: Path) -> None:
+    for step in range(2, 13, 2):
+        folder = checkpoint.save(tmp_path, state_at(step), Tokenizer(), retention)
+        assert folder == checkpoint.folder_of(tmp_path, step)
+    assert names(tmp_path) == [f"step_{step:08d}" for step in kept]
+
+
+def test_the_step_just_written_is_kept_by_any_retention(run_dir: Path) -> None:
+    checkpoint.save(run_dir, state_at(20), Tokenizer())
+    checkpoint.save(run_dir, state_at(5), Tokenizer(), Retention(last=1, best=20))
+    assert names(run_dir) == ["metrics.jsonl", "step_00000005", "step_00000020"]
 
 
 def test_the_checkpoint_just_written_is_kept_even_if_later_steps_exist(run_dir: Path) -> None:
@@ -247,6 +284,8 @@ def test_files_are_synced_before_the_rename_and_the_folder_after_it(
     folder = checkpoint.save(run_dir, state_at(20), Tokenizer())
     named = events.index("rename")
     assert set(events[:named]) == {path.stat().st_ino for path in (folder, *folder.iterdir())}
+    last = [(folder / MANIFEST_FILE).stat().st_ino, folder.stat().st_ino]
+    assert events[named - 2 : named] == last
     assert events[named + 1 :] == [run_dir.stat().st_ino]
 
 
@@ -340,6 +379,98 @@ def test_a_crash_after_a_step_was_replaced_leaves_the_new_one(run_dir: Path) -> 
     assert names(run_dir) == ["metrics.jsonl", "step_00000010", "step_00000020"]
 
 
+SET_ASIDE_STEPS = (20, 30, 40)
+
+
+@pytest.fixture
+def branched(run_dir: Path) -> Path:
+    """A run with checkpoints of the steps 10, 20, 30 and 40."""
+    for step in SET_ASIDE_STEPS:
+        checkpoint.save(run_dir, state_at(step), Tokenizer(), Retention(last=0))
+    return run_dir
+
+
+def test_checkpoints_after_a_step_are_moved_out_of_the_run(branched: Path) -> None:
+    aside = branched / "set_aside"
+    moved = checkpoint.set_aside(branched, 20)
+    assert moved == [aside / "step_00000040", aside / "step_00000030"]
+    assert names(branched) == ["metrics.jsonl", "set_aside", "step_00000010", "step_00000020"]
+    assert checkpoint.latest(branched) == branched / "step_00000020"
+    for folder, step in zip(moved, (40, 30), strict=True):
+        assert_loads_as(folder, state_at(step))
+    assert checkpoint.set_aside(branched, 20) == []
+
+
+def test_a_run_without_later_checkpoints_gets_no_folder_for_them(branched: Path) -> None:
+    assert checkpoint.set_aside(branched, 40) == []
+    assert checkpoint.set_aside(branched / "no such run", 0) == []
+    assert "set_aside" not in names(branched)
+
+
+def test_what_was_set_aside_before_is_not_overwritten(branched: Path) -> None:
+    aside = branched / "set_aside"
+    for number in ("", ".1", ".2"):
+        new = replace(state_at(50 + len(number)), step=40)
+        checkpoint.save(branched, new, Tokenizer(), Retention(last=0))
+        assert checkpoint.set_aside(branched, 30) == [aside / f"step_00000040{number}"]
+        assert_loads_as(aside / f"step_00000040{number}", new)
+    assert names(aside) == ["step_00000040", "step_00000040.1", "step_00000040.2"]
+    # An empty folder would be replaced by a rename.
+    (aside / "step_00000030").mkdir()
+    assert checkpoint.set_aside(branched, 20) == [aside / "step_00000030.1"]
+
+
+def test_the_newest_is_set_aside_first_and_on_the_disk_before_the_next(
+    branched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[int | str] = []
+    rename = Path.rename
+
+    def note_rename(self: Path, target: Path) -> Path:
+        events.append(self.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "rename", note_rename)
+    checkpoint.set_aside(branched, 10)
+    folders = [(branched / "set_aside").stat().st_ino, branched.stat().st_ino]
+    expected: list[int | str] = []
+    for step in reversed(SET_ASIDE_STEPS):
+        expected += [f"step_{step:08d}", *folders]
+    assert events == expected
+
+
+def test_a_crash_while_checkpoints_are_set_aside_leaves_a_run(
+    branched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "step_00000030":
+            no_space()
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fail)
+        with pytest.raises(CheckpointError, match=r"cannot move .*_00000030, .*: No space left"):
+            checkpoint.set_aside(branched, 10)
+    assert [f.name[-2:] for f in checkpoint.checkpoints(branched)] == ["10", "20", "30"]
+    assert [f.name[-2:] for f in checkpoint.set_aside(branched, 10)] == ["30", "20"]
+
+
+def test_a_replaced_checkpoint_does_not_come_back_after_it_was_set_aside(branched: Path) -> None:
+    for step, left in ((40, "step_00000040"), (30, "")):  # with and without its successor
+        old = branched / f".step_{step:08d}.old"
+        (branched / f"step_{step:08d}").rename(old)
+        if left:
+            checkpoint.save(branched / "other", state_at(step), Tokenizer())
+            (branched / "other" / left).rename(branched / left)
+            (branched / "other").rmdir()
+    assert len(checkpoint.set_aside(branched, 20)) == 2
+    assert checkpoint.latest(branched) == branched / "step_00000020"
+    assert names(branched) == ["metrics.jsonl", "set_aside", "step_00000010", "step_00000020"]
+
+
 def test_a_checkpoint_disappears_from_the_list_before_its_files_do(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,14 +501,63 @@ def edit_optimizer(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], 
     return edit
 
 
-def test_training_files_of_version_1_are_still_read(run_dir: Path) -> None:
-    """Version 1 has "counts" instead of "update", and in it "in_a_row" instead of "good_steps"."""
-    path = checkpoint.latest(run_dir) / TRAINING_FILE
+def seal(folder: Path) -> None:
+    """Writes a manifest of the files as they are, so that only their contents can be refused."""
+    (folder / MANIFEST_FILE).unlink()
+    with Digests(folder.iterdir()) as digests:
+        manifest.write(folder, digests)
+
+
+def age(folder: Path, version: int) -> None:
+    """Makes a checkpoint of version 1 or 2 from one of version 3.
+
+    Version 1 has "counts" instead of "update", and in it "in_a_row" instead of "good_steps".
+    """
+    path = folder / TRAINING_FILE
     training = json.loads(path.read_text())
-    update = training.pop("update")
-    update["in_a_row"] = update.pop("good_steps")
-    path.write_text(json.dumps(training | {"format_version": 1, "counts": update}))
-    assert_loads_as(path.parent, state_at(10))
+    if version == 1:
+        training["counts"] = update = training.pop("update")
+        update["in_a_row"] = update.pop("good_steps")
+    path.write_text(json.dumps(training | {"format_version": version}))
+    (folder / MANIFEST_FILE).unlink()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_versions_without_a_manifest_are_still_read(version: int, run_dir: Path) -> None:
+    folder = checkpoint.latest(run_dir)
+    age(folder, version)
+    assert_loads_as(folder, state_at(10))
+    assert checkpoint.saved_settings(folder) == TRAIN
+    assert not checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_settings_that_old_versions_lack_keep_the_run_as_it_was(
+    version: int, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint.latest(run_dir)
+    train = TRAIN.to_dict()
+    del train["beta2"]  # a constant default is filled in
+    edit_training(train=train)(folder)
+    age(folder, version)
+    assert checkpoint.load(folder).train.beta2 == DEFAULTS["beta2"]
+    assert checkpoint.saved_settings(folder) == checkpoint.load(folder).train
+    # A checkpoint was written at every evaluation.
+    monkeypatch.setattr(checkpoint, "OPTIONS", {**checkpoint.OPTIONS, "save_every": None})
+    training = json.loads((folder / TRAINING_FILE).read_text())
+    training["train"].pop("save_every", None)
+    converted = checkpoint._from_version_2(checkpoint._from_version_1(training))
+    assert converted["train"]["save_every"] == TRAIN.eval_every
+
+
+def test_version_3_must_have_every_setting(run_dir: Path) -> None:
+    folder = checkpoint.latest(run_dir)
+    train = TRAIN.to_dict()
+    del train["beta2"]
+    edit_training(train=train)(folder)
+    seal(folder)
+    with pytest.raises(CheckpointError, match="missing training settings: beta2"):
+        checkpoint.load(folder)
 
 
 def truncate_optimizer(folder: Path) -> None:
@@ -393,7 +573,7 @@ def other_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (edit_training(format_version=3), "training.json: format_version is 3, expected 2;"),
+        (edit_training(format_version=4), "training.json: format_version is 4, expected 3;"),
         (edit_training(step="10"), "training.json: step is missing or not of type int"),
         (edit_training(step=-1), "training.json: step and tokens must not be negative"),
         (edit_training(tokens=True), "training.json: tokens is missing or not of type int"),
@@ -442,10 +622,169 @@ def test_a_damaged_or_contradictory_checkpoint_is_refused(
 ) -> None:
     folder = checkpoint.latest(run_dir)
     damage(folder)
+    seal(folder)
     with pytest.raises(UserError) as caught:
         checkpoint.load(folder)
     assert str(caught.value).startswith(f"{folder}/{message}")
     assert "\n" not in str(caught.value)
+
+
+def test_the_manifest_has_the_size_and_the_sha_256_of_every_other_file(run_dir: Path) -> None:
+    folder = checkpoint.latest(run_dir)
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = json.loads(contents.pop(MANIFEST_FILE))["files"]
+    assert files == {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
+    assert checkpoint.verify(folder)
+
+
+def flip_bit(path: Path, number: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[number // 8] ^= 1 << number % 8
+    path.write_bytes(content)
+
+
+FILES = (
+    "model.safetensors", "optimizer.safetensors", "training.json", "config.json", "tokenizer.json",
+    "manifest.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_in_any_file_is_refused(name: str, run_dir: Path) -> None:
+    path = checkpoint.latest(run_dir) / name
+    whole = path.read_bytes()
+    bits = 8 * len(whole)
+    # Bits of the header, of the data and of the last byte.
+    for bit in {0, 70, *range(1, bits, bits // 7), bits - 1}:
+        if bit < bits:
+            flip_bit(path, bit)
+            with pytest.raises(CheckpointError) as caught:
+                checkpoint.load(path.parent)
+            assert str(caught.value).startswith(f"{path}: "), bit
+            with pytest.raises(CheckpointError):
+                checkpoint.verify(path.parent)
+            path.write_bytes(whole)
+    assert_loads_as(path.parent, state_at(10))
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_is_refused(run_dir: Path) -> None:
+    path = checkpoint.latest(run_dir) / MANIFEST_FILE
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 7):  # one or two bits of every byte
+        path.write_bytes(whole)
+        flip_bit(path, bit)
+        with pytest.raises(
+            CheckpointError, match=r"manifest\.json: the file is damaged or was edi"
+        ):
+            manifest.read(path.parent)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 11}, {"format_version": 2}, {"train": TRAIN.to_dict() | {"lr": 0.5}},
+        {"train": TRAIN.to_dict() | {"beta1": 0.8}},
+    ],
+)  # fmt: skip
+def test_an_edited_value_is_refused_by_all_that_read_it(
+    change: dict[str, Any], run_dir: Path
+) -> None:
+    folder = checkpoint.latest(run_dir)
+    edit_training(**change)(folder)
+    readers = (
+        checkpoint.load,
+        checkpoint.verify,
+        checkpoint.saved_settings,
+        lambda folder: checkpoint.trained_seq_len(folder, MODEL),
+    )
+    for reader in readers:
+        with pytest.raises(CheckpointError) as caught:
+            reader(folder)
+        assert str(caught.value).startswith(f"{folder}/training.json: ")
+
+
+@pytest.mark.parametrize("name", [*FILES[2:5], "optimizer.safetensors"])
+def test_a_file_that_grew_or_is_missing_is_refused(name: str, run_dir: Path) -> None:
+    path = checkpoint.latest(run_dir) / name
+    with path.open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(CheckpointError, match=rf"{name}: the file has \d+ bytes, \d+ in manifest"):
+        checkpoint.load(path.parent)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: No such file"):
+        checkpoint.load(path.parent)
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_refused(run_dir: Path) -> None:
+    folder = checkpoint.latest(run_dir)
+    (folder / MANIFEST_FILE).unlink()
+    for reader in (checkpoint.load, checkpoint.verify, checkpoint.saved_settings):
+        with pytest.raises(CheckpointError, match=r"manifest\.json: no such file, and without"):
+            reader(folder)
+
+
+def test_a_manifest_must_list_every_file_that_is_read(run_dir: Path) -> None:
+    folder = checkpoint.latest(run_dir)
+    listed = [path for path in folder.iterdir() if path.name not in (MANIFEST_FILE, "config.json")]
+    with Digests(listed) as digests:
+        manifest.write(folder, digests)
+    for reader in (checkpoint.load, checkpoint.verify):
+        with pytest.raises(CheckpointError, match=r"config\.json: manifest\.json does not list"):
+            reader(folder)
+
+
+def test_the_files_of_the_model_alone_can_be_verified(run_dir: Path) -> None:
+    folder = checkpoint.latest(run_dir)
+    flip_bit(folder / OPTIMIZER_FILE, 99_999)
+    flip_bit(folder / TRAINING_FILE, 99)
+    assert checkpoint.verify(folder, model_only=True)
+    for name in ("tokenizer.json", "config.json", "model.safetensors"):
+        flip_bit(folder / name, 7)
+        with pytest.raises(CheckpointError, match=rf"{name}: the file is damaged"):
+            checkpoint.verify(folder, model_only=True)
+        flip_bit(folder / name, 7)
+    (folder / TRAINING_FILE).unlink()
+    (folder / MANIFEST_FILE).unlink()
+    assert not checkpoint.verify(folder)  # a plain Hugging Face folder
+
+
+def command_in(error: BaseException) -> list[str]:
+    """The words of the command with which a message ends."""
+    return shlex.split(str(error).split("resume from it with: ")[1])
+
+
+def test_a_damaged_checkpoint_names_the_newest_intact_one_before_it(run_dir: Path) -> None:
+    for step in (5, 10, 20, 30, 40):
+        checkpoint.save(run_dir, state_at(step), Tokenizer(), Retention(last=0))
+    folders = {step: run_dir / f"step_{step:08d}" for step in (5, 10, 20, 30)}
+    age(folders[5], 2)
+    flip_bit(folders[30] / "model.safetensors", 99_999)
+    for damaged, intact in ((20, 10), (10, 5)):
+        flip_bit(folders[damaged] / OPTIMIZER_FILE, 99_999)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.load(folders[30])
+        assert str(caught.value).startswith(f"{folders[30]}/model.safetensors: the file is damag")
+        *command, named = command_in(caught.value)
+        assert command == ["gpu-gpt2", "train", "--resume", "--run-dir"]
+        assert checkpoint.load(checkpoint.latest(Path(named))).step == intact
+    os.truncate(folders[5] / OPTIMIZER_FILE, 100)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(folders[30])
+    assert "resume from it" not in str(caught.value)
+
+
+def test_threads_that_compute_checksums_end_with_their_reader() -> None:
+    def read_without_end() -> None:
+        with Digests([Path("/dev/zero")]):
+            pass
+
+    reader = threading.Thread(target=read_without_end, daemon=True)
+    reader.start()
+    reader.join(10)
+    assert not reader.is_alive()
 
 
 def test_a_plain_hugging_face_folder_cannot_be_resumed(tmp_path: Path) -> None:
@@ -460,6 +799,7 @@ def test_a_trained_length_beyond_the_context_is_refused(seq_len: object, run_dir
     folder = checkpoint.latest(run_dir)
     assert checkpoint.trained_seq_len(folder, MODEL) == 16
     edit_training(train=TRAIN.to_dict() | {"seq_len": seq_len})(folder)
+    seal(folder)
     with pytest.raises(CheckpointError, match=r"training\.json: seq_len is "):
         checkpoint.trained_seq_len(folder, MODEL)
 

@@ -1,14 +1,16 @@
-"""Checkpoints of a run. Each is written whole or not at all, and the newest two are kept.
+"""Checkpoints of a run. Each is written whole or not at all, and read only if no bit is wrong.
 
 A checkpoint is the folder RUN/step_00000500: a Hugging Face GPT-2 folder with its tokenizer, plus
-optimizer.safetensors (m.* and v.* of every parameter) and training.json. It is written under a
-hidden name and renamed when every byte is on the disk, so a folder with the final name is complete.
+optimizer.safetensors (m.* and v.* of every parameter), training.json, and manifest.json with the
+SHA-256 of every other file. It is written under a hidden name and renamed when every byte is on the
+disk, so a folder with the final name is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -21,21 +23,26 @@ from typing import Any, Final, Protocol, TypeGuard
 
 import numpy as np
 
-from gpu_gpt2.config import ModelConfig, TrainConfig
-from gpu_gpt2.errors import CheckpointError, ConfigError
+from gpu_gpt2.config import DEFAULTS, OPTIONS, ModelConfig, TrainConfig
+from gpu_gpt2.errors import CheckpointError, ConfigError, UserError
 from gpu_gpt2.formats import hf
 from gpu_gpt2.formats.files import sync
 from gpu_gpt2.formats.hf import CONFIG_FILE, MODEL_FILE, read_json
 from gpu_gpt2.formats.safetensors import TensorFile, TensorWriter
 from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.models.weights import Arena, FloatArray, load_arena, named
+from gpu_gpt2.training import manifest
+from gpu_gpt2.training.manifest import MANIFEST_FILE, Digests
 from gpu_gpt2.training.optimizer import UpdateState
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 TRAINING_FILE: Final = "training.json"
-FORMAT_VERSION: Final = 2
-KEPT: Final = 2  # checkpoints of a run: the newest, and one to fall back on
+FORMAT_VERSION: Final = 3
+SET_ASIDE_FOLDER: Final = "set_aside"  # in a run: checkpoints that it no longer continues
 
+_WITHOUT_MANIFEST: Final = (1, 2)  # versions of training.json beside which there is no manifest
+# Files that every checkpoint has beside its manifest and its tokenizer.
+_FILES: Final = (MODEL_FILE, CONFIG_FILE, OPTIMIZER_FILE, TRAINING_FILE)
 _STEP_FOLDER: Final = re.compile(r"step_(\d{8,})")
 # The old checkpoint of a step, under a hidden name while the step is saved again.
 _REPLACED_FOLDER: Final = re.compile(r"\.(step_\d{8,})\.old")
@@ -62,6 +69,22 @@ class TrainingState:
     update: UpdateState
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """The checkpoints of a run that `save` keeps beside the one that it writes."""
+
+    last: int = 2  # that many newest checkpoints, the one just written among them; 0 keeps all
+    every: int = 0  # the checkpoints of all steps divisible by it, as llm.c's "major" ones; 0: none
+    best: int | None = None  # the checkpoint of this step
+
+    def keeps(self, step: int) -> bool:
+        """Returns True if the checkpoint of a step is kept however old it is."""
+        return self.last == 0 or step == self.best or (self.every > 0 and step % self.every == 0)
+
+
+NEWEST_TWO: Final = Retention()  # the newest checkpoint, and one to fall back on
+
+
 class Tokenizer(Protocol):
     """The part of a tokenizer that a checkpoint needs: one that can be saved beside the model."""
 
@@ -71,13 +94,16 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-def save(run_dir: Path, state: TrainingState, tokenizer: Tokenizer) -> Path:
-    """Writes the state as a new checkpoint of the run, removes the oldest, returns its folder.
+def save(
+    run_dir: Path, state: TrainingState, tokenizer: Tokenizer, retention: Retention = NEWEST_TWO
+) -> Path:
+    """Writes the state as a new checkpoint of the run, and returns its folder.
 
-    A checkpoint of the same step is replaced. After any failure earlier checkpoints are intact, and
-    nothing half-written is left. Raises CheckpointError if the disk refuses it.
+    A checkpoint of the same step is replaced, and then those are removed that `retention` does not
+    keep. After any failure earlier checkpoints are intact, and nothing half-written is left. Raises
+    CheckpointError if the disk refuses it.
     """
-    folder = run_dir / f"step_{state.step:08d}"
+    folder = folder_of(run_dir, state.step)
     temporary = run_dir / f".{folder.name}.tmp"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -89,19 +115,83 @@ def save(run_dir: Path, state: TrainingState, tokenizer: Tokenizer) -> Path:
         if isinstance(error, OSError):
             raise CheckpointError(_not_written(folder, error, state.model)) from error
         raise
-    _prune(run_dir, written=folder)
+    _prune(run_dir, folder, retention)
     return folder
 
 
 def load(folder: Path) -> TrainingState:
-    """Returns the state saved in a checkpoint folder, all of it checked.
+    """Returns the state saved in a checkpoint folder, of which every bit has been checked.
 
-    Raises CheckpointError, or DataError where a file is damaged.
+    Raises CheckpointError, or DataError where a file is missing or damaged in a checkpoint of
+    version 1 or 2, which has no manifest. If an older checkpoint of the run is intact, the message
+    ends with the command that resumes from it.
     """
-    training = read_json(folder / TRAINING_FILE)
+    try:
+        return _load(folder)
+    except UserError as error:
+        if older := _intact_before(folder):
+            raise CheckpointError(
+                f"{error}; {older.name} is intact, resume from it with: gpu-gpt2 train --resume "
+                f"--run-dir {shlex.quote(str(older))}"
+            ) from error
+        raise
+
+
+def verify(folder: Path, *, model_only: bool = False) -> bool:
+    """Compares the files of a checkpoint with its manifest; returns False if it has no manifest.
+
+    Hugging Face folders and checkpoints of versions 1 and 2 have none. With `model_only` the
+    optimizer state and training.json are left out: the other files are the model and its tokenizer.
+    Raises CheckpointError, which names the first file that differs.
+    """
+    expected = manifest.read(folder)
+    if expected is None:
+        if _is_ours(folder):
+            _read_training(folder)  # refuses a checkpoint that has lost its manifest
+        return False
+    left_out = {OPTIMIZER_FILE, TRAINING_FILE} if model_only else set()
+    with Digests(folder / name for name in {*expected, *_FILES} - left_out) as digests:
+        manifest.check(folder, expected, digests)
+    return True
+
+
+def _load(folder: Path) -> TrainingState:
+    """Reads a checkpoint while other threads compute the SHA-256 of its files; UserError."""
+    expected = manifest.read(folder)
+    names = () if expected is None else {*expected, *_FILES}
+    with Digests(folder / name for name in names) as digests:
+        try:
+            state = _read(folder)
+        except UserError:
+            # A wrong byte may be the reason: then the error is that of the file that has it.
+            manifest.check(folder, expected or {}, digests)
+            raise
+        manifest.check(folder, expected or {}, digests)
+    return state
+
+
+def _read(folder: Path) -> TrainingState:
+    """Reads a checkpoint; compares only training.json with the manifest. Raises UserError."""
+    training, train, update = _checked_training(folder)
+    source = hf.open_folder(folder)
+    m, v = _load_moments(folder / OPTIMIZER_FILE, source.config)
+    return TrainingState(
+        model=source.config,
+        train=train,
+        step=training["step"],
+        tokens=training["tokens"],
+        loader=training["loader"],
+        weights=load_arena(source),
+        m=m,
+        v=v,
+        update=update,
+    )
+
+
+def _checked_training(folder: Path) -> tuple[dict[str, Any], TrainConfig, UpdateState]:
+    """Returns training.json with its parts `train` and `update`, all values checked; UserError."""
     where = folder / TRAINING_FILE
-    if training.get("format_version") == 1:
-        training = _from_version_1(training)
+    training = _read_training(folder)
     if training.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{where}: format_version is {training.get('format_version')!r}, expected "
@@ -123,27 +213,78 @@ def load(folder: Path) -> TrainingState:
             f"{where}: update must be updates, good_steps and loss_scale, not "
             f"{', '.join(training['update']) or 'nothing'}"
         ) from error
-    source = hf.open_folder(folder)
-    m, v = _load_moments(folder / OPTIMIZER_FILE, source.config)
-    return TrainingState(
-        model=source.config,
-        train=train,
-        step=training["step"],
-        tokens=training["tokens"],
-        loader=training["loader"],
-        weights=load_arena(source),
-        m=m,
-        v=v,
-        update=update,
-    )
+    return training, train, update
+
+
+def _read_training(folder: Path) -> dict[str, Any]:
+    """Returns training.json as the current version names things, compared with the manifest.
+
+    Raises CheckpointError if a bit is wrong, or if a checkpoint that needs a manifest has none;
+    DataError if there is no training.json.
+    """
+    path = folder / TRAINING_FILE
+    expected = manifest.read(folder)
+    if expected is not None:
+        with Digests([path]) as digests:
+            manifest.check(folder, expected, digests)
+    training = read_json(path)
+    version = training.get("format_version")
+    if expected is None and version not in _WITHOUT_MANIFEST:
+        raise CheckpointError(
+            f"{folder / MANIFEST_FILE}: no such file, and without it nobody can tell whether this "
+            f"checkpoint of format_version {version!r} is intact; restore it from a copy, or use "
+            f"another checkpoint"
+        )
+    return _from_version_2(_from_version_1(training))
 
 
 def _from_version_1(training: dict[str, Any]) -> dict[str, Any]:
-    """Returns a training.json of version 1 as version 2 names things."""
+    """Returns a training.json of version 1 as version 2 names things, and any other as it is."""
+    if training.get("format_version") != 1:
+        return training
     update = training.pop("counts", None)
     if isinstance(update, dict) and "in_a_row" in update:
         update["good_steps"] = update.pop("in_a_row")
     return training | {"format_version": 2, "update": update}
+
+
+def _from_version_2(training: dict[str, Any]) -> dict[str, Any]:
+    """Returns a training.json of version 2 as one of version 3, and any other as it is.
+
+    Settings that version 2 did not have get the value with which the run continues as it was: their
+    default, and a checkpoint at every evaluation.
+    """
+    if training.get("format_version") != 2:
+        return training
+    train = training.get("train")
+    if isinstance(train, dict):
+        new: dict[str, Any] = dict(DEFAULTS)
+        if "save_every" in OPTIONS and "eval_every" in train:
+            new["save_every"] = train["eval_every"]
+        train = new | train
+    return training | {"format_version": 3, "train": train}
+
+
+def _intact_before(folder: Path) -> Path | None:
+    """Returns the newest intact checkpoint of the same run and an earlier step, if there is one."""
+    if _STEP_FOLDER.fullmatch(folder.name) is None:
+        return None
+    with contextlib.suppress(CheckpointError):  # a run that cannot be listed
+        for older in reversed(checkpoints(folder.parent)):
+            if _step_of(older) < _step_of(folder) and _is_intact(older):
+                return older
+    return None
+
+
+def _is_intact(folder: Path) -> bool:
+    """Returns True if `load` can read a checkpoint."""
+    try:
+        _checked_training(folder)
+        if not verify(folder):
+            _load(folder)
+    except UserError:
+        return False
+    return True
 
 
 def latest(path: Path) -> Path:
@@ -168,7 +309,7 @@ def saved_settings(folder: Path | None) -> TrainConfig | None:
     """
     if not _is_ours(folder):
         return None
-    values = read_json(folder / TRAINING_FILE).get("train")
+    values = _read_training(folder).get("train")
     try:
         return TrainConfig.from_dict(values if isinstance(values, dict) else {})
     except ConfigError as error:
@@ -183,7 +324,7 @@ def trained_seq_len(folder: Path | None, model: ModelConfig) -> int:
     """
     if not _is_ours(folder):
         return model.n_positions
-    train = read_json(folder / TRAINING_FILE).get("train")
+    train = _read_training(folder).get("train")
     seq_len = train.get("seq_len") if isinstance(train, dict) else None
     if type(seq_len) is not int or not 1 <= seq_len <= model.n_positions:
         raise CheckpointError(f"{folder / TRAINING_FILE}: seq_len is {seq_len!r}")
@@ -197,13 +338,50 @@ def checkpoints(run_dir: Path) -> list[Path]:
         # Hidden names sort first, so a replaced checkpoint counts only if its successor is missing.
         for entry in sorted(run_dir.iterdir()):
             name = _REPLACED_FOLDER.sub(r"\1", entry.name)
-            if (match := _STEP_FOLDER.fullmatch(name)) and _is_complete(entry):
-                found[int(match.group(1))] = entry
+            if _STEP_FOLDER.fullmatch(name) and _is_complete(entry):
+                found[_step_of(entry)] = entry
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise CheckpointError(f"{run_dir}: cannot be listed: {error.strerror}") from error
     return [found[step] for step in sorted(found)]
+
+
+def set_aside(run_dir: Path, step: int) -> list[Path]:
+    """Moves the checkpoints after a step into RUN/set_aside; returns their new folders.
+
+    A run that is resumed from an earlier checkpoint then cannot be taken for its former self, and
+    nothing is lost. The newest is moved first: after a crash in between, the rest is a run as
+    before. Nothing in RUN/set_aside is overwritten: a number is added to the name. Only one process
+    may change a run at a time. Raises CheckpointError.
+    """
+    moved: list[Path] = []
+    later = [folder for folder in checkpoints(run_dir) if _step_of(folder) > step]
+    if not later:
+        return moved
+    folder = later[-1]
+    try:
+        _clear_leftovers(run_dir)  # else the replaced checkpoint of a step could come back
+        target_dir = run_dir / SET_ASIDE_FOLDER
+        target_dir.mkdir(exist_ok=True)
+        for number in reversed([_step_of(folder) for folder in later]):
+            folder = folder_of(run_dir, number)
+            target = _unused(target_dir / folder.name)
+            folder.rename(target)
+            sync(target_dir)
+            sync(run_dir)
+            moved.append(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot move the checkpoint {folder}, which is later than step {step}, to "
+            f"{run_dir / SET_ASIDE_FOLDER}: {error.strerror or error}; move it elsewhere yourself"
+        ) from error
+    return moved
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Returns the folder that `save` gives the checkpoint of a step."""
+    return run_dir / f"step_{step:08d}"
 
 
 def bytes_needed(model: ModelConfig) -> int:
@@ -212,26 +390,39 @@ def bytes_needed(model: ModelConfig) -> int:
 
 
 def _write(folder: Path, state: TrainingState, tokenizer: Tokenizer) -> None:
-    """Writes all files of a checkpoint and waits until they are on the disk."""
-    hf.write_model(folder, Arena(state.model, state.weights, tokenizer.eot))
-    tokenizer.save(folder)
-    moments = _moments(state.model, state.m, state.v)
-    with (folder / OPTIMIZER_FILE).open("wb") as file:
-        shapes = {name: tensor.shape for name, tensor in moments.items()}
-        writer = TensorWriter(file, shapes, np.dtype(np.float32))
-        for name, tensor in moments.items():
-            writer.write(name, tensor)
-    training = {
-        "format_version": FORMAT_VERSION,
-        "step": state.step,
-        "tokens": state.tokens,
-        "loader": state.loader,
-        "update": asdict(state.update),
-        "train": state.train.to_dict(),
-    }
-    (folder / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
-    for path in (*folder.iterdir(), folder):
+    """Writes all files of a checkpoint, the manifest last, and waits until they are on the disk."""
+    with Digests() as digests:  # files are read back from memory while others go to the disk
+        hf.write_model(folder, Arena(state.model, state.weights, tokenizer.eot))
+        tokenizer.save(folder)
+        digests.start(folder.iterdir())
+        moments = _moments(state.model, state.m, state.v)
+        with (folder / OPTIMIZER_FILE).open("wb") as file:
+            shapes = {name: tensor.shape for name, tensor in moments.items()}
+            writer = TensorWriter(file, shapes, np.dtype(np.float32))
+            for name, tensor in moments.items():
+                writer.write(name, tensor)
+        training = {
+            "format_version": FORMAT_VERSION,
+            "step": state.step,
+            "tokens": state.tokens,
+            "loader": state.loader,
+            "update": asdict(state.update),
+            "train": state.train.to_dict(),
+        }
+        text = json.dumps(training, indent=2) + "\n"
+        (folder / TRAINING_FILE).write_text(text, encoding="utf-8")
+        digests.start([folder / OPTIMIZER_FILE, folder / TRAINING_FILE])
+        for path in folder.iterdir():
+            sync(path)
+        manifest.write(folder, digests)
+    for path in (folder / MANIFEST_FILE, folder):
         sync(path)
+
+
+def _unused(path: Path) -> Path:
+    """Returns the path, or the first of path.1, path.2 and so on if it is taken."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
 def _publish(temporary: Path, folder: Path) -> None:
@@ -257,10 +448,12 @@ def _clear_leftovers(run_dir: Path) -> None:
             shutil.rmtree(entry)
 
 
-def _prune(run_dir: Path, written: Path) -> None:
-    """Removes all but the newest KEPT checkpoints, but never the one just written."""
+def _prune(run_dir: Path, written: Path, retention: Retention) -> None:
+    """Removes the checkpoints that are not kept; the one just written always is."""
     older = [folder for folder in checkpoints(run_dir) if folder != written]
-    for folder in older[: len(older) - (KEPT - 1)]:
+    for folder in older[: max(0, len(older) - (retention.last - 1))]:
+        if retention.keeps(_step_of(folder)):
+            continue
         # Renamed first, because a folder that is half removed must not look like a checkpoint.
         hidden = folder.with_name(f".{folder.name}.tmp")
         with contextlib.suppress(OSError):  # one checkpoint too many must not stop training
@@ -298,8 +491,13 @@ def _is_ours(folder: Path | None) -> TypeGuard[Path]:
 
 
 def _is_complete(folder: Path) -> bool:
-    files = (MODEL_FILE, CONFIG_FILE, OPTIMIZER_FILE, TRAINING_FILE)
-    return all(os.path.isfile(folder / name) for name in files)
+    """Returns True if a folder has all files but the manifest, which versions 1 and 2 lack."""
+    return all(os.path.isfile(folder / name) for name in _FILES)
+
+
+def _step_of(folder: Path) -> int:
+    """Returns the step of a checkpoint, from the name of its folder."""
+    return int(folder.name.removeprefix(".").removeprefix("step_").removesuffix(".old"))
 
 
 def _not_written(folder: Path, error: OSError, model: ModelConfig) -> str:
