@@ -35,20 +35,20 @@ from gpu_gpt2.models.init import initial_weights
 from gpu_gpt2.models.weights import FloatArray, load_arena
 from gpu_gpt2.open_model import open_model
 from gpu_gpt2.ops import ops_for
-from gpu_gpt2.plot import plot_runs
+from gpu_gpt2.plot import PLOT_FILE, plot_runs
 from gpu_gpt2.summary import run_summary
 from gpu_gpt2.tokenizer import vocab_size_of
-from gpu_gpt2.training import checkpoint, sinks
+from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.memory import check_fits, memory_plan, plan_table
 from gpu_gpt2.training.metrics import RunLog
 from gpu_gpt2.training.optimizer import AdamW, PendingStep, StepResult
 from gpu_gpt2.training.saver import CheckpointSaver
 from gpu_gpt2.training.schedule import learning_rate
+from gpu_gpt2.training.sinks import Sink, TensorBoardSink, WandbSink
 from gpu_gpt2.training.stop_signal import StopSignal
 from gpu_gpt2.training.trace import first_bad_tensor
 
 SETTINGS_FILE: Final = "settings.toml"
-PLOT_FILE: Final = "plot.png"
 MAX_SKIPS: Final = 20  # steps in a row without an update that --on-nan skip allows
 MAX_ROLLBACKS: Final = 3  # rollbacks that --on-nan rollback allows without a new checkpoint
 
@@ -113,7 +113,7 @@ class Run:
         # The step and folder of the newest checkpoint.
         self._saved: tuple[int, Path] | None = None
         if resumed:
-            self._saved = resumed.step, self._run_dir / checkpoint.folder_name(resumed.step)
+            self._saved = resumed.step, checkpoint.folder_of(self._run_dir, resumed.step)
         self._sampled = self._first_step  # the step of the newest sample
         self._step_batches: list[Batch] = []  # micro-batches of the step that is being enqueued
         self._enqueued: deque[EnqueuedStep] = deque()  # oldest first
@@ -129,7 +129,7 @@ class Run:
                     self._console,
                     first_step=self._first_step,
                     steps=self.config.steps,
-                    sinks=sinks.open_sinks(self._run_dir, self.config, self._first_step),
+                    sinks=_sinks(self._run_dir, self.config),
                 )
             )
             aside = checkpoint.set_aside(self._run_dir, self._first_step)
@@ -343,7 +343,7 @@ class Run:
                 self.model,
                 enqueued.batches,
                 micro_steps=self.config.grad_accum_steps,
-                loss_scale=self.optimizer.loss_scale,
+                loss_scale=result.scaled_by,
             )
             what += f"; {bad}" if bad else ""
         if self.config.on_nan == "skip" and self._skips < MAX_SKIPS:
@@ -485,6 +485,15 @@ def _build(config: TrainConfig, sizes: ModelConfig, device: Device) -> tuple[GPT
         halt=config.on_nan != "skip",
     )
     return model, optimizer
+
+
+def _sinks(run_dir: Path, config: TrainConfig) -> list[Sink]:
+    found: list[Sink] = []
+    if config.tensorboard:
+        found.append(TensorBoardSink(run_dir))
+    if config.wandb:
+        found.append(WandbSink(run_dir, config.to_dict()))
+    return found
 
 
 def _make_run_dir(run_dir: Path, config: TrainConfig) -> None:

@@ -190,10 +190,10 @@ def _step_count(values: Mapping[str, Any], model: ModelConfig) -> int:
     """Returns the number of optimizer steps that `steps` or `tokens_per_param` means."""
     total = values["total_batch_tokens"]
     if ratio := values.get(TOKENS_PER_PARAM):
-        return math.ceil(ratio * parameter_count(model) / total)
-    steps = OPTIONS["steps"].check_given(values["steps"])
-    if not isinstance(steps, str):
-        return int(steps)
+        return int(math.ceil(ratio * parameter_count(model) / total))
+    steps: int | str = OPTIONS["steps"].check_given(values["steps"])
+    if isinstance(steps, int):
+        return steps
     match = EPOCHS.fullmatch(steps)
     assert match
     data = prepare(values["data"], values["tokenizer"], values["val_data"])

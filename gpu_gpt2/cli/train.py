@@ -30,7 +30,7 @@ from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.settings import new_config, rate_jump, resumed_config
 from gpu_gpt2.train import train as run_training
 from gpu_gpt2.training import checkpoint
-from gpu_gpt2.training.metrics import is_complete
+from gpu_gpt2.training.metrics import has_final_records
 
 RUNS: Final = Path("runs")
 
@@ -81,7 +81,7 @@ def train(
         folder = checkpoint.latest(run_dir or _newest_run())
         state = checkpoint.load(folder)
         settings = resumed_config(state, folder, given)
-        if state.step >= settings.steps and is_complete(folder.parent, state.step, settings):
+        if state.step >= settings.steps and has_final_records(folder.parent, state.step, hellaswag=bool(settings.hellaswag)):
             raise ConfigError(f"{folder} is at step {state.step} already; give a higher --steps")
         say(f"resuming from {folder}")
         if jump := rate_jump(state.train, settings, state.step):

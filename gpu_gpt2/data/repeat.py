@@ -19,6 +19,7 @@ class FirstBatches:
     def __init__(self, loader: BatchLoader, count: int) -> None:
         self._loader = loader
         self._count = count
+        self._next = 0  # index of the batch that comes next
         self._read()
 
     def next_batch(self) -> Batch:

@@ -352,6 +352,24 @@ class _LogFile:
             self._file = None
 
 
+def has_final_records(run_dir: Path, step: int, *, hellaswag: bool) -> bool:
+    """Returns True if the run has recorded its last validation, after `step` steps.
+
+    With `hellaswag` its last accuracy must be there too. A crash can prevent these records, and a
+    resumed run makes up for them. Raises CheckpointError if the log cannot be read.
+    """
+    kinds = {"val_loss", "hellaswag_acc_norm"} if hellaswag else {"val_loss"}
+    path = run_dir / METRICS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    last = [json.loads(line) for line in lines if _step_of_record(line) == step]
+    return all(any(kind in record for record in last) for kind in kinds)
+
+
 def _average(average: float | None, value: float) -> float:
     return value if average is None else SMOOTHING * average + (1 - SMOOTHING) * value
 
