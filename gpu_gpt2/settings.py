@@ -30,7 +30,7 @@ from gpu_gpt2.open_model import open_model, tokenizer_of
 from gpu_gpt2.tokenizer import is_path, vocab_size_of
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.memory import best_fit
-from gpu_gpt2.training.schedule import check_lengths, learning_rate
+from gpu_gpt2.training.schedule import check_lengths, decay_start, learning_rate
 
 HEADROOM: Final = 0.05  # share of the free memory that --batch-size auto leaves for other programs
 # Fine-tuning begins at this fraction of the usual learning rate, because weights that have learned
@@ -70,10 +70,11 @@ def new_config(given: Mapping[str, Any], preset: Mapping[str, Any], run_dir: Pat
     if values["lr_schedule"] == "wsd" and "final_lr_fraction" not in chosen:
         values["final_lr_fraction"] = 0.0
     values["steps"] = _step_count(values, model)
-    if "warmup_steps" not in chosen:
-        values["warmup_steps"] = min(values["warmup_steps"], values["steps"])
     values.pop(TOKENS_PER_PARAM, None)
     config = TrainConfig(**values, run_dir=str(run_dir))
+    if "warmup_steps" not in chosen:  # a short run has a short warm-up
+        longest_warmup = decay_start(config) if config.lr_schedule == "wsd" else config.steps
+        config = replace(config, warmup_steps=min(config.warmup_steps, longest_warmup))
     check_lengths(config)
     return config
 
