@@ -21,6 +21,7 @@ from gpu_gpt2.cli.generate import generate
 from gpu_gpt2.cli.help import GroupedCommands
 from gpu_gpt2.cli.inspect import check_ops, show_info
 from gpu_gpt2.cli.plan import show_plan
+from gpu_gpt2.cli.plot import plot
 from gpu_gpt2.cli.train import TrainCommand, train
 from gpu_gpt2.cli.verify import verify_model
 from gpu_gpt2.errors import UserError
@@ -39,6 +40,7 @@ _CHECK: Final = "Check and time the kernels and the model"
 app.command(cls=TrainCommand, rich_help_panel=_TRAIN)(train)
 app.command(rich_help_panel=_TRAIN)(generate)
 app.command(rich_help_panel=_TRAIN)(evaluate)
+app.command(rich_help_panel=_TRAIN)(plot)
 app.add_typer(data_app, name="data", cls=GroupedCommands, rich_help_panel=_FILES)
 app.command(rich_help_panel=_FILES)(convert)
 app.command("info", rich_help_panel=_MACHINE)(show_info)
