@@ -13,7 +13,7 @@ LAYERS = [
     "cli",
     "tools",
     "train",
-    "convert evaluate plot",
+    "compare convert evaluate plot",
     "generate",
     "open_model",
     "data.prepare",
