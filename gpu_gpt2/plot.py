@@ -28,6 +28,7 @@ FEWEST_AVERAGED: Final = 4
 # others that the rest would be a flat line.
 CROPPED: Final = 0.05
 CROPPED_FROM: Final = 200  # steps: shorter runs are shown in full
+BEYOND: Final = 0.002  # single steps of a long run that may lie below the lower edge, as a share
 DECADES: Final = 1.5  # a gradient norm that spans more of them is drawn on a logarithmic axis
 INK: Final = "#333333"  # text and axes
 INCHES: Final = (11.0, 7.0)
@@ -150,11 +151,11 @@ def _finish_loss(axes: Axes, histories: dict[str, History], window: float) -> No
     for history in histories.values():
         n = len(history.loss)
         cropped = int(CROPPED * n) if n >= CROPPED_FROM else 0
-        average, single = smoothed(history.loss, window)[cropped:], history.loss[cropped:]
-        # In a long run a few single steps may lie beyond the edges.
-        single = np.nanquantile(single, (0.002, 0.998)) if cropped else single
+        single = history.loss[cropped:]
+        if cropped:
+            single = np.nanquantile(single, [BEYOND])
         validations = history.val_loss[history.val_steps >= history.steps[cropped]]
-        shown += [average, single[single < average.max()] if cropped else single, validations]
+        shown += [smoothed(history.loss, window)[cropped:], single, validations]
     values = np.concatenate(shown)
     low, high = np.nanmin(values), np.nanmax(values)
     margin = 0.06 * (high - low) or 0.5
