@@ -367,14 +367,6 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         results.save(tmp_path / "file/a.json", {})
 
 
-def test_a_plot_without_matplotlib_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(DataError, match="the plot needs matplotlib: pip install matplotlib"):
-        results.plot(kernels_result("2026-01-01", 1.0), tmp_path)
-
-
 def test_a_result_records_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "PACKAGES", ("numpy", "no-such-package"))
     on_cpu = results.record("steps", "d12", CpuDevice(), [{"ms": 1.0}])

@@ -13,7 +13,7 @@ LAYERS = [
     "cli",
     "tools",
     "train",
-    "convert evaluate",
+    "compare convert evaluate plot",
     "generate",
     "open_model",
     "data.prepare",

@@ -355,17 +355,19 @@ def test_finish_on_a_terminal(tmp_path: Path, width: int, expected: int) -> None
     assert max(len(line) for line in plain.splitlines() if "─" in line) == expected
 
 
-def test_the_moving_average_is_not_biased_at_its_start() -> None:
-    values = np.array([4.0, 2.0, np.nan, 3.0])
-    a, b, c = 1 - 1 / 2, (1 - 1 / 2) ** 2, 1.0
-    expected = [
-        4.0,
-        (a * 4 + 2) / (a + c),
-        (a * 4 + 2) / (a + c),
-        (b * 4 + a * 2 + 3) / (b + a + c),
-    ]
-    np.testing.assert_allclose(smoothed(values, 2), expected)
-    np.testing.assert_array_equal(smoothed(values[:2], 1), values[:2])
+def test_the_moving_average_weighs_the_past_without_bias() -> None:
+    values = np.array([4.0, 2.0, np.nan, 3.0, 5.0])
+    decays = [1 - 1 / window for window in (1, 1.125, 1.25, 1.25, 1.25)]  # the window grows first
+    weights = np.zeros(5)
+    expected = []
+    for i, decay in enumerate(decays):
+        if i != 2:  # NaN is left out
+            weights *= decay
+            weights[i] = 1
+        expected.append(np.nansum(weights * values) / weights.sum())
+    np.testing.assert_allclose(smoothed(values, 1.25), expected)
+    np.testing.assert_array_equal(smoothed(values, 1), [4, 2, 2, 3, 5])
+    np.testing.assert_allclose(smoothed(np.full(500, 2.5), 20), 2.5)
 
 
 def test_the_history_is_what_was_logged(tmp_path: Path) -> None:

@@ -186,11 +186,15 @@ def test_wandb_keeps_the_first_value_of_a_step_after_a_rewind(tmp_path: Path) ->
     sink.start(0)
     for step in (1, 2, 3):
         sink.log(step, {"loss": step})
+    logged = []
+    log = sink._run.log
+    sink._run.log = lambda values, step: logged.append(step) or log(values, step=step)
     sink.start(1)
     for step in (2, 3, 4):
         sink.log(step, {"loss": 10 * step, **({"val": 7} if step == 3 else {})})
     sink.close()
     sink.close()
+    assert logged == [3, 4]  # W&B would print a warning for step 2
     (records,) = wandb_parts(tmp_path)
     assert [row["_step"] for row in history(records)] == [1, 2, 3, 4]
     assert [row["loss"] for row in history(records)][:2] == [1, 2]

@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 
 from gpu_gpt2.cli.bench import bench_app
 from gpu_gpt2.cli.common import console
+from gpu_gpt2.cli.compare import compare
 from gpu_gpt2.cli.convert import convert
 from gpu_gpt2.cli.data import data_app
 from gpu_gpt2.cli.evaluate import evaluate
@@ -21,6 +22,7 @@ from gpu_gpt2.cli.generate import generate
 from gpu_gpt2.cli.help import GroupedCommands
 from gpu_gpt2.cli.inspect import check_ops, show_info
 from gpu_gpt2.cli.plan import show_plan
+from gpu_gpt2.cli.plot import plot
 from gpu_gpt2.cli.train import TrainCommand, train
 from gpu_gpt2.cli.verify import verify_model
 from gpu_gpt2.errors import UserError
@@ -39,6 +41,8 @@ _CHECK: Final = "Check and time the kernels and the model"
 app.command(cls=TrainCommand, rich_help_panel=_TRAIN)(train)
 app.command(rich_help_panel=_TRAIN)(generate)
 app.command(rich_help_panel=_TRAIN)(evaluate)
+app.command(rich_help_panel=_TRAIN)(plot)
+app.command(rich_help_panel=_TRAIN)(compare)
 app.add_typer(data_app, name="data", cls=GroupedCommands, rich_help_panel=_FILES)
 app.command(rich_help_panel=_FILES)(convert)
 app.command("info", rich_help_panel=_MACHINE)(show_info)

@@ -45,9 +45,10 @@ def curve_text(
     y = _centred_average(np.array(losses, np.float64), int(SPAN * len(steps)))
     if not np.isfinite(y).all():
         return ""
-    shown = y[int(CROPPED * len(y)) if len(y) >= CROPPED_FROM else 0 :]
-    inside = [loss for step, loss in validations.items() if x[0] <= step <= x[-1]]
-    top, bottom = max(shown.max(), *inside, -np.inf), min(shown.min(), *inside, np.inf)
+    cropped = int(CROPPED * len(y)) if len(y) >= CROPPED_FROM else 0
+    marks = {step: loss for step, loss in validations.items() if x[cropped] <= step <= x[-1]}
+    shown = [*y[cropped:], *marks.values()]
+    top, bottom = max(shown), min(shown)
     if not top > bottom:
         top, bottom = top + 0.5, bottom - 0.5
     labels = [f"{value:.2f}" for value in np.linspace(top, bottom, 3)]
@@ -58,11 +59,10 @@ def curve_text(
     rows, cols = (4, 2) if braille else (1, 1)  # dots in one character
     dots = _dots(x, y, columns * cols, height * rows, bottom, top)
     cells = [[_character(dots, r, c, braille) for c in range(columns)] for r in range(height)]
-    for step, loss in validations.items():
-        if x[0] <= step <= x[-1]:
-            r = _row(loss, height, bottom, top)
-            c = round((step - x[0]) / (x[-1] - x[0]) * (columns - 1))
-            cells[r][c] = MARK if braille else PLAIN_MARK
+    for step, loss in marks.items():
+        r = _row(loss, height, bottom, top)
+        c = round((step - x[0]) / (x[-1] - x[0]) * (columns - 1))
+        cells[r][c] = MARK if braille else PLAIN_MARK
 
     beside = dict(zip((0, (height - 1) // 2, height - 1), labels, strict=True))
     if height % 2 == 0:  # no line lies in the middle
@@ -70,7 +70,7 @@ def curve_text(
     axis = "│" if _encodes(encoding, "│└─") else "|"
     corner, line = ("└", "─") if axis == "│" else ("+", "-")
     lines = ["training loss (nats per token, smoothed)"]
-    if inside:
+    if marks:
         lines[0] += f"   {MARK if braille else PLAIN_MARK} validation loss"
     lines += [
         f"{beside.get(r, ''):>{margin - 2}} {axis}{''.join(cells[r])}".rstrip()

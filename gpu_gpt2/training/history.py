@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +14,8 @@ import numpy.typing as npt
 from gpu_gpt2.errors import DataError
 
 METRICS_FILE: Final = "metrics.jsonl"  # in the run folder; RunLog describes its records
+
+GROWTH: Final = 0.125  # values by which the window of a moving average grows a step
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -91,15 +94,16 @@ def read_history(run_dir: Path) -> History:
 def smoothed(values: FloatArray, window: float) -> FloatArray:
     """Returns the exponential moving average of values (n,) over about `window` values.
 
-    The average at index i weighs value j <= i by decay^(i - j), decay = 1 - 1 / window, divided by
-    the sum of these weights, so that the first values are not biased towards zero. Values that are
-    not finite are left out.
+    Every weight is divided by the sum of all weights, so that the first averages are not biased
+    towards zero. The window grows from one value at the start by GROWTH a step, because an average
+    over many values would lag behind the steep start of a loss. Values that are not finite are left
+    out.
     """
-    decay = 1 - 1 / window
     result = np.full(len(values), np.nan)
     total = weight = 0.0
-    for i, value in enumerate(values):
-        if np.isfinite(value):
+    for i, value in enumerate(values.tolist()):
+        decay = 1 - 1 / min(window, 1 + GROWTH * i)
+        if math.isfinite(value):
             total, weight = decay * total + value, decay * weight + 1
         if weight:
             result[i] = total / weight

@@ -98,8 +98,8 @@ class WandbSink:
     """Logs to Weights & Biases, in the project "gpu-gpt2"; its local files go into RUN/wandb.
 
     The usual environment variables work: WANDB_MODE=offline, WANDB_ENTITY, WANDB_PROJECT, and so
-    on. All parts of a resumed run have one id. W&B keeps the first value of a step that comes
-    twice, so steps that are repeated after a rewind do not change its graphs.
+    on. All parts of a resumed run have one id. W&B takes no step back: of steps that come again
+    after a resume or a rewind it keeps the numbers that came first.
     """
 
     name = "W&B"

@@ -165,19 +165,12 @@ def _default(option: Option, device: str) -> str:
 
 
 def plot(result: Mapping[str, Any], folder: Path) -> Path:
-    """Draws a bar for each op, its share of the limit, into a PNG; returns the file's path.
-
-    Raises DataError without matplotlib.
-    """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise DataError("the plot needs matplotlib: pip install matplotlib") from None
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draws a bar for each op, its share of the limit, into a PNG; returns the file's path."""
+    from matplotlib.figure import Figure
 
     rows = result["rows"][::-1]
-    figure, axes = plt.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
+    figure = Figure(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots()
     axes.barh([row["name"] for row in rows], [100 * row["share"] for row in rows])
     axes.set_xlabel("% of the limit measured on the same GPU: copy bandwidth or matmul throughput")
     axes.axvline(100, color="black", linewidth=0.8)
@@ -185,7 +178,6 @@ def plot(result: Mapping[str, Any], folder: Path) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", f"{result['machine']['GPU']} {result['what']}".lower())
     path = folder / f"kernels-{name}.png"
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 
