@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import seal
 from models import train_settings
 from safetensors.numpy import load_file, save_file
 
@@ -499,13 +500,6 @@ def edit_optimizer(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], 
         save_file(tensors, folder / OPTIMIZER_FILE)
 
     return edit
-
-
-def seal(folder: Path) -> None:
-    """Writes a manifest of the files as they are, so that only their contents can be refused."""
-    (folder / MANIFEST_FILE).unlink()
-    with Digests(folder.iterdir()) as digests:
-        manifest.write(folder, digests)
 
 
 def age(folder: Path, version: int) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import cupy_backends.cuda.libs
 import numpy as np
 import pytest
+from checkpoints import seal
 from typer.testing import CliRunner
 
 from gpu_gpt2.cli import app as app_module
@@ -164,6 +165,7 @@ def test_resume_and_generate_refuse_what_does_not_fit(
         training = json.loads(written.read_text())
         training["train"][name] = value
         written.write_text(json.dumps(training))
+    seal(written.parent)
     code, _, err = run(
         "train", "--resume", "--run-dir", "bytes run", "--steps", "4", "--device", "cpu"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import seal
 from devices import every_device
 from models import new_model, random_batch, training_step
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -424,6 +425,7 @@ def _damage_training(folder: Path) -> None:
     content = json.loads((folder / "training.json").read_text())
     del content["train"]["data"]
     (folder / "training.json").write_text(json.dumps(content))
+    seal(folder)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ LAYERS = [
     "data.prepare",
     "data",
     "tokenizer",
+    "training.saver",
     "training.checkpoint training.memory",
     "training",
     "formats",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,8 @@ def test_a_restored_loader_gives_the_same_batches(
         {"shard": -1}, {"drawn": 625}, {"drawn": -1}, {"generator": "AAAA"}, {"generator": "?"},
         {"generator": "A" * 16},
         {"generator": 3}, {"epoch": 1e400},
+        {"shard_crc32": [None]}, {"shard_crc32": [None, -1]}, {"shard_crc32": [None, 1 << 32]},
+        {"shard_crc32": [None, True]}, {"shard_crc32": ["x", None]}, {"shard_crc32": 1},
     ],
 )  # fmt: skip
 def test_a_place_that_is_not_there_is_refused(change: dict[str, Any]) -> None:
@@ -180,6 +183,139 @@ def test_a_text_that_goes_on_beyond_the_checksum_is_another(monkeypatch: Any) ->
     (tokens,) = shards_of(1000)
     with pytest.raises(DataError, match="not those of the saved run"):
         make([tokens], 4, 10).restore(make([tokens[:900]], 4, 10).state())
+
+
+SHARDS = 3
+
+
+@pytest.fixture
+def token_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Three shards of 1000 tokens, of which the checksum before training covers the first ten."""
+    monkeypatch.setattr(loader_module, "CHECKED_TOKENS", 10)
+    paths = [tmp_path / f"x_train_{number:06d}.bin" for number in range(SHARDS)]
+    for path, tokens in zip(paths, shards_of(*[1000] * SHARDS), strict=True):
+        write_tokens(path, tokens)
+    return paths
+
+
+def change_token(path: Path, position: int) -> None:
+    tokens = np.array(read_tokens(path))
+    tokens[position] ^= 1
+    write_tokens(path, tokens)
+
+
+def loader_of(paths: list[Path]) -> BatchLoader:
+    return make([read_tokens(path) for path in paths], 4, 10)
+
+
+def opened(loader: BatchLoader) -> set[int]:
+    """The indices of the shards whose checksums are known."""
+    found = enumerate(loader.state()["shard_crc32"])
+    return {index for index, crc32 in found if crc32 is not None}
+
+
+def advance(loader: BatchLoader, shards: int) -> int:
+    """Takes batches until that many more shards are opened; returns the index of the last."""
+    for _ in range(shards):
+        shard = loader._shard
+        while loader._shard == shard:
+            loader.next_batch()
+    return int(loader._order[loader._shard])
+
+
+@pytest.mark.parametrize("position", [10, 500, 999])
+def test_a_token_changed_in_a_shard_read_before_is_noticed_on_resume(
+    position: int, token_files: list[Path]
+) -> None:
+    loader = loader_of(token_files)
+    index = advance(loader, 1)
+    saved = json.loads(json.dumps(loader.state()))
+    loader_of(token_files).restore(saved)
+    change_token(token_files[index], position)
+    with pytest.raises(DataError) as caught:
+        loader_of(token_files).restore(saved)
+    assert str(caught.value).startswith(
+        f"{token_files[index]}: the tokens changed since this run read them first (CRC-32 "
+    )
+
+
+def test_the_shard_that_a_new_loader_opens_is_compared_too(token_files: list[Path]) -> None:
+    loader = loader_of(token_files)
+    first = int(loader._order[0])
+    assert opened(loader) == {first}
+    advance(loader, 1)
+    change_token(token_files[first], 500)
+    with pytest.raises(DataError, match=f"{token_files[first]}: the tokens changed since"):
+        loader_of(token_files).restore(loader.state())
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_token_changed_during_a_run_is_noticed_in_the_next_epoch(
+    resumed: bool, token_files: list[Path]
+) -> None:
+    loader = loader_of(token_files)
+    advance(loader, SHARDS - 1)
+    assert opened(loader) == set(range(SHARDS))
+    if resumed:
+        again = loader_of(token_files)
+        again.restore(loader.state())
+        loader = again
+    # In place, as the loader has mapped the file.
+    changed = int(loader._order[0])
+    tokens = np.memmap(token_files[changed], np.uint16, "r+", offset=1024)
+    tokens[500] ^= 1
+    with pytest.raises(DataError, match=f"{token_files[changed]}: the tokens changed since"):  # noqa: PT012
+        for _ in range(2 * SHARDS * 1000 // 40):
+            loader.next_batch()
+    assert loader.state()["epoch"] == 1
+
+
+def test_checksums_are_of_all_tokens_of_the_shards_opened_so_far(
+    token_files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "CHECK_BLOCK", 64)
+    loader = loader_of(token_files)
+    index = advance(loader, 1)
+    crc32 = loader.state()["shard_crc32"][index]
+    assert crc32 == zlib.crc32(np.array(read_tokens(token_files[index])).tobytes())
+    assert len(opened(loader)) == 2
+    earlier = loader.state()
+    advance(loader, 1)
+    assert sum(found is not None for found in earlier["shard_crc32"]) == 2  # a state is a copy
+    again = loader_of(token_files)
+    again.restore(earlier)
+    assert again.state() == earlier
+
+
+def test_of_a_shard_not_opened_yet_only_the_beginning_is_compared(token_files: list[Path]) -> None:
+    loader = loader_of(token_files)
+    (other, *_) = set(range(SHARDS)) - opened(loader)
+    change_token(token_files[other], 500)
+    loader_of(token_files).restore(loader.state())
+    change_token(token_files[other], 5)
+    with pytest.raises(DataError, match="not those of the saved run"):
+        loader_of(token_files).restore(loader.state())
+
+
+def test_a_state_without_checksums_of_shards_is_read(token_files: list[Path]) -> None:
+    loader = loader_of(token_files)
+    advance(loader, 1)
+    saved = loader.state()
+    del saved["shard_crc32"]
+    again = loader_of(token_files)
+    again.restore(saved)
+    assert opened(again) == opened(loader)  # the first shard and the current one
+    np.testing.assert_array_equal(again.next_batch().tokens, loader.next_batch().tokens)
+
+
+def test_a_token_outside_the_vocabulary_is_found_in_any_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loader_module, "CHECK_BLOCK", 16)
+    tokens = np.arange(100, dtype=np.uint16)
+    tokens[63] = 200
+    with pytest.raises(DataError, match="token 200 at position 63 is outside"):
+        make([tokens], 2, 8, vocab_size=200)
 
 
 def test_a_shard_must_fill_a_block() -> None:

@@ -11,12 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.tokens import Tokens, check_tokens
+from gpu_gpt2.formats.tokens import CHECK_BLOCK, Tokens, check_tokens
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.rng.mersenne import WORDS, MersenneTwister
 
 Int32 = npt.NDArray[np.int32]
-CHECKED_TOKENS: Final = 1 << 20  # tokens of each shard that its checksum covers
+# Tokens at the beginning of each shard that are compared before training starts: all of a large
+# data set would take long to read. The others are compared when their shard is opened.
+CHECKED_TOKENS: Final = 1 << 20
+MAX_CRC32: Final = (1 << 32) - 1
 
 
 class BatchLoader:
@@ -56,6 +59,8 @@ class BatchLoader:
         self._rank_offset = rank * block_rows * T
         self._random = MersenneTwister(seed + rank)
         self._crc32 = 0
+        # CRC-32 of all tokens of each shard, None until it has been opened for the first time.
+        self._shard_crc32: list[int | None] = [None] * len(shards)
         for shard in shards:
             if len(shard) < self._block_tokens + 1:
                 raise DataError(
@@ -91,7 +96,7 @@ class BatchLoader:
         return part
 
     def state(self) -> dict[str, Any]:
-        """The position of the next batch in the data, and a checksum of the data, for JSON."""
+        """The position of the next batch in the data, and checksums of the data, for JSON."""
         words, drawn = self._before_blocks
         return {
             "epoch": self._epoch,
@@ -101,12 +106,15 @@ class BatchLoader:
             "generator": base64.b64encode(words.astype("<u4").tobytes()).decode("ascii"),
             "drawn": drawn,
             "crc32": self._crc32,
+            "shard_crc32": self._shard_crc32.copy(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues at a saved `state()`, with the batches that would have come next.
 
-        DataError if the loader has other shards, sizes or another rank than the saved one.
+        DataError if the loader has other shards, sizes or another rank than the saved one. Tokens
+        after the first CHECKED_TOKENS of a shard are compared when the shard is opened, and only if
+        it had been opened before. A state of an older version lacks "shard_crc32".
         """
         try:
             words = np.frombuffer(base64.b64decode(state["generator"], validate=True), "<u4")
@@ -114,6 +122,7 @@ class BatchLoader:
             epoch, shard, position, drawn, crc32 = (
                 int(state[key]) for key in ("epoch", "shard", "position", "drawn", "crc32")
             )
+            shard_crc32 = list(state.get("shard_crc32", self._shard_crc32))
         except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise DataError(f"cannot resume: the saved place in the data is damaged ({e})") from e
         if crc32 != self._crc32:
@@ -127,8 +136,15 @@ class BatchLoader:
             and 0 <= drawn <= WORDS
             and np.array_equal(np.sort(order), np.arange(len(self._shards)))
             and 0 <= shard < len(self._shards)
+            and len(shard_crc32) == len(self._shards)
+            and all(crc is None or _is_crc32(crc) for crc in shard_crc32)
         ):
             raise DataError("cannot resume: the saved place in the data is damaged")
+        for i, found in enumerate(self._shard_crc32):  # the shard that __init__ has opened
+            if found is not None:
+                self._compare(i, shard_crc32[i], found)
+                shard_crc32[i] = found
+        self._shard_crc32 = shard_crc32
         self._epoch, self._order = epoch, order
         self._random.restore(words.astype(np.uint32), drawn)
         self._open(shard)
@@ -147,8 +163,11 @@ class BatchLoader:
     def _open(self, shard: int) -> None:
         """Moves to the first block of the shard at index `shard` of this epoch's order."""
         self._shard, self._position = shard, 0
-        self._tokens = self._shards[self._order[shard]]
-        check_tokens(self._tokens, self._vocab_size, _name(self._tokens))
+        index = int(self._order[shard])
+        self._tokens = self._shards[index]
+        found = self._checked_crc32(self._tokens)
+        self._compare(index, self._shard_crc32[index], found)
+        self._shard_crc32[index] = found
         self._before_blocks = self._random.state()
         inputs = len(self._tokens) - 1
         self._offset = 0
@@ -156,6 +175,33 @@ class BatchLoader:
             offsets = min(self._T, inputs - self._block_tokens + 1)
             self._offset = int(self._random.draw(1)[0]) % offsets
         self._blocks = self._random.permutation((inputs - self._offset) // self._block_tokens)
+
+    def _checked_crc32(self, tokens: Tokens) -> int:
+        """The CRC-32 of all tokens of a shard; DataError if one is outside the vocabulary."""
+        crc32 = 0
+        for start in range(0, len(tokens), CHECK_BLOCK):
+            block = tokens[start : start + CHECK_BLOCK]
+            try:
+                check_tokens(block, self._vocab_size, _name(tokens))
+            except DataError:
+                # The message gives the token's position in the shard, not in this block.
+                check_tokens(tokens, self._vocab_size, _name(tokens))
+                raise
+            crc32 = zlib.crc32(np.ascontiguousarray(block).data, crc32)
+        return crc32
+
+    def _compare(self, index: int, expected: int | None, found: int) -> None:
+        """Raises DataError if the tokens of a shard changed since it was opened before."""
+        if expected not in (None, found):
+            raise DataError(
+                f"{_name(self._shards[index])}: the tokens changed since this run read them first "
+                f"(CRC-32 {found:08x}, expected {expected:08x}); restore the file, or begin a new "
+                f"run with another --run-dir"
+            )
+
+
+def _is_crc32(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_CRC32
 
 
 def _name(tokens: Tokens) -> str:

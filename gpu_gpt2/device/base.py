@@ -85,6 +85,17 @@ class Device(ABC):
         """Like `download`, but may return a view of `src`; read it before `src` changes."""
         return self.download(src)
 
+    def host_empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """A new C-contiguous host array with undefined contents, for `download_into`.
+
+        On a GPU it is in pinned memory: a copy to it is faster, and takes no other host memory.
+        """
+        return np.empty(shape, dtype)
+
+    @abstractmethod
+    def download_into(self, dst: npt.NDArray[Any], src: Array) -> None:
+        """Copies `src` into a host array of its shape and dtype; complete when this returns."""
+
     def stager(self, *buffers: Array) -> Callable[..., None]:
         """Returns a function that copies host arrays, one for each buffer, into the buffers.
 

@@ -144,6 +144,20 @@ class CudaDevice(Device):
         self._uploading.clear()
         return host
 
+    def host_empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        try:
+            return _pinned(shape, dtype)
+        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+            need = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            raise DeviceError(
+                f"the host cannot give {need / 2**20:.0f} MiB of pinned memory ({error}); free "
+                f"some memory of the host, or use a smaller --model"
+            ) from None
+
+    def download_into(self, dst: npt.NDArray[Any], src: Array) -> None:
+        src.get(out=dst)  # waits for everything before it
+        self._uploading.clear()
+
     def address(self, array: Array) -> int:
         return int(array.data.ptr)
 
@@ -184,7 +198,7 @@ class CudaDevice(Device):
         return self._cupy.cuda.Stream(non_blocking=True)
 
     def read_async(self, src: Array) -> AsyncRead:
-        host = _pinned(src)
+        host = _pinned(src.shape, src.dtype)
         src.get(out=host, blocking=False)
         copied = self._stream.record(self._cupy.cuda.Event(block=True, disable_timing=True))
         # The host array must outlive its copy, even if nobody waits for the result.
@@ -343,11 +357,11 @@ def _dtypes(compute_capability: int) -> tuple[str, ...]:
     )
 
 
-def _pinned(like: Array) -> npt.NDArray[Any]:
-    """Returns a host array of the same shape and dtype in pinned memory, which the GPU can copy."""
+def _pinned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Returns a new host array in pinned memory, which the GPU can read and write by itself."""
     import cupyx
 
-    array: npt.NDArray[Any] = cupyx.empty_pinned(like.shape, like.dtype)
+    array: npt.NDArray[Any] = cupyx.empty_pinned(shape, dtype)
     return array
 
 
@@ -383,7 +397,7 @@ class _Stager:
 
 class _Slot:
     def __init__(self, cupy: Any, buffers: tuple[Array, ...]) -> None:
-        self.pinned = [_pinned(buffer) for buffer in buffers]
+        self.pinned = [_pinned(buffer.shape, buffer.dtype) for buffer in buffers]
         self.staged = [cupy.empty_like(buffer) for buffer in buffers]
         self.copied = cupy.cuda.Event(block=True, disable_timing=True)
         # Recorded at once, because earlier work may still use the memory that `staged` was given.

@@ -19,6 +19,9 @@ from gpu_gpt2.ops.kernels import SCRATCH_FLOATS
 # Bytes that a process takes on a GPU beside its tensors: the CUDA context, cuBLAS with its
 # workspace, the compiled kernels. An estimate: the size depends on the GPU and on the versions.
 CUDA_OVERHEAD: Final = 768 << 20
+# Parameter arenas that training/saver.py copies to the host to write a checkpoint: the master
+# weights and both moments of AdamW.
+HOST_COPIES: Final = 3
 RECOMPUTE_LEVELS: Final = range(MAX_RECOMPUTE + 1)
 # Tokens in a micro-batch that keep a GPU busy. Beyond them a larger batch gains less than the
 # recomputation costs that makes it fit.
@@ -45,9 +48,19 @@ class MemoryPlan:
 
 
 def memory_plan(
-    config: ModelConfig, dtype: str, batch_size: int, seq_len: int, recompute: int
+    config: ModelConfig,
+    dtype: str,
+    batch_size: int,
+    seq_len: int,
+    recompute: int,
+    *,
+    host_copies: bool = False,
 ) -> MemoryPlan:
-    """The memory that training on micro-batches of (batch_size, seq_len) tokens allocates."""
+    """The memory that training on micro-batches of (batch_size, seq_len) tokens allocates.
+
+    With `host_copies` it counts the host memory from which checkpoints are written: for devices
+    whose own memory is the host's.
+    """
     n, x = parameter_count(config), X_DTYPES[dtype]
     specs = activations(config, batch_size, seq_len, recompute=recompute)
     logits = tuple(spec for spec in specs if spec.name == "logits")
@@ -61,14 +74,23 @@ def memory_plan(
         ("other activations", bytes_of(specs, x) - bytes_of(logits, x)),
         ("kernel scratch", SCRATCH_FLOATS * FLOAT32.itemsize),
     ]
+    if host_copies:
+        rows.append(("checkpoint copies", HOST_COPIES * n * FLOAT32.itemsize))
     return MemoryPlan(batch_size=batch_size, recompute=recompute, rows=tuple(rows))
 
 
 def planned_bytes(
-    config: ModelConfig, dtype: str, batch_size: int, seq_len: int, recompute: int = 0
+    config: ModelConfig,
+    dtype: str,
+    batch_size: int,
+    seq_len: int,
+    recompute: int = 0,
+    *,
+    host_copies: bool = False,
 ) -> int:
     """The total of `memory_plan` in bytes."""
-    return memory_plan(config, dtype, batch_size, seq_len, recompute).total
+    plan = memory_plan(config, dtype, batch_size, seq_len, recompute, host_copies=host_copies)
+    return plan.total
 
 
 def largest_batch(
@@ -78,14 +100,20 @@ def largest_batch(
     recompute: int,
     memory: int,
     sequences: int | None = None,
+    *,
+    host_copies: bool = False,
 ) -> int:
     """The largest batch size whose plan fits into `memory` bytes, or 0 if none does.
 
     `sequences` is the number of sequences in an optimizer step: the batch size then divides it.
+    `host_copies` is as for `memory_plan`.
     """
 
     def fits(batch_size: int) -> bool:
-        return planned_bytes(config, dtype, batch_size, seq_len, recompute) <= memory
+        needed = planned_bytes(
+            config, dtype, batch_size, seq_len, recompute, host_copies=host_copies
+        )
+        return needed <= memory
 
     most = MAX_BATCH_TOKENS // seq_len
     if sequences is not None:
@@ -109,22 +137,31 @@ def best_fit(
     headroom: int = 0,
     recompute: int | None = None,
     sequences: int | None = None,
+    host_copies: bool = False,
 ) -> MemoryPlan:
     """The plan with the best batch size and recompute level for `memory` less `headroom` bytes.
 
     The level is the lowest whose largest batch holds ENOUGH_TOKENS; if no level's does, it is the
-    lowest of those with the largest batch. `recompute` fixes the level, and `sequences` is as for
-    `largest_batch`. Raises ConfigError if nothing fits.
+    lowest of those with the largest batch. `recompute` fixes the level, and `sequences` and
+    `host_copies` are as for `largest_batch`. Raises ConfigError if nothing fits.
     """
     levels = RECOMPUTE_LEVELS if recompute is None else (recompute,)
     best = (0, levels[-1])
     for level in levels:
-        batch_size = largest_batch(config, dtype, seq_len, level, memory - headroom, sequences)
+        batch_size = largest_batch(
+            config,
+            dtype,
+            seq_len,
+            level,
+            memory - headroom,
+            sequences,
+            host_copies=host_copies,
+        )
         if batch_size > best[0]:
             best = batch_size, level
         if batch_size * seq_len >= ENOUGH_TOKENS:
             break
-    fit = memory_plan(config, dtype, max(1, best[0]), seq_len, best[1])
+    fit = memory_plan(config, dtype, max(1, best[0]), seq_len, best[1], host_copies=host_copies)
     check_fits(fit, memory, headroom=headroom)
     return fit
 

@@ -1,0 +1,96 @@
+"""Saves checkpoints in a thread: training waits for a copy of its state, not for the disk."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from gpu_gpt2.device.base import FLOAT32, Array, Device
+from gpu_gpt2.models.weights import FloatArray
+from gpu_gpt2.training import checkpoint
+from gpu_gpt2.training.checkpoint import Retention, Tokenizer, TrainingState
+from gpu_gpt2.training.memory import HOST_COPIES
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a run one after the other, in a thread, inside a `with`.
+
+    To save: fill a TrainingState with `host_copies` of the device's arrays, then `start`. Training
+    may change its arrays as soon as `host_copies` returns. The error of a save that failed is
+    raised by every later call.
+    """
+
+    def __init__(self, run_dir: Path, device: Device, n: int, tokenizer: Tokenizer) -> None:
+        """Allocates the host memory of all saves, HOST_COPIES arrays (n,) float32; DeviceError."""
+        self._run_dir, self._device, self._tokenizer = run_dir, device, tokenizer
+        self._buffers = [device.host_empty((n,), FLOAT32) for _ in range(HOST_COPIES)]
+        for buffer in self._buffers:
+            buffer.fill(0)  # the system hands out memory when it is first written: now, not later
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Waits for the save in progress; its error is raised unless another one ends the run."""
+        if error is None:
+            self.wait()
+            return
+        self._join()
+        if self._error is not None and self._error is not error:
+            logger.error("%s", self._error)
+
+    def host_copies(self, *arrays: Array) -> tuple[FloatArray, ...]:
+        """Returns host copies of device arrays (n,) float32, which the next call overwrites.
+
+        Waits for the save in progress before, because it reads the same host memory.
+        """
+        self.wait()
+        for buffer, array in zip(self._buffers, arrays, strict=True):
+            self._device.download_into(buffer, array)
+        return tuple(self._buffers)
+
+    def start(self, state: TrainingState, retention: Retention) -> Path:
+        """Starts to save a state whose arrays are `host_copies`; returns the folder it will have.
+
+        The folder exists when `wait` has returned.
+        """
+        self.wait()
+        # A daemon, so that a second Ctrl-C ends the program at once. What the thread has written
+        # by then has a hidden name, and the next save removes it.
+        self._thread = threading.Thread(
+            target=self._save, args=(state, retention), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        return checkpoint.folder_of(self._run_dir, state.step)
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed; does not wait for one in progress."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> None:
+        """Waits until the save in progress is on the disk. Raises CheckpointError if it is not."""
+        self._join()
+        self.check()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _save(self, state: TrainingState, retention: Retention) -> None:
+        try:
+            checkpoint.save(self._run_dir, state, self._tokenizer, retention)
+        except BaseException as error:  # `check` and `wait` raise it in the trainer's thread
+            self._error = error
