@@ -165,6 +165,14 @@ class Run:
         """True after the last step."""
         return self.step >= self.config.steps
 
+    @property
+    def complete(self) -> bool:
+        """True after the last step if its validation, and its accuracy if asked for, are logged."""
+        validated = self.finished and self.log.has("val_loss", self.step)
+        return validated and (
+            not self._examples or self.log.has("hellaswag_acc_norm", self.step)
+        )
+
     def is_due(self, every: int) -> bool:
         """Returns True after each `every` steps; never if `every` is 0, nor before training."""
         return every > 0 and self.step > 0 and self.step % every == 0

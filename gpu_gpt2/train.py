@@ -58,4 +58,4 @@ def train(config: TrainConfig, console: Console, resumed: TrainingState | None =
             run.count_step(lr, pending)
         path = run.save()  # after Ctrl-C; a step that is saved already is not saved again
         run.finish()
-    return Outcome(path, run.step, interrupted=stop.requested)
+    return Outcome(path, run.step, interrupted=stop.requested and not run.complete)

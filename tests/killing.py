@@ -41,7 +41,7 @@ def train_on(run_dir: str) -> None:
     state = checkpoint.load(found[-1]) if found else None
     new = train_settings(
         data="numbers.txt", run_dir=run_dir, steps=12, batch_size=2, total_batch_tokens=64,
-        eval_every=2,
+        eval_every=2, save_every=2,
     )  # fmt: skip
     train(state.train if state else new, quiet(), state)
 

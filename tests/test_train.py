@@ -27,7 +27,8 @@ from gpu_gpt2.open_model import open_model
 from gpu_gpt2.train import Run, train
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.metrics import RunLog
-from gpu_gpt2.training.optimizer import AdamW, PendingStep, StepResult, UpdateState
+from gpu_gpt2.training.optimizer import AdamW, PendingStep, StepResult
+from gpu_gpt2.training.stop_signal import StopSignal
 
 TEXT = "".join(f"{i} squared is {i * i}, and the cube of {i} is {i**3}.\n" for i in range(300))
 
@@ -65,7 +66,7 @@ def test_metrics_checkpoints_and_learning() -> None:
     assert steps[0]["tokens_per_s"] == pytest.approx(256 / steps[0]["step_ms"] * 1000)
     assert steps[0]["loss"] == pytest.approx(np.log(257), abs=0.2)
     evaluations = [r for r in records if "val_loss" in r]
-    assert [r["step"] for r in evaluations] == [*range(4, 60, 4), 60]
+    assert [r["step"] for r in evaluations] == [*range(0, 60, 4), 60]
     assert evaluations[-1]["val_loss"] < 0.6 * evaluations[0]["val_loss"]
     # A byte is a token here, so bits per byte are the loss in bits.
     ratio = evaluations[-1]["val_bits_per_byte"] / evaluations[-1]["val_loss"]
@@ -122,7 +123,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(recompute: int) -> None:
     a, b = checkpoint.load(whole), checkpoint.load(parts)
     for name in ("weights", "m", "v"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
-    assert a.update == b.update == UpdateState(updates=8, good_steps=8, loss_scale=1.0)
+    assert a.update == b.update
+    assert (a.update.updates, a.update.good_steps, a.update.loss_scale) == (8, 8, 1.0)
     losses = [[r["loss"] for r in metrics(run) if "loss" in r] for run in ("whole", "parts")]
     assert losses[0] == losses[1]
 
@@ -158,7 +160,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(AdamW, "step", enqueuing)
     monkeypatch.setattr(PendingStep, "result", reading)
-    note(Run, "_state", "save")
+    note(Run, "_start_saving", "save")
     note(RunLog, "validation", "evaluate")
     note(RunLog, "sample", "sample")
     return events
@@ -174,13 +176,14 @@ def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_is_read_after_the_next_is_enqueued(
     events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late = train(settings(steps=5, eval_every=3), quiet()).checkpoint
+    late = train(settings(steps=5, eval_every=3, save_every=3), quiet()).checkpoint
     assert events == [
+        "evaluate",
         "enqueue 1", "enqueue 2", "read 1", "enqueue 3", "read 2", "read 3", "save", "evaluate",
         "enqueue 4", "enqueue 5", "read 4", "read 5", "save", "evaluate", "sample",
     ]  # fmt: skip
     monkeypatch.setattr(CpuDevice, "is_async", False)
-    usual = train(settings(steps=5, eval_every=3, run_dir="usual"), quiet()).checkpoint
+    usual = train(settings(steps=5, eval_every=3, save_every=3, run_dir="usual"), quiet()).checkpoint
     keys = ("step", "loss", "lr", "grad_norm", "val_loss")
     records = [
         [{key: r[key] for key in keys if key in r} for r in metrics(run)]
@@ -193,8 +196,9 @@ def test_a_step_is_read_after_the_next_is_enqueued(
 
 
 def test_everything_that_is_due_is_done_once(events: list[str]) -> None:
-    train(settings(steps=4, eval_every=2, sample_every=4), quiet())
+    train(settings(steps=4, eval_every=2, save_every=2, sample_every=4), quiet())
     assert events == [
+        "evaluate",
         "enqueue 1", "read 1", "enqueue 2", "read 2", "save", "evaluate",
         "enqueue 3", "read 3", "enqueue 4", "read 4", "save", "evaluate", "sample",
     ]  # fmt: skip
@@ -234,28 +238,64 @@ def test_an_interrupt_in_a_pause_does_not_save_twice(
 ) -> None:
     log = getattr(RunLog, during)
 
-    def interrupts(self: RunLog, *args: Any, **kwargs: Any) -> None:
-        log(self, *args, **kwargs)
-        signal.raise_signal(signal.SIGINT)
+    def interrupts(self: RunLog, step: int, *args: Any, **kwargs: Any) -> None:
+        log(self, step, *args, **kwargs)
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(RunLog, during, interrupts)
-    outcome = train(settings(eval_every=2, sample_every=2), quiet())
+    outcome = train(settings(eval_every=2, save_every=2, sample_every=2), quiet())
     assert (outcome.step, outcome.interrupted) == (2, True)
     assert events[-1] == expected
     assert events.count("save") == 1
 
 
-def test_ctrl_c_in_the_last_evaluation_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunLog, "validation", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings(eval_every=0), quiet())
-    assert checkpoint.load(checkpoint.latest(Path("run"))).step == 8
-    assert signal.getsignal(signal.SIGINT) is before
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_signal_ends_a_validation_early_and_resuming_makes_up_for_it(
+    number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, validate = GPT2.add_losses, Run.validate
+    before = signal.getsignal(number)
+    batches = 0
+
+    def signalled(self: GPT2, *args: Any, **kwargs: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        signal.raise_signal(number)
+        return losses(self, *args, **kwargs)
+
+    def validating(self: Run) -> None:
+        if self.step == step:
+            patched.setattr(GPT2, "add_losses", signalled)
+        validate(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "validate", validating)
+        outcome = train(settings(), quiet())
+    assert batches == 1  # of several
+    assert (outcome.step, outcome.interrupted) == (step, True)
+    assert signal.getsignal(number) is before
+    validations = [r["step"] for r in metrics() if "val_loss" in r]
+    assert validations == list(range(0, step, 4))
+    state = checkpoint.load(outcome.checkpoint)
+    assert not train(state.train, quiet(), state).interrupted
+    assert [r["step"] for r in metrics() if "val_loss" in r] == [0, 4, 8]
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As under nohup, which lets a run go on when its terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal(quiet()) as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_pauses_are_not_part_of_step_ms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_gpt2.train.validation_loss", lambda *_: time.sleep(0.3) or 1.0)
+    monkeypatch.setattr("gpu_gpt2.run.validation_loss", lambda *_, **__: time.sleep(0.3) or 1.0)
     train(settings(steps=3, eval_every=1), quiet())
     assert max(r["step_ms"] for r in metrics() if "loss" in r) < 300
 
@@ -273,8 +313,8 @@ def test_a_late_reading_names_the_step_that_diverged(
     monkeypatch.setattr(PendingStep, "result", second_diverges)
     with pytest.raises(TrainingError, match=r"step 2: loss 5\.\d+, gradient norm inf: "):
         train(settings(), quiet())
-    assert events == ["enqueue 1", "enqueue 2", "read 1", "enqueue 3", "read 2"]
-    assert [r["step"] for r in metrics()] == [1]
+    assert events == ["evaluate", "enqueue 1", "enqueue 2", "read 1", "enqueue 3", "read 2"]
+    assert [r["step"] for r in metrics()] == [0, 1]
 
 
 def test_micro_batches_do_not_change_the_first_update() -> None:
@@ -285,25 +325,25 @@ def test_micro_batches_do_not_change_the_first_update() -> None:
     once = {"data": "x_train.bin", "steps": 1}
     one = train(settings(batch_size=8, run_dir="one", **once), quiet()).checkpoint
     four = train(settings(batch_size=2, run_dir="four", **once), quiet()).checkpoint
-    loss = [metrics(run)[0]["loss"] for run in ("one", "four")]
+    loss = [metrics(run)[1]["loss"] for run in ("one", "four")]
     assert loss[0] == pytest.approx(loss[1], rel=1e-6)
     a, b = checkpoint.load(one), checkpoint.load(four)
     assert np.abs(a.m - b.m).max() < 1e-6 * np.abs(a.m).max()
     # m starts at 0 and has seen one clipped gradient: (1 - beta1) times a vector of norm 1.
-    assert np.linalg.norm(a.m) == pytest.approx(0.1 * min(1.0, metrics("one")[0]["grad_norm"]))
+    assert np.linalg.norm(a.m) == pytest.approx(0.1 * min(1.0, metrics("one")[1]["grad_norm"]))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": 1e4}, r"gradient norm inf: training diverged; the newest checkpoint is run/step_"),
+        ({"lr": 1e4}, r"norm inf; squared_norm of .* overflows.*: training diverged; the newest .* run/step_"),
         ({"lr": 1e30}, r"step 1: validation loss nan: training diverged"),
         ({"lr": 1e39, "steps": 1}, r"step 1: a weight is no longer .* no checkpoint was saved"),
     ],
 )
 def test_a_diverging_run_saves_nothing_broken(change: dict[str, float], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        train(settings(**{"warmup_steps": 0, "steps": 20, "eval_every": 1, **change}), quiet())
+        train(settings(**{"warmup_steps": 0, "steps": 20, "eval_every": 1, "save_every": 1, **change}), quiet())
     for folder in checkpoint.checkpoints(Path("run")):
         assert np.isfinite(checkpoint.load(folder).weights).all()
 
@@ -373,7 +413,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path)
     assert process.returncode == 1
     assert len(err.splitlines()) == 1
     assert err.startswith("gpu-gpt2: cannot write checkpoint run/step_00000002: File too large")
-    assert sorted(path.name for path in Path("run").iterdir()) == ["main.log", "metrics.jsonl"]
+    assert sorted(path.name for path in Path("run").iterdir()) == [
+        "main.log", "metrics.jsonl", "settings.toml",
+    ]  # fmt: skip
 
 
 def test_state_covers_every_parameter() -> None:
