@@ -46,12 +46,20 @@ def train_on(run_dir: str) -> None:
     train(state.train if state else new, quiet(), state)
 
 
+def _wait_for_threads() -> None:
+    """Waits until the threads that have ended are gone: forking is safe with one thread only."""
+    deadline = time.monotonic() + 10
+    while sys.platform == "linux" and len(os.listdir("/proc/self/task")) > 1:
+        assert time.monotonic() < deadline, "a thread is left"
+        time.sleep(0.001)
+
+
 class Child:
     """A forked process that trains on a run."""
 
     def __init__(self, run_dir: str) -> None:
         assert threading.active_count() == 1
-        assert sys.platform != "linux" or len(os.listdir("/proc/self/task")) == 1
+        _wait_for_threads()
         self._run_dir = Path(run_dir)
         self._leftovers = self._hidden()  # of earlier kills
         self._pid = os.fork()

@@ -189,19 +189,22 @@ def test_a_finished_run_is_not_resumed(run: Run) -> None:
 
 
 def test_overfitting_one_batch_learns_it_by_heart_and_is_resumed_bit_for_bit() -> None:
-    more = {"overfit_batch": True, "lr": 0.01, "lr_schedule": "constant", "total_batch_tokens": 256}
-    whole = train(settings(run_dir="whole", steps=120, **more), quiet())
+    more = {
+        "overfit_batch": True, "lr": 0.02, "lr_schedule": "constant", "batch_size": 2,
+        "total_batch_tokens": 128, "eval_every": 0,
+    }  # fmt: skip
+    whole = train(settings(run_dir="whole", steps=80, **more), quiet())
     losses = [loss for _, loss in records("whole", "loss")]
-    assert losses[-1] < 0.1 < 5 < losses[0]
-    train(settings(run_dir="parts", steps=60, **more), quiet())
-    assert sums(resume("parts", steps=120).checkpoint) == sums(whole.checkpoint)
+    assert losses[-1] < 0.5 < 5 < losses[0]
+    train(settings(run_dir="parts", steps=40, **more), quiet())
+    assert sums(resume("parts", steps=80).checkpoint) == sums(whole.checkpoint)
 
 
 def test_an_overfitted_batch_is_the_first_one_again_and_again() -> None:
     config = settings(overfit_batch=True, batch_size=2, total_batch_tokens=128)
     data = of_run(config)
     sizes = checkpoint.load(train(replace(config, steps=1), quiet()).checkpoint).model
-    repeated, usual = (_loader(c, data, sizes) for c in (config, replace(config, overfit_batch=0)))
+    repeated, usual = (_loader(c, data, sizes) for c in (config, replace(config, overfit_batch=False)))
     first = [usual.next_batch().tokens for _ in range(2)]
     for _ in range(3):
         for tokens in first:
