@@ -385,7 +385,10 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def bytes_needed(model: ModelConfig) -> int:
-    """Returns an upper bound of the bytes of one checkpoint; during a save there are three."""
+    """Returns an upper bound of the bytes of one checkpoint.
+
+    A save needs that much free space, because it removes old checkpoints at its end.
+    """
     return 3 * np.dtype(np.float32).itemsize * parameter_count(model) + _SMALL_FILES
 
 
