@@ -31,8 +31,8 @@ from gpu_gpt2.formats.multiple_choice import Example, read_choices
 from gpu_gpt2.generate import generate
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.gpt2 import GPT2, check_seq_len, parameter_count
-from gpu_gpt2.models.init import initial_weights
-from gpu_gpt2.models.weights import FloatArray, load_arena
+from gpu_gpt2.models.init import InitialWeights
+from gpu_gpt2.models.weights import FloatArray, WeightSource, load_arena
 from gpu_gpt2.open_model import open_model
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.plot import PLOT_FILE, plot_runs
@@ -83,7 +83,7 @@ class Run:
         self._console = console
         self._stop = stop
         self._run_dir = Path(config.run_dir)
-        sizes, weights = _sizes_and_weights(config, resumed)
+        sizes = resumed.model if resumed else _source_of_weights(config).config
         check_seq_len(config.seq_len, sizes)
         self.data = of_run(config)
         self._examples = _hellaswag(config, sizes)
@@ -108,7 +108,7 @@ class Run:
         if resumed:
             self._load(resumed)
         else:
-            self.optimizer.load(weights)
+            self.optimizer.load(_initial_weights(config))
         self.step = self._first_step = resumed.step if resumed else 0
         # The step and folder of the newest checkpoint.
         self._saved: tuple[int, Path] | None = None
@@ -122,7 +122,7 @@ class Run:
 
     def __enter__(self) -> Run:
         with ExitStack() as stack:
-            _make_run_dir(self._run_dir, self.config)
+            _make_run_dir(self._run_dir)
             self.log = stack.enter_context(
                 RunLog(
                     self._run_dir,
@@ -132,6 +132,7 @@ class Run:
                     sinks=_sinks(self._run_dir, self.config),
                 )
             )
+            _write_settings(self._run_dir, self.config)
             aside = checkpoint.set_aside(self._run_dir, self._first_step)
             if aside:
                 self._console.print(
@@ -169,9 +170,7 @@ class Run:
     def complete(self) -> bool:
         """True after the last step if its validation, and its accuracy if asked for, are logged."""
         validated = self.finished and self.log.has("val_loss", self.step)
-        return validated and (
-            not self._examples or self.log.has("hellaswag_acc_norm", self.step)
-        )
+        return validated and (not self._examples or self.log.has("hellaswag_acc_norm", self.step))
 
     def is_due(self, every: int) -> bool:
         """Returns True after each `every` steps; never if `every` is 0, nor before training."""
@@ -415,17 +414,10 @@ class Run:
         )
 
 
-def _sizes_and_weights(
-    config: TrainConfig, resumed: checkpoint.TrainingState | None
-) -> tuple[ModelConfig, FloatArray]:
-    """Returns the sizes of the model and its weights at the beginning of this run or part."""
-    if resumed:
-        return resumed.model, resumed.weights
+def _source_of_weights(config: TrainConfig) -> WeightSource:
+    """Returns the weights that a new run starts from, which are not read or drawn yet."""
     if config.init_from:
-        source = open_model(config.init_from)
-        weights = load_arena(source)
-        _check_weights(config, weights)
-        return source.config, weights
+        return open_model(config.init_from)
     sizes = model_config(
         config.model,
         vocab_size_of(config.tokenizer),
@@ -434,11 +426,15 @@ def _sizes_and_weights(
         n_embd=config.n_embd,
         context=config.context,
     )
-    return sizes, initial_weights(sizes, config.seed)
+    return InitialWeights(config=sizes, seed=config.seed)
 
 
-def _check_weights(config: TrainConfig, weights: FloatArray) -> None:
-    """Raises ConfigError if a weight is not finite, or would not be in the dtype of the run."""
+def _initial_weights(config: TrainConfig) -> FloatArray:
+    """Returns the weights that a new run starts from as a parameter arena (n,) float32.
+
+    Raises ConfigError if a weight is not finite, or would not be in the dtype of the run.
+    """
+    weights = load_arena(_source_of_weights(config))
     if not np.isfinite(weights).all():
         raise ConfigError(
             f"--init-from {config.init_from}: a weight is not a finite number; the file is damaged"
@@ -450,6 +446,7 @@ def _check_weights(config: TrainConfig, weights: FloatArray) -> None:
             f"--init-from {config.init_from}: its largest weight, {abs(weights).max():g}, is "
             f"beyond the range of {config.dtype}; use --dtype bf16 or fp32"
         )
+    return weights
 
 
 def _hellaswag(config: TrainConfig, sizes: ModelConfig) -> list[Example]:
@@ -504,18 +501,22 @@ def _sinks(run_dir: Path, config: TrainConfig) -> list[Sink]:
     return found
 
 
-def _make_run_dir(run_dir: Path, config: TrainConfig) -> None:
-    """Makes the run folder with the settings of the run, as a file for --config."""
-    values = {name: value for name, value in config.to_dict().items() if name != "run_dir"}
+def _make_run_dir(run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / SETTINGS_FILE).write_text(
-            f"# Use these settings again: gpu-gpt2 train --config "
-            f"{shlex.quote(str(run_dir / SETTINGS_FILE))}\n{settings_text(values)}",
-            encoding="utf-8",
-        )
     except OSError as error:
         raise CheckpointError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
+
+
+def _write_settings(run_dir: Path, config: TrainConfig) -> None:
+    """Writes the settings of the run into its folder, as a file for --config."""
+    path = run_dir / SETTINGS_FILE
+    values = {name: value for name, value in config.to_dict().items() if name != "run_dir"}
+    use = f"gpu-gpt2 train --config {shlex.quote(str(path))}"
+    try:
+        path.write_text(f"# Use these settings again: {use}\n{settings_text(values)}", "utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _why_no_update(result: StepResult) -> str:

@@ -23,6 +23,7 @@ from gpu_gpt2.config.presets import TOKENS_PER_PARAM
 from gpu_gpt2.data.corpus import BUILT_IN
 from gpu_gpt2.data.dataset import prepare
 from gpu_gpt2.device import choose_dtype, open_device
+from gpu_gpt2.device.base import Device
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.models.weights import WeightSource
@@ -63,7 +64,7 @@ def new_config(given: Mapping[str, Any], preset: Mapping[str, Any], run_dir: Pat
     if "seq_len" not in chosen:
         values["seq_len"] = min(values["seq_len"], longest)
     if values["batch_size"] == AUTO:
-        values |= _fitting(values, model, chosen.get("recompute"), device.free_memory)
+        values |= _fitting(values, model, chosen.get("recompute"), device)
     micro = values["batch_size"] * values["seq_len"]
     if "total_batch_tokens" not in chosen and values["total_batch_tokens"] % micro:
         values["total_batch_tokens"] = micro
@@ -99,7 +100,8 @@ def resumed_config(
     changed = {name for name, value in given.items() if getattr(saved, name) != value}
     if fixed := [name for name in OPTIONS if name in changed and not OPTIONS[name].resumable]:
         differences = "; ".join(
-            f"{OPTIONS[name].flag} is {getattr(saved, name)!r} in the run, {given[name]!r} was given"
+            f"{OPTIONS[name].flag} is {getattr(saved, name)!r} in the run, "
+            f"{given[name]!r} was given"
             for name in fixed
         )
         raise ConfigError(
@@ -110,15 +112,13 @@ def resumed_config(
         given = {"dtype": "fp32", **given}  # the one dtype of every device
     if changed & {"device", "dtype"}:
         given = {"tf32": False, **given}
-    config = with_own_tokenizer(
-        replace(saved, **given, run_dir=str(folder.parent)), folder
-    )
+    config = with_own_tokenizer(replace(saved, **given, run_dir=str(folder.parent)), folder)
     choose_dtype(config.dtype, open_device(config.device))
     return config
 
 
 def with_own_tokenizer(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Returns the settings with the tokenizer in a checkpoint of the run if its own file is gone."""
+    """Returns the settings with a checkpoint's tokenizer if the one they name is gone."""
     if is_path(config.tokenizer) and not os.path.exists(config.tokenizer):
         return replace(config, tokenizer=os.path.abspath(folder))
     return config
@@ -177,7 +177,10 @@ def _tokenizer_spec(source: WeightSource, given: str | None, name: str) -> str:
 
 
 def _one_length(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the choices with either `steps` or `tokens_per_param`. Raises ConfigError for both."""
+    """Returns the choices with either `steps` or `tokens_per_param`, those given first.
+
+    Raises ConfigError if both are given.
+    """
     lengths = {"steps", TOKENS_PER_PARAM}
     if lengths <= given.keys():
         raise ConfigError("--steps and --tokens-per-param both set the length; leave out one")
@@ -189,9 +192,10 @@ def _one_length(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 def _step_count(values: Mapping[str, Any], model: ModelConfig) -> int:
     """Returns the number of optimizer steps that `steps` or `tokens_per_param` means."""
-    total = values["total_batch_tokens"]
-    if ratio := values.get(TOKENS_PER_PARAM):
-        return int(math.ceil(ratio * parameter_count(model) / total))
+    total: int = values["total_batch_tokens"]
+    ratio: float | None = values.get(TOKENS_PER_PARAM)
+    if ratio:
+        return math.ceil(ratio * parameter_count(model) / total)
     steps: int | str = OPTIONS["steps"].check_given(values["steps"])
     if isinstance(steps, int):
         return steps
@@ -205,7 +209,7 @@ def _step_count(values: Mapping[str, Any], model: ModelConfig) -> int:
 
 
 def _fitting(
-    values: Mapping[str, Any], model: ModelConfig, recompute: int | None, free_memory: int
+    values: Mapping[str, Any], model: ModelConfig, recompute: int | None, device: Device
 ) -> dict[str, int]:
     """Returns the batch size and recompute level of best_fit; `recompute` fixes the level."""
     T, total = values["seq_len"], values["total_batch_tokens"]
@@ -217,9 +221,10 @@ def _fitting(
         model,
         values["dtype"],
         T,
-        free_memory,
-        headroom=int(HEADROOM * free_memory),
+        device.free_memory,
+        headroom=int(HEADROOM * device.free_memory),
         recompute=recompute,
+        host_copies=not device.is_gpu,
         sequences=total // T,
     )
     return {"batch_size": fit.batch_size, "recompute": fit.recompute}

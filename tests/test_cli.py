@@ -14,6 +14,7 @@ import pytest
 from checkpoints import seal
 from typer.testing import CliRunner
 
+from gpu_gpt2 import settings as settings_module
 from gpu_gpt2.cli import app as app_module
 from gpu_gpt2.cli import inspect
 from gpu_gpt2.cli import train as train_module
@@ -59,7 +60,7 @@ def write_bad_inputs() -> None:
         (["--device", "cpu", "--dtype", "bf16"], "the CPU trains in fp32 only"),
         (["--data", "text.txt", "--model", "nano", "--seq-len", "33"], "context of 32"),
         (["--device", "cpu", "--tf32"], "--tf32 is for fp32 on a GPU, not fp32 on cpu"),
-        (["--steps", "0"], "--steps must be a whole number >= 1, not 0"),
+        (["--steps", "0"], "--steps must be a whole number >= 1, or epochs as in 3epochs, not 0"),
         (["--batch-size", "0"], "--batch-size must be a whole number >= 1, or auto, not 0"),
         (["--batch-size", "many"], "--batch-size must be a whole number >= 1, or auto, not 'many'"),
         (["--seq-len", "0", "--batch-size", "auto"], "--seq-len must be a whole number >= 1"),
@@ -195,10 +196,13 @@ def test_resume_and_generate_refuse_what_does_not_fit(
 def test_a_resumed_run_keeps_settings_that_are_not_given() -> None:
     run = {"run_dir": "run", "tf32": True, "recompute": 2}
     saved = TrainConfig(**{**defaults_for("cpu"), **run}, device="cuda", dtype="fp32")
+    state = SimpleNamespace(train=saved, step=1, model=None)
     with pytest.MonkeyPatch.context() as patch:
         gpu = SimpleNamespace(name="cuda", dtypes=DTYPES)
-        patch.setattr(train_module, "open_device", lambda name: gpu)
-        resumed = train_module._resumed_config(saved, {"steps": 2000, "device": "auto"})
+        patch.setattr(settings_module, "open_device", lambda name: gpu)
+        resumed = settings_module.resumed_config(
+            state, Path("run/step_1"), {"steps": "2000", "device": "auto"}
+        )
     assert resumed == replace(saved, steps=2000)
 
 
@@ -301,7 +305,7 @@ def test_help_lists_every_setting_with_its_default_here(monkeypatch: pytest.Monk
     assert max(map(len, out.splitlines())) <= 80
     shown = squeezed(out)
     defaults = {
-        **{name: f"default: {value}" for name, value in DEFAULTS.items() if value is not False},
+        **{name: f"default: {v}" for name, v in DEFAULTS.items() if v is not False and v != ""},
         **{name: f"default on cpu: {value}" for name, value in device_defaults("cpu").items()},
         "device": "default: auto, here cpu",
         "dtype": "default: auto, here fp32",
@@ -332,10 +336,10 @@ def other_value(option: Option) -> str:
     """A value on the command line that is allowed, and not the default on a CPU."""
     default = defaults_for("cpu").get(option.name)
     if option.choices:
-        return next(choice for choice in option.choices if choice not in ("cpu", "fp32"))
+        return next(choice for choice in option.choices if choice not in ("cpu", "fp32", default))
     if option.kind is str:
         return "gpt2"
-    return str(default + 1 if option.kind is int else default / 2)
+    return str(default + 1 if option.kind is int else default / 2 or 0.5)
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "run_dir"])
@@ -344,11 +348,11 @@ def test_resume_changes_what_may_change_and_nothing_else(
 ) -> None:
     option = OPTIONS[name]
     saved = TrainConfig(**defaults_for("cpu"), device="cpu", dtype="fp32", run_dir="run")
-    state = SimpleNamespace(train=saved, step=1)
+    state = SimpleNamespace(train=saved, step=1, model=None)
     monkeypatch.setattr(train_module.checkpoint, "latest", lambda path: path / "step_1")
     monkeypatch.setattr(train_module.checkpoint, "load", lambda folder: state)
-    monkeypatch.setattr(train_module, "open_device", lambda name: SimpleNamespace(name=name))
-    monkeypatch.setattr(train_module, "choose_dtype", lambda name, device: name)
+    monkeypatch.setattr(settings_module, "open_device", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(settings_module, "choose_dtype", lambda name, device: name)
     resumed = []
 
     def fake_training(config: TrainConfig, *_: object) -> Outcome:
@@ -357,14 +361,18 @@ def test_resume_changes_what_may_change_and_nothing_else(
 
     monkeypatch.setattr(train_module, "run_training", fake_training)
     value = () if option.kind is bool else (other_value(option),)
-    device = ("--device", "cuda") if name == "tf32" else ()
-    code, _, err = run("train", "--resume", "--run-dir", "run", option.flag, *value, *device)
+    more = {  # options that others need
+        "tf32": ("--device", "cuda"),
+        "hellaswag_every": ("--hellaswag", "file"),
+        "keep_every": ("--save-every", "1"),
+    }.get(name, ())
+    code, _, err = run("train", "--resume", "--run-dir", "run", option.flag, *value, *more)
     if option.resumable:
         assert code == 0, err
         assert getattr(resumed[0], name) != getattr(saved, name)
     else:
         assert code == 1
-        assert err == (
-            "gpu-gpt2: a resumed run keeps the settings that it was started with; leave out "
-            f"{option.flag}\n"
-        )
+        before = f"{option.flag} is {getattr(saved, name)!r} in the run, "
+        assert f"the settings that it was started with: {before}" in err
+        assert err.endswith(f"was given; leave out {option.flag}\n")
+        assert len(err.splitlines()) == 1

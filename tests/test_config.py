@@ -17,8 +17,8 @@ from gpu_gpt2.config import (
     Option,
     TrainConfig,
     defaults_for,
-    model_config,
     device_defaults,
+    model_config,
 )
 from gpu_gpt2.device import DEVICES
 from gpu_gpt2.device.source import DTYPES

@@ -14,7 +14,6 @@ import psutil
 import pytest
 from rich.console import Console
 
-from gpu_gpt2.cli.train import _fitting, _new_config
 from gpu_gpt2.config import MODELS, ModelConfig, TrainConfig, model_config
 from gpu_gpt2.device.base import X_DTYPES
 from gpu_gpt2.device.cpu import CpuDevice
@@ -22,6 +21,7 @@ from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.gpt2 import GPT2, activations
 from gpu_gpt2.ops import ops_for
+from gpu_gpt2.settings import _fitting, new_config
 from gpu_gpt2.train import train
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.memory import (
@@ -160,29 +160,33 @@ def test_refuses_other_sizes(text: str) -> None:
 
 def test_batch_size_auto_fills_the_memory_with_a_divisor_of_the_step() -> None:
     values = {
-        "model": "nano", "tokenizer": "bytes", "dtype": "fp32", "seq_len": 16,
-        "total_batch_tokens": 16 * 30,
+        "dtype": "fp32", "seq_len": 16, "total_batch_tokens": 16 * 30,
     }  # fmt: skip
     config = model_config("nano", 257)
     memory = planned_bytes(config, "fp32", 12, 16, 3)
-    fit = _fitting(values, None, int(memory / 0.95) + 100)
-    assert fit == {"batch_size": 10, "recompute": 3}
-    assert _fitting(values, None, 10**9) == {"batch_size": 30, "recompute": 0}
-    assert _fitting(values, 2, 10**9)["recompute"] == 2
+    gpu = SimpleNamespace(free_memory=int(memory / 0.95) + 100, is_gpu=True)
+    assert _fitting(values, config, None, gpu) == {"batch_size": 10, "recompute": 3}
+    # A CPU also holds the copies that a checkpoint is written from.
+    cpu = SimpleNamespace(free_memory=gpu.free_memory, is_gpu=False)
+    assert _fitting(values, config, None, cpu)["batch_size"] < 10
+    large = SimpleNamespace(free_memory=10**9, is_gpu=False)
+    assert _fitting(values, config, None, large) == {"batch_size": 30, "recompute": 0}
+    assert _fitting(values, config, 2, large)["recompute"] == 2
     with pytest.raises(
         ConfigError, match="--total-batch-tokens 100 is not a multiple of --seq-len"
     ):
-        _fitting(values | {"total_batch_tokens": 100}, None, 10**9)
+        _fitting(values | {"total_batch_tokens": 100}, config, None, large)
 
 
 def auto_config(run_dir: Path) -> TrainConfig:
     """Of `train --batch-size auto` with 30 sequences a step."""
     given = {"model": "nano", "tokenizer": "bytes", "seq_len": 16, "total_batch_tokens": 16 * 30}
-    return _new_config({**given, "batch_size": "auto", "device": "cpu", "dtype": "fp32"}, run_dir)
+    more = {"batch_size": "auto", "device": "cpu", "dtype": "fp32"}
+    return new_config({**given, **more}, {}, run_dir)
 
 
 def test_batch_size_auto_asks_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    memory = planned_bytes(model_config("nano", 257), "fp32", 12, 16, 3)
+    memory = planned_bytes(model_config("nano", 257), "fp32", 12, 16, 3, host_copies=True)
     monkeypatch.setattr(CpuDevice, "free_memory", int(memory / 0.95) + 100)
     config = auto_config(tmp_path / "run")
     assert (config.batch_size, config.recompute) == (10, 3)

@@ -92,5 +92,5 @@ def test_a_wrong_line_is_refused_by_the_name_of_the_file(
 def test_a_missing_file_and_an_unknown_preset_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read .*none.toml: No such file"):
         read_settings(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="unknown preset 'shakespear' .*'shakespeare'.*; choose"):
+    with pytest.raises(ConfigError, match=r"unknown preset 'shakespear' .*'shakespeare'.*; choose"):
         read_preset("shakespear")

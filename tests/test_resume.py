@@ -169,7 +169,7 @@ def test_stretching_a_cosine_says_that_the_rate_jumps(run: Run) -> None:
 
 
 def test_a_wsd_run_is_prolonged_without_a_jump(run: Run) -> None:
-    """From a checkpoint before its decay, a wsd run ends like one that was longer from the start."""
+    """From a checkpoint before its decay, it ends like a run that was longer from the start."""
     shutil.copy("../numbers.txt", "numbers.txt")
     wsd = {"lr_schedule": "wsd", "final_lr_fraction": 0.0, "decay_fraction": 0.25}
     train(settings(run_dir="run", steps=8, save_every=2, keep_last=0, **wsd), quiet())
@@ -204,7 +204,9 @@ def test_an_overfitted_batch_is_the_first_one_again_and_again() -> None:
     config = settings(overfit_batch=True, batch_size=2, total_batch_tokens=128)
     data = of_run(config)
     sizes = checkpoint.load(train(replace(config, steps=1), quiet()).checkpoint).model
-    repeated, usual = (_loader(c, data, sizes) for c in (config, replace(config, overfit_batch=False)))
+    repeated, usual = (
+        _loader(c, data, sizes) for c in (config, replace(config, overfit_batch=False))
+    )
     first = [usual.next_batch().tokens for _ in range(2)]
     for _ in range(3):
         for tokens in first:
@@ -217,9 +219,11 @@ def test_settings_are_saved_for_another_run(run: Run) -> None:
     first = train(config, quiet())
     code, out, err = run("train", "--config", "run/settings.toml", "--run-dir", "again")
     assert code == 0, err
-    assert "lr_schedule = \"cosine\"\n" in out
+    assert 'lr_schedule = "cosine"\n' in out
     again = checkpoint.load(checkpoint.latest(Path("again")))
     assert replace(again.train, run_dir="run") == config
     assert sums(first.checkpoint) == sums(checkpoint.latest(Path("again")))
-    assert re.search(r"^# Use these settings again: gpu-gpt2 train --config run/settings.toml\n",
-                     Path("run/settings.toml").read_text())
+    assert re.search(
+        r"^# Use these settings again: gpu-gpt2 train --config run/settings.toml\n",
+        Path("run/settings.toml").read_text(),
+    )

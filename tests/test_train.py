@@ -183,7 +183,9 @@ def test_a_step_is_read_after_the_next_is_enqueued(
         "enqueue 4", "enqueue 5", "read 4", "read 5", "save", "evaluate", "sample",
     ]  # fmt: skip
     monkeypatch.setattr(CpuDevice, "is_async", False)
-    usual = train(settings(steps=5, eval_every=3, save_every=3, run_dir="usual"), quiet()).checkpoint
+    usual = train(
+        settings(steps=5, eval_every=3, save_every=3, run_dir="usual"), quiet()
+    ).checkpoint
     keys = ("step", "loss", "lr", "grad_norm", "val_loss")
     records = [
         [{key: r[key] for key in keys if key in r} for r in metrics(run)]
@@ -336,14 +338,22 @@ def test_micro_batches_do_not_change_the_first_update() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": 1e4}, r"norm inf; squared_norm of .* overflows.*: training diverged; the newest .* run/step_"),
+        (
+            {"lr": 1e4},
+            r"norm inf; squared_norm of .* overflows.*: training diverged; the newest .* run/step_",
+        ),
         ({"lr": 1e30}, r"step 1: validation loss nan: training diverged"),
         ({"lr": 1e39, "steps": 1}, r"step 1: a weight is no longer .* no checkpoint was saved"),
     ],
 )
 def test_a_diverging_run_saves_nothing_broken(change: dict[str, float], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        train(settings(**{"warmup_steps": 0, "steps": 20, "eval_every": 1, "save_every": 1, **change}), quiet())
+        train(
+            settings(
+                **{"warmup_steps": 0, "steps": 20, "eval_every": 1, "save_every": 1, **change}
+            ),
+            quiet(),
+        )
     for folder in checkpoint.checkpoints(Path("run")):
         assert np.isfinite(checkpoint.load(folder).weights).all()
 

@@ -16,7 +16,6 @@ from gpu_gpt2.config import (
     AUTO,
     DEFAULTS,
     OPTIONS,
-    TrainConfig,
     device_defaults,
     named_presets,
     read_preset,
@@ -81,7 +80,9 @@ def train(
         folder = checkpoint.latest(run_dir or _newest_run())
         state = checkpoint.load(folder)
         settings = resumed_config(state, folder, given)
-        if state.step >= settings.steps and has_final_records(folder.parent, state.step, hellaswag=bool(settings.hellaswag)):
+        if state.step >= settings.steps and has_final_records(
+            folder.parent, state.step, hellaswag=bool(settings.hellaswag)
+        ):
             raise ConfigError(f"{folder} is at step {state.step} already; give a higher --steps")
         say(f"resuming from {folder}")
         if jump := rate_jump(state.train, settings, state.step):

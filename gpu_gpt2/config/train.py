@@ -59,7 +59,8 @@ class TrainConfig:
         default="",
         metadata=declare(
             "Model to start from, instead of random weights: a run, a checkpoint, a Hugging Face "
-            "folder, a .safetensors file or a .bin file of llm.c. Its sizes and tokenizer are kept.",
+            "folder, a .safetensors file or a .bin file of llm.c. It keeps its sizes and "
+            "tokenizer.",
             _MODEL,
             metavar="MODEL",
         ),
@@ -409,7 +410,7 @@ class TrainConfig:
     keep_every: int = field(
         default=0,
         metadata=declare(
-            "Steps between checkpoints that are kept for good; a multiple of --save-every. 0: none.",
+            "Steps between checkpoints kept for good, a multiple of --save-every; 0: none.",
             _RUN,
             metavar="STEPS",
             minimum=0,

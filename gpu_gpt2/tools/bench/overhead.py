@@ -40,7 +40,9 @@ def measure(device: str, dtype: str, size: Size, steps: int) -> Overhead:
     Raises UserError if the model does not fit.
     """
     with tempfile.TemporaryDirectory() as folder:
-        tokens = np.random.default_rng(0).integers(0, GPT2_VOCAB_SIZE, 50 * size.batch_size * size.seq_len)
+        tokens = np.random.default_rng(0).integers(
+            0, GPT2_VOCAB_SIZE, 50 * size.batch_size * size.seq_len
+        )
         write_tokens(Path(folder, "x_train.bin"), tokens)
         config = TrainConfig(
             **{

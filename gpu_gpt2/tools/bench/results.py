@@ -159,7 +159,7 @@ def option_tables() -> str:
 
 def _default(option: Option, device: str) -> str:
     default = device_defaults(device).get(option.name, option.default)
-    if default is None:
+    if default is None or default == "":
         return AUTO if option.auto else ""
     return f"`{default}`" if option.kind is not bool else "off"
 
