@@ -152,7 +152,7 @@ def test_the_file_says_where_it_comes_from(curve: Path) -> None:
     header = dict(line[2:].split(": ", 1) for line in lines[1:] if line.startswith("# "))
     assert lines[0] == "# gpu-gpt2 reference curve, format 1"
     command = header["command"]
-    assert command.startswith("gpu-gpt2 train --data 'a text.txt' --model nano --device cpu ")
+    assert command.startswith("gpu-gpt2 train --data 'a text.txt' --model nano --tokenizer bytes ")
     assert command.endswith(" --seed SEED")
     assert "--lr 0.003" in command
     assert "run_dir" not in command
@@ -316,7 +316,7 @@ def test_the_commands_with_real_runs(run: Run, tmp_path: Path) -> None:
     assert out.splitlines() == [
         "new beside the band of curve.csv (seeds 0, 1, 2)",
         "training loss (smoothed): inside the band at all 12 steps compared, up to step 12",
-        "validation loss: inside the band at all 3 steps compared, up to step 12",
+        "validation loss: inside the band at all 4 steps compared, up to step 12",
     ]
     train(train_settings(data="text.txt", run_dir="bad", steps=12, lr=0.1), quiet())
     code, out, _ = run("compare", "bad", "curve.csv")

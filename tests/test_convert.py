@@ -89,7 +89,7 @@ def test_a_run_is_converted_with_its_tokenizer(run: Run) -> None:
     train = TrainConfig(
         data="python-docs", model="nano", device="cpu", dtype="fp32", tokenizer="bytes", steps=100,
         batch_size=2, seq_len=16, total_batch_tokens=64, lr=1e-3, warmup_steps=10,
-        weight_decay=0.1, eval_every=0, sample_every=0, seed=7, run_dir="runs/a",
+        weight_decay=0.1, eval_every=0, save_every=0, sample_every=0, seed=7, run_dir="runs/a",
     )  # fmt: skip
     arena = random_arena()
     for step in (10, 20):

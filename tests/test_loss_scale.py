@@ -148,6 +148,7 @@ def settings(**changes: object) -> TrainConfig:
     values = {
         "data": "text.txt", "device": "emulator", "dtype": "fp16", "steps": 4, "batch_size": 1,
         "seq_len": 8, "total_batch_tokens": 8, "warmup_steps": 0, "eval_every": 2,
+        "save_every": 2, "sample_tokens": 1,
     }  # fmt: skip
     return train_settings(**{**values, **changes})
 
@@ -156,7 +157,6 @@ def settings(**changes: object) -> TrainConfig:
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpu_gpt2.data.dataset.cache_dir", lambda _: None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gpu_gpt2.train.SAMPLE_TOKENS", 1)
     Path("text.txt").write_text("".join(f"{i} is {i * i}.\n" for i in range(40)))
 
 

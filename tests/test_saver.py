@@ -249,7 +249,7 @@ def test_an_interrupt_while_waiting_leaves_no_half_written_checkpoint(tmp_path: 
 
 def test_the_host_memory_has_been_touched_before_the_first_save(tmp_path: Path) -> None:
     """Memory that the system has yet to find would make the first copy slow, or fail there."""
-    n, process = 5_000_000, psutil.Process()
+    n, process = 12_000_000, psutil.Process()  # 48 MB each: too large to come from the heap
     before = process.memory_info().rss
     saver = CheckpointSaver(tmp_path, CpuDevice(), n, SlowTokenizer())
     taken = process.memory_info().rss - before

@@ -14,7 +14,7 @@ import typer
 from gpu_gpt2.cli.common import Device, Dtype, model_on_device, progress, say
 from gpu_gpt2.config import MAX_BATCH_TOKENS
 from gpu_gpt2.data.corpus import BUILT_IN, text_file
-from gpu_gpt2.data.dataset import matching_files, prepare
+from gpu_gpt2.data.dataset import matching_files, of_run
 from gpu_gpt2.data.loader import sequential_batches
 from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
 from gpu_gpt2.evaluate import check_examples, hellaswag_accuracy, mean_loss, row_length
@@ -24,6 +24,7 @@ from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.gpt2 import GPT2, check_seq_len
 from gpu_gpt2.models.weights import WeightSource
 from gpu_gpt2.open_model import open_model, tokenizer_of
+from gpu_gpt2.settings import with_own_tokenizer
 from gpu_gpt2.tokenizer import Tokenizer
 from gpu_gpt2.training.checkpoint import saved_settings, trained_seq_len
 
@@ -93,7 +94,8 @@ def _run_data(name: str, source: WeightSource) -> tuple[Tokenizer, Sequence[Toke
             f"{name} is no run of gpu-gpt2, so it has no text of its own; name one with --data, "
             f"or a multiple-choice file with --hellaswag"
         )
-    dataset = prepare(config.data, config.tokenizer)
+    assert source.folder is not None  # it holds the settings
+    dataset = of_run(with_own_tokenizer(config, source.folder))
     if dataset.tokenizer.tokens() != tokenizer_of(source).tokens():
         raise DataError(
             f"{config.data} gives another vocabulary than the run has: it was changed since; name "
