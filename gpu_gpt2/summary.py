@@ -21,7 +21,7 @@ def run_summary(config: TrainConfig, model: ModelConfig, data: Dataset) -> str:
     return (
         f"GPT-2 {name}: {n:,} parameters, {config.dtype} on {config.device}\n"
         f"  {groups}; {short(decayed_count(model))} with weight decay\n"
-        f"  {model.n_layer} layers of {model.n_embd} channels and {model.n_head} heads, context "
+        f"  layers {model.n_layer}, channels {model.n_embd}, heads {model.n_head}, context "
         f"{model.n_positions}\n"
         f"{data.name}: {train_tokens:,} tokens to train on, {len(data.val):,} held out, "
         f"tokenizer {config.tokenizer}\n"

@@ -73,7 +73,7 @@ class RunLog:
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=24),
             TextColumn(
-                "{task.description}loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"
+                "{task.description}{task.fields[numbers]}"
             ),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
@@ -82,7 +82,7 @@ class RunLog:
             transient=True,
         )
         self._task: TaskID = self._progress.add_task(
-            "", total=steps, completed=first_step, loss=float("nan"), speed=0.0
+            "", total=steps, completed=first_step, numbers=""
         )
         self._metrics = _LogFile(run_dir / METRICS_FILE, _step_of_record)
         self._main_log = _LogFile(run_dir / MAIN_LOG, _step_of_line)
@@ -152,13 +152,13 @@ class RunLog:
 
         self._loss = _average(self._loss, loss)
         self._step_ms = _average(self._step_ms, step_ms)
-        self._progress.update(self._task, completed=step, loss=self._loss, speed=speed)
+        numbers = f"loss {self._loss:.3f}  {speed:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step, numbers=numbers)
         self._forecast(step, step_ms)
         if step == self._steps or self._line_is_due():
             left = duration((self._steps - step) * self._step_ms / 1000)
             self._line(
-                f"step {step}/{self._steps}  loss {self._loss:.3f}  {speed:,.0f} tokens/s  "
-                f"{left} left"
+                f"step {step}/{self._steps}  {numbers}  {left} left"
             )
 
     def validation(self, step: int, *, loss: float, bits_per_byte: float) -> None:
