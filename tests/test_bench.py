@@ -145,10 +145,6 @@ def test_the_peak_memory_on_a_cpu_is_unknown_once_pytorch_is_imported(
     assert step.measure_ours(CpuDevice(), "fp32", SMALL, 1, 1.0).peak_bytes > 10**6
 
 
-def test_flops_per_token_are_counted_as_in_llmc() -> None:
-    assert step.flops_per_token(model_config("d12"), 1024) == 803_478_528
-
-
 @pytest.fixture
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits of the device are measured with a small copy and a small matmul."""

@@ -72,9 +72,7 @@ class RunLog:
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=24),
-            TextColumn(
-                "{task.description}{task.fields[numbers]}"
-            ),
+            TextColumn("{task.description}{task.fields[numbers]}"),
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
             console=console,
@@ -157,9 +155,7 @@ class RunLog:
         self._forecast(step, step_ms)
         if step == self._steps or self._line_is_due():
             left = duration((self._steps - step) * self._step_ms / 1000)
-            self._line(
-                f"step {step}/{self._steps}  {numbers}  {left} left"
-            )
+            self._line(f"step {step}/{self._steps}  {numbers}  {left} left")
 
     def validation(self, step: int, *, loss: float, bits_per_byte: float) -> None:
         """Logs the mean loss, in nats per token, on the held-out text after `step` steps."""

@@ -163,7 +163,7 @@ class _Trainer:
         self._settings = TrainConfig(
             data="", model="", device=device.name, dtype=dtype, tokenizer="", steps=1,
             batch_size=B, seq_len=T, total_batch_tokens=B * T, warmup_steps=0, eval_every=0,
-            sample_every=0, seed=0, run_dir="", **OPTIMIZER_SETTINGS,
+            save_every=0, sample_every=0, seed=0, run_dir="", **OPTIMIZER_SETTINGS,
         )  # fmt: skip
 
     def forward_backward(self) -> float:
