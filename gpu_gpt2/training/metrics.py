@@ -150,12 +150,12 @@ class RunLog:
 
         self._loss = _average(self._loss, loss)
         self._step_ms = _average(self._step_ms, step_ms)
-        numbers = f"loss {self._loss:.3f}  {speed:,.0f} tokens/s"
-        self._progress.update(self._task, completed=step, numbers=numbers)
+        shown = f"loss {self._loss:.3f}  {speed:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step, numbers=shown)
         self._forecast(step, step_ms)
         if step == self._steps or self._line_is_due():
             left = duration((self._steps - step) * self._step_ms / 1000)
-            self._line(f"step {step}/{self._steps}  {numbers}  {left} left")
+            self._line(f"step {step}/{self._steps}  {shown}  {left} left")
 
     def validation(self, step: int, *, loss: float, bits_per_byte: float) -> None:
         """Logs the mean loss, in nats per token, on the held-out text after `step` steps."""
