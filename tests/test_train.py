@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -485,6 +486,34 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     out, err = resumed.communicate(timeout=60)
     assert resumed.returncode == 0, err
     assert [r["step"] for r in metrics() if "loss" in r] == list(range(1, saved + 3))
+
+
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_stops() -> None:
+    """As `gpu-gpt2 train | head` does."""
+    process = cli("train", *OPTIONS, "--steps", "100000", "--eval-every", "1")
+    wait_for_steps(process)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 130
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert checkpoint.load(checkpoint.latest(Path("run"))).step == metrics()[-1]["step"] > 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudoterminals")
+def test_a_run_whose_terminal_is_gone_without_a_signal_goes_on() -> None:
+    """As that of a job that the shell has disowned."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpu_gpt2", "train", *OPTIONS, "--steps", "500"],
+        stdout=theirs, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    wait_for_steps(process)
+    os.close(ours)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert checkpoint.latest(Path("run")).name == "step_00000500"
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path) -> None:
