@@ -227,3 +227,17 @@ def test_settings_are_saved_for_another_run(run: Run) -> None:
         r"^# Use these settings again: gpu-gpt2 train --config run/settings.toml\n",
         Path("run/settings.toml").read_text(),
     )
+
+
+def test_a_run_is_resumed_from_inside_of_its_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy("../numbers.txt", "numbers.txt")
+    train(settings(run_dir="run", data=str(Path("numbers.txt").absolute())), quiet())
+    folder = Path("run/step_00000008").absolute()
+    files = sorted(path.name for path in folder.iterdir())
+    monkeypatch.chdir(folder)
+    code, _, err = run("train", "--resume", "--run-dir", ".", "--steps", "9")
+    assert code == 0, err
+    assert sorted(path.name for path in folder.iterdir()) == files
+    assert checkpoint.latest(folder.parent).name == "step_00000009"
