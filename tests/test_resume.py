@@ -241,3 +241,18 @@ def test_a_run_is_resumed_from_inside_of_its_checkpoint(
     assert code == 0, err
     assert sorted(path.name for path in folder.iterdir()) == files
     assert checkpoint.latest(folder.parent).name == "step_00000009"
+
+
+def test_a_checkpoint_that_was_set_aside_is_resumed_in_a_folder_of_its_own(run: Run) -> None:
+    """Its old checkpoints would be removed by the retention of the run that continues there."""
+    shutil.copy("../numbers.txt", "numbers.txt")
+    train(settings(run_dir="run", save_every=2, keep_last=0), quiet())
+    resume("run/step_00000002", steps=3)
+    aside = Path("run/set_aside/step_00000006")
+    code, _, err = run("train", "--resume", "--run-dir", str(aside))
+    assert code == 1
+    assert f"{aside} was set aside, and its run goes on without it; copy it into a folder" in err
+    shutil.copytree(aside, "new/step_00000006")
+    code, _, err = run("train", "--resume", "--run-dir", "new")
+    assert code == 0, err
+    assert checkpoint.latest(Path("new")).name == "step_00000008"
