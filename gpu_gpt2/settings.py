@@ -93,8 +93,10 @@ def resumed_config(
         if given.get(name) == AUTO:
             del given[name]
     for name in (*PATHS, "tokenizer"):
-        if given.get(name) and getattr(saved, name) == os.path.abspath(given[name]):
-            given[name] = os.path.abspath(given[name])
+        if given.get(name) and (
+            OPTIONS[name].resumable or getattr(saved, name) == os.path.abspath(given[name])
+        ):
+            given[name] = os.path.abspath(given[name])  # --resume may come from another folder
     if "steps" in given or TOKENS_PER_PARAM in given:
         given["steps"] = _step_count({**saved.to_dict(), **given}, state.model)
         given.pop(TOKENS_PER_PARAM, None)

@@ -17,6 +17,7 @@ from gpu_gpt2.config import TrainConfig
 from gpu_gpt2.data.dataset import of_run
 from gpu_gpt2.formats.tokens import write_tokens
 from gpu_gpt2.run import _loader
+from gpu_gpt2.settings import resumed_config
 from gpu_gpt2.train import Outcome, train
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.metrics import RunLog
@@ -256,3 +257,10 @@ def test_a_checkpoint_that_was_set_aside_is_resumed_in_a_folder_of_its_own(run: 
     code, _, err = run("train", "--resume", "--run-dir", "new")
     assert code == 0, err
     assert checkpoint.latest(Path("new")).name == "step_00000008"
+
+
+def test_a_hellaswag_file_given_to_resume_is_found_from_any_folder() -> None:
+    outcome = train(settings(run_dir="run"), quiet())
+    state = checkpoint.load(outcome.checkpoint)
+    resumed = resumed_config(state, outcome.checkpoint, {"hellaswag": "questions.bin"})
+    assert resumed.hellaswag == str(Path("questions.bin").absolute())
