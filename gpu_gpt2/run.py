@@ -346,12 +346,14 @@ class Run:
         """
         what = f"step {enqueued.number}: loss {result.loss}, gradient norm {result.grad_norm}"
         if not self._skips:  # the first of several in a row
+            started = time.perf_counter()
             bad = first_bad_tensor(
                 self.model,
                 enqueued.batches,
                 micro_steps=self.config.grad_accum_steps,
                 loss_scale=result.scaled_by,
             )
+            self._last_read += time.perf_counter() - started  # the search is no part of step_ms
             what += f"; {bad}" if bad else ""
         if self.config.on_nan == "skip" and self._skips < MAX_SKIPS:
             self._skips += 1
@@ -372,7 +374,9 @@ class Run:
         self._rollbacks += 1
         self.step = state.step
         self._saved = state.step, folder
+        self._sampled = min(self._sampled, state.step)
         self.log.rewind(state.step)
+        self._last_read = time.perf_counter()
         logger.warning("%s: back to %s, and on with the data that comes next", what, folder.name)
 
     def _load(self, state: checkpoint.TrainingState) -> None:

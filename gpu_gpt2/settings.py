@@ -39,6 +39,7 @@ HEADROOM: Final = 0.05  # share of the free memory that --batch-size auto leaves
 FINE_TUNING_LR_FRACTION: Final = 0.1
 SIZES: Final = ("model", "n_layer", "n_head", "n_embd", "context")
 PATHS: Final = ("data", "val_data", "init_from", "hellaswag")
+MAX_STEPS: Final = 1 << 53  # the schedule computes in float64, which counts no further
 
 
 def new_config(given: Mapping[str, Any], preset: Mapping[str, Any], run_dir: Path) -> TrainConfig:
@@ -92,8 +93,10 @@ def resumed_config(
         if given.get(name) == AUTO:
             del given[name]
     for name in (*PATHS, "tokenizer"):
-        if given.get(name) and getattr(saved, name) == os.path.abspath(given[name]):
-            given[name] = os.path.abspath(given[name])
+        if given.get(name) and (
+            OPTIONS[name].resumable or getattr(saved, name) == os.path.abspath(given[name])
+        ):
+            given[name] = os.path.abspath(given[name])  # --resume may come from another folder
     if "steps" in given or TOKENS_PER_PARAM in given:
         given["steps"] = _step_count({**saved.to_dict(), **given}, state.model)
         given.pop(TOKENS_PER_PARAM, None)
@@ -191,21 +194,33 @@ def _one_length(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def _step_count(values: Mapping[str, Any], model: ModelConfig) -> int:
-    """Returns the number of optimizer steps that `steps` or `tokens_per_param` means."""
+    """Returns the number of optimizer steps that `steps` or `tokens_per_param` means.
+
+    Raises ConfigError if it is 0 or above MAX_STEPS.
+    """
     total: int = values["total_batch_tokens"]
     ratio: float | None = values.get(TOKENS_PER_PARAM)
     if ratio:
-        return math.ceil(ratio * parameter_count(model) / total)
+        given = f"--tokens-per-param {ratio:g}"
+        return math.ceil(_not_too_many(ratio * parameter_count(model) / total, given))
     steps: int | str = OPTIONS["steps"].check_given(values["steps"])
     if isinstance(steps, int):
+        _not_too_many(steps, "--steps")
         return steps
     match = EPOCHS.fullmatch(steps)
     assert match
     data = prepare(values["data"], values["tokenizer"], values["val_data"])
-    count = int(float(match[1]) * sum(map(len, data.train)) / total)
+    count = int(_not_too_many(float(match[1]) * sum(map(len, data.train)) / total, "--steps"))
     if count == 0:
         raise ConfigError(f"--steps {steps} of {data.name} are less than one optimizer step")
     return count
+
+
+def _not_too_many(steps: float, given: str) -> float:
+    """Returns a number of steps; raises ConfigError, which names `given`, if it is too large."""
+    if steps > MAX_STEPS:
+        raise ConfigError(f"{given} means more than {MAX_STEPS:,} steps; choose a shorter run")
+    return steps
 
 
 def _fitting(

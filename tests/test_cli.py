@@ -55,6 +55,13 @@ def write_bad_inputs() -> None:
         (["--data", "text.txt", "--tokenizer", "words"], "words"),
         (["--data", "text.txt", "--tokenizer", "bpe:12"], "bpe:12"),
         (["--data", "text.txt", "--model", "gpt5"], "unknown model 'gpt5'; choose one of dN"),
+        (["--data", "text.txt", "--steps", "9" * 20], "--steps means more than .* steps; ch"),
+        (["--data", "text.txt", "--steps", f"{'9' * 400}epochs", *SMALL], "--steps means more"),
+        (["--tokens-per-param", "1e308"], "--tokens-per-param 1e.308 means more than .* steps"),
+        (
+            ["--data", "text.txt", "--val-data", "python-docs", *SMALL],
+            "--val-data takes text or token files, not the built-in text python-docs; name a file",
+        ),
         (["--device", "tpu"], "--device must be one of cuda, cpu, emulator, or auto, not 'tpu'"),
         (["--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16, or auto, not 'fp8'"),
         (["--device", "cpu", "--dtype", "bf16"], "the CPU trains in fp32 only"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import resource
 from collections.abc import Mapping
@@ -414,3 +415,11 @@ def test_a_damaged_log_is_one_line(tmp_path: Path, text: str | None, message: st
     with pytest.raises(DataError, match=message) as error:
         read_history(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_a_loss_that_is_not_finite_is_shown_for_its_step_only(tmp_path: Path, bad: int) -> None:
+    with a_log(tmp_path, steps=3) as log:
+        for step in (1, 2, 3):
+            train(log, step, loss=math.nan if step == bad else 2.0)
+        assert "step 3/3  loss 2.000" in shown(log)

@@ -17,6 +17,7 @@ from gpu_gpt2.config import TrainConfig
 from gpu_gpt2.data.dataset import of_run
 from gpu_gpt2.formats.tokens import write_tokens
 from gpu_gpt2.run import _loader
+from gpu_gpt2.settings import resumed_config
 from gpu_gpt2.train import Outcome, train
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.metrics import RunLog
@@ -227,3 +228,39 @@ def test_settings_are_saved_for_another_run(run: Run) -> None:
         r"^# Use these settings again: gpu-gpt2 train --config run/settings.toml\n",
         Path("run/settings.toml").read_text(),
     )
+
+
+def test_a_run_is_resumed_from_inside_of_its_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy("../numbers.txt", "numbers.txt")
+    train(settings(run_dir="run", data=str(Path("numbers.txt").absolute())), quiet())
+    folder = Path("run/step_00000008").absolute()
+    files = sorted(path.name for path in folder.iterdir())
+    monkeypatch.chdir(folder)
+    code, _, err = run("train", "--resume", "--run-dir", ".", "--steps", "9")
+    assert code == 0, err
+    assert sorted(path.name for path in folder.iterdir()) == files
+    assert checkpoint.latest(folder.parent).name == "step_00000009"
+
+
+def test_a_checkpoint_that_was_set_aside_is_resumed_in_a_folder_of_its_own(run: Run) -> None:
+    """Its old checkpoints would be removed by the retention of the run that continues there."""
+    shutil.copy("../numbers.txt", "numbers.txt")
+    train(settings(run_dir="run", save_every=2, keep_last=0), quiet())
+    resume("run/step_00000002", steps=3)
+    aside = Path("run/set_aside/step_00000006")
+    code, _, err = run("train", "--resume", "--run-dir", str(aside))
+    assert code == 1
+    assert f"{aside} was set aside, and its run goes on without it; copy it into a folder" in err
+    shutil.copytree(aside, "new/step_00000006")
+    code, _, err = run("train", "--resume", "--run-dir", "new")
+    assert code == 0, err
+    assert checkpoint.latest(Path("new")).name == "step_00000008"
+
+
+def test_a_hellaswag_file_given_to_resume_is_found_from_any_folder() -> None:
+    outcome = train(settings(run_dir="run"), quiet())
+    state = checkpoint.load(outcome.checkpoint)
+    resumed = resumed_config(state, outcome.checkpoint, {"hellaswag": "questions.bin"})
+    assert resumed.hellaswag == str(Path("questions.bin").absolute())

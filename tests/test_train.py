@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -358,6 +359,85 @@ def test_a_diverging_run_saves_nothing_broken(change: dict[str, float], message:
         assert np.isfinite(checkpoint.load(folder).weights).all()
 
 
+@pytest.fixture
+def damaged(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The micro-batches, counted from 1, whose losses are NaN."""
+    forward_backward = GPT2.forward_backward
+    numbers: set[int] = set()
+    done = 0
+
+    def damaging(self: GPT2, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        losses = forward_backward(self, *args, **kwargs)
+        done += 1
+        if done in numbers:
+            losses[...] = np.nan
+        return losses
+
+    monkeypatch.setattr(GPT2, "forward_backward", damaging)
+    return numbers
+
+
+ONE_BATCH = {"batch_size": 2, "total_batch_tokens": 64, "save_every": 2}  # a micro-batch is a step
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("step", [3, 4, 8])
+def test_a_rollback_continues_with_the_data_that_comes_next(
+    step: int, is_async: bool, damaged: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuDevice, "is_async", is_async)
+    damaged.add(step)
+    outcome = train(settings(on_nan="rollback", **ONE_BATCH), quiet())
+    assert outcome.step == 8
+    losses = [(r["step"], r["loss"]) for r in metrics() if "loss" in r]
+    assert [at for at, _ in losses] == list(range(1, 9))
+    assert np.isfinite([loss for _, loss in losses]).all()
+    # All steps read on since the checkpoint are lost, those in flight among them.
+    saved = (step - 1) // 2 * 2
+    in_flight = 1 if is_async and step % 2 else 0
+    drawn = 8 + (step - saved) + in_flight
+    usual = train(settings(run_dir="usual", steps=drawn, **ONE_BATCH), quiet())
+    after = [checkpoint.load(path).loader for path in (outcome.checkpoint, usual.checkpoint)]
+    assert after[0] == after[1]
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "rollback"])
+def test_without_a_checkpoint_the_first_bad_step_ends_the_run(
+    on_nan: str, damaged: set[int]
+) -> None:
+    damaged.add(1)
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*no checkpoint was saved"):
+        train(settings(on_nan=on_nan, **ONE_BATCH), quiet())
+
+
+def test_a_run_that_diverges_after_every_rollback_ends(damaged: set[int]) -> None:
+    damaged.update(range(3, 100))
+    with pytest.raises(TrainingError, match=r"step 3: loss nan.*newest checkpoint is .*_00000002"):
+        train(settings(on_nan="rollback", **ONE_BATCH), quiet())
+    assert [r["step"] for r in metrics() if "loss" in r] == [1, 2]
+
+
+def test_samples_that_a_rollback_takes_back_are_shown_again(
+    events: list[str], damaged: set[int]
+) -> None:
+    damaged.add(4)
+    more = {**ONE_BATCH, "save_every": 2, "sample_every": 3, "eval_every": 0, "steps": 6}
+    train(settings(on_nan="rollback", **more), quiet())
+    assert events.count("sample") == 3  # after step 3, after step 3 again, and after step 6
+
+
+@pytest.mark.parametrize("on_nan", ["skip", "rollback"])
+def test_the_search_for_the_cause_is_not_part_of_step_ms(
+    on_nan: str, damaged: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_gpt2.run.first_bad_tensor", lambda *_, **__: time.sleep(0.5))
+    damaged.add(3)
+    train(settings(on_nan=on_nan, **ONE_BATCH), quiet())
+    assert max(r["step_ms"] for r in metrics() if "loss" in r) < 500
+    assert [r["step"] for r in metrics() if "skipped" in r] == ([3] if on_nan == "skip" else [])
+
+
 def test_a_run_in_use_is_left_alone() -> None:
     first = cli("train", *OPTIONS, "--steps", "100000")
     wait_for_steps(first)
@@ -406,6 +486,34 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     out, err = resumed.communicate(timeout=60)
     assert resumed.returncode == 0, err
     assert [r["step"] for r in metrics() if "loss" in r] == list(range(1, saved + 3))
+
+
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_stops() -> None:
+    """As `gpu-gpt2 train | head` does."""
+    process = cli("train", *OPTIONS, "--steps", "100000", "--eval-every", "1")
+    wait_for_steps(process)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 130
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert checkpoint.load(checkpoint.latest(Path("run"))).step == metrics()[-1]["step"] > 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudoterminals")
+def test_a_run_whose_terminal_is_gone_without_a_signal_goes_on() -> None:
+    """As that of a job that the shell has disowned."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpu_gpt2", "train", *OPTIONS, "--steps", "500"],
+        stdout=theirs, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    wait_for_steps(process)
+    os.close(ours)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert checkpoint.latest(Path("run")).name == "step_00000500"
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path) -> None:

@@ -78,6 +78,11 @@ def train(
                 "--resume keeps the settings of its run; leave out --preset, --config"
             )
         folder = checkpoint.latest(run_dir or _newest_run())
+        if folder.resolve().parent.name == checkpoint.SET_ASIDE_FOLDER:
+            raise ConfigError(
+                f"{folder} was set aside, and its run goes on without it; copy it into a folder of "
+                f"its own, for example NEW, then: gpu-gpt2 train --resume --run-dir NEW"
+            )
         state = checkpoint.load(folder)
         settings = resumed_config(state, folder, given)
         if state.step >= settings.steps and has_final_records(

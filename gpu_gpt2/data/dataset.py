@@ -191,8 +191,13 @@ def _from_token_files(paths: Sequence[Path], spec: str, val_data: str) -> Datase
 def _val_tokens(val_data: str, tokenizer: Tokenizer) -> Tokens:
     """Returns the tokens (count,) of text files or token files to validate on.
 
-    Raises DataError, also for tokens outside the vocabulary.
+    Raises ConfigError for a built-in text, and DataError, also for tokens outside the vocabulary.
     """
+    if val_data in BUILT_IN:
+        raise ConfigError(
+            f"--val-data takes text or token files, not the built-in text {val_data}; name a file, "
+            f"or leave it out"
+        )
     paths = matching_files(val_data)
     if paths[0].is_dir():
         paths = sorted(p for p in paths[0].glob("*.bin") if stem_and_split(p.name)[1] == "val")

@@ -290,10 +290,11 @@ def _is_intact(folder: Path) -> bool:
 def latest(path: Path) -> Path:
     """Returns the newest complete checkpoint of a run, or `path` itself if it holds a model.
 
-    Raises CheckpointError.
+    Its parent is the run even if `path` is "." in the folder of a checkpoint. Raises
+    CheckpointError.
     """
     if hf.holds_model(path):
-        return path
+        return path if path.name not in ("", os.pardir) else path.resolve()
     if found := checkpoints(path):
         return found[-1]
     raise CheckpointError(

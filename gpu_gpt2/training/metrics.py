@@ -367,7 +367,10 @@ def has_final_records(run_dir: Path, step: int, *, hellaswag: bool) -> bool:
 
 
 def _average(average: float | None, value: float) -> float:
-    return value if average is None else SMOOTHING * average + (1 - SMOOTHING) * value
+    """Returns the next moving average, which leaves out values that are not finite."""
+    if average is None or not math.isfinite(average):
+        return value
+    return SMOOTHING * average + (1 - SMOOTHING) * value if math.isfinite(value) else average
 
 
 def _locked(run_dir: Path) -> int | None:

@@ -1,10 +1,14 @@
-"""Ctrl-C and other signals, as a request to end a run in good order."""
+"""Ctrl-C, other signals and a closed pipe, as a request to end a run in good order."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from types import FrameType, TracebackType
-from typing import Any, Final
+from typing import Any, Final, TextIO, cast
 
 from rich.console import Console
 
@@ -18,14 +22,20 @@ class StopSignal:
     """Catches Ctrl-C, SIGTERM and SIGHUP: the first sets `requested`, a second one ends at once.
 
     A signal that the program was started to ignore, as by nohup, is still ignored.
+
+    Standard output may be lost while a run goes on, and is then thrown away. The end of a program
+    that reads it through a pipe is a request to stop. A terminal that closes without SIGHUP, as for
+    a job that the shell has disowned, is not.
     """
 
     def __init__(self, console: Console) -> None:
         self.requested = False
         self._console = console
         self._old: dict[int, Any] = {}
+        self._stdout = redirect_stdout(cast(TextIO, _Stdout(sys.stdout, self._output_lost)))
 
     def __enter__(self) -> StopSignal:
+        self._stdout.__enter__()
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._old[number] = signal.signal(number, self._handle)
@@ -37,6 +47,7 @@ class StopSignal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._stdout.__exit__(kind, error, trace)
         self.release()
 
     def release(self) -> None:
@@ -51,3 +62,37 @@ class StopSignal:
         if number == getattr(signal, "SIGHUP", None):
             self._console.quiet = True  # the terminal is gone, and writing to it would fail
         self._console.print("stopping after this step; Ctrl-C again stops at once, without saving")
+
+    def _output_lost(self, error: OSError) -> None:
+        if isinstance(error, BrokenPipeError):
+            self.requested = True
+
+
+class _Stdout:
+    """Standard output that never fails: after an error it is /dev/null, and `lost` is called."""
+
+    def __init__(self, stream: TextIO, lost: Callable[[OSError], None]) -> None:
+        self._stream, self._lost = stream, lost
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._throw_away(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._throw_away(error)
+
+    def _throw_away(self, error: OSError) -> None:
+        self._lost(error)
+        with suppress(OSError):  # a stream that is no file
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
