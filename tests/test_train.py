@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -233,6 +234,35 @@ def test_an_interrupted_run_reads_every_step_then_saves_and_does_no_more(
     assert (outcome.step, outcome.interrupted) == (4, True)
     assert events[-4:] == ["enqueue 4", "read 3", "read 4", "save"]
     assert metrics()[-1]["step"] == checkpoint.load(outcome.checkpoint).step == 4
+
+
+def test_a_second_interrupt_does_not_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    write, forward_backward = checkpoint._write, GPT2.forward_backward
+    writing, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> None:
+        writing.set()
+        go_on.wait()
+        write(*args)
+
+    def interrupted(self: GPT2, *args: Any, **kwargs: Any) -> Any:
+        if writing.is_set():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return forward_backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    monkeypatch.setattr(GPT2, "forward_backward", interrupted)
+    late = threading.Timer(10, go_on.set)
+    late.start()
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(steps=1000, save_every=2), quiet())
+    assert not go_on.is_set()
+    late.cancel()
+    threads = [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    go_on.set()
+    for thread in threads:
+        thread.join()  # before the folder of the test is removed
 
 
 @pytest.mark.parametrize(("during", "expected"), [("validation", "evaluate"), ("sample", "sample")])

@@ -42,9 +42,14 @@ class CheckpointSaver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Waits for the save in progress; its error is raised unless another one ends the run."""
+        """Waits for the save in progress; its error is raised unless another one ends the run.
+
+        KeyboardInterrupt, the second Ctrl-C, does not wait.
+        """
         if error is None:
             self.wait()
+            return
+        if isinstance(error, KeyboardInterrupt):
             return
         self._join()
         if self._error is not None and self._error is not error:
