@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +25,16 @@ from gpu_gpt2.compare import (
     open_reference,
     read_reference,
 )
-from gpu_gpt2.config import ModelConfig, TrainConfig, model_config
+from gpu_gpt2.config import ModelConfig, TrainConfig, model_config, read_preset
 from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.run import Run as TrainingRun
+from gpu_gpt2.settings import new_config
 from gpu_gpt2.train import train
 from gpu_gpt2.training.history import read_history, smoothed
 
 Run = Callable[..., tuple[int, str, str]]
 STEPS = 400
+CURVES = Path(__file__).parents[1] / "docs" / "reference-curves"
 
 
 def write_run(folder: Path, losses: Sequence[float], validations: dict[int, float]) -> Path:
@@ -335,3 +341,33 @@ def test_the_commands_with_real_runs(run: Run, tmp_path: Path) -> None:
         code, _, err = run("compare", *words)
         assert (code, len(err.splitlines())) == (1, 1), err
         assert message in err
+
+
+@pytest.mark.parametrize(("change", "inside"), [({}, True), ({"lr": 0.02}, False)])
+def test_the_first_steps_of_a_run_against_our_own_curve(
+    change: dict[str, float], inside: bool, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the preset tiny-cpu with a seed that the curve does not have."""
+    count_step = TrainingRun.count_step
+
+    def stopping(self: TrainingRun, *args: Any) -> None:
+        count_step(self, *args)
+        if self.step == 60:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(TrainingRun, "count_step", stopping)
+    given = {"seed": 1, "plot": False, **change}
+    train(new_config(given, read_preset("tiny-cpu"), Path("tiny")), quiet())
+    code, out, err = run("compare", "tiny", str(CURVES / "tiny-cpu.csv"))
+    assert (code, err) == (0 if inside else 1, "")
+    assert ("outside the band from step " in out) != inside
+
+
+def test_every_curve_of_ours_can_be_read_and_is_listed() -> None:
+    names = sorted(path.name for path in CURVES.glob("*.csv"))
+    listed = re.findall(r"^\| \[([^]]+)\]", (CURVES / "README.md").read_text(), re.MULTILINE)
+    assert names == sorted(listed)
+    for name in names:
+        reference = read_reference(CURVES / name)
+        assert reference.tokens_per_step == 512
+        assert len(reference.training.steps) > 500
