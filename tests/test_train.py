@@ -572,3 +572,9 @@ def test_state_covers_every_parameter() -> None:
     assert state.tokens == 256
     assert state.weights.size == parameter_count(state.model)
     assert state.v.any()
+
+
+def test_a_prompt_that_is_no_utf_8_is_shown_with_a_mark() -> None:
+    """The command line may have any bytes; Python makes lone surrogates of them."""
+    train(settings(steps=1, sample_prompt="caf\udce9", sample_tokens=3), quiet())
+    assert 'sample_prompt = "caf?"' in Path("run", "settings.toml").read_text("utf-8")
