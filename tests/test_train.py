@@ -530,6 +530,12 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_stops() -> None:
     assert checkpoint.load(checkpoint.latest(Path("run"))).step == metrics()[-1]["step"] > 0
 
 
+def test_a_run_needs_no_output() -> None:
+    process = cli("train", *OPTIONS, "--steps", "2", preexec_fn=lambda: os.close(1))
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudoterminals")
 def test_a_run_whose_terminal_is_gone_without_a_signal_goes_on() -> None:
     """As that of a job that the shell has disowned."""
