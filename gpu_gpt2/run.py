@@ -518,7 +518,8 @@ def _write_settings(run_dir: Path, config: TrainConfig) -> None:
     values = {name: value for name, value in config.to_dict().items() if name != "run_dir"}
     use = f"gpu-gpt2 train --config {shlex.quote(str(path))}"
     try:
-        path.write_text(f"# Use these settings again: {use}\n{settings_text(values)}", "utf-8")
+        text = f"# Use these settings again: {use}\n{settings_text(values)}"
+        path.write_text(text, "utf-8", errors="replace")  # a path may have bytes that are no UTF-8
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
 

@@ -49,6 +49,9 @@ def new_config(given: Mapping[str, Any], preset: Mapping[str, Any], run_dir: Pat
     defaults of the device. Raises UserError for settings that do not fit together.
     """
     chosen = _one_length({**preset, **given}, given)
+    if given.get("init_from"):  # the model has sizes and a tokenizer, in place of the preset's
+        own = {*SIZES, "tokenizer"} - given.keys()
+        chosen = {name: value for name, value in chosen.items() if name not in own}
     device = open_device(chosen.get("device", AUTO))
     dtype = choose_dtype(chosen.get("dtype", AUTO), device)
     values = {**defaults_for(device.name), **chosen, "device": device.name, "dtype": dtype}

@@ -64,6 +64,10 @@ def write_bad_inputs() -> None:
         ),
         (["--device", "tpu"], "--device must be one of cuda, cpu, emulator, or auto, not 'tpu'"),
         (["--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16, or auto, not 'fp8'"),
+        (
+            ["--device", "cpu", "--preset", "t4"],  # its dtype is fp16
+            "the CPU trains in fp32 only, not fp16; use --dtype fp32",
+        ),
         (["--device", "cpu", "--dtype", "bf16"], "the CPU trains in fp32 only"),
         (["--data", "text.txt", "--model", "nano", "--seq-len", "33"], "context of 32"),
         (["--device", "cpu", "--tf32"], "--tf32 is for fp32 on a GPU, not fp32 on cpu"),

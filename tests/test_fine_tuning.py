@@ -257,3 +257,20 @@ def test_fine_tuning_in_every_dtype_of_the_kernels(dtype: str, run: Run, trained
     assert first["val_loss"] == pytest.approx(loss, rel=0.1)
     settings = json.loads((checkpoint.latest(Path("tuned")) / "training.json").read_text())
     assert TrainConfig.from_dict(settings["train"]).dtype == dtype
+
+
+def test_the_sizes_and_tokenizer_of_a_preset_give_way_to_those_of_the_model(
+    run: Run, trained: Path
+) -> None:
+    fine_tune(run, "squares", "--preset", "tiny-cpu", "--seq-len", "32")
+    source, tuned = (
+        checkpoint.load(checkpoint.latest(Path(name))) for name in ("squares", "tuned")
+    )
+    assert tuned.model == source.model
+    assert tuned.train.lr_schedule == "wsd"  # the preset's
+    code, _, err = run(
+        "train", "--init-from", "squares", "--preset", "tiny-cpu", "--n-layer", "3",
+        "--run-dir", "other",
+    )  # fmt: skip
+    assert code == 1
+    assert "--init-from squares has sizes of its own; leave out --n-layer (" in err

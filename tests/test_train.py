@@ -530,6 +530,12 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_stops() -> None:
     assert checkpoint.load(checkpoint.latest(Path("run"))).step == metrics()[-1]["step"] > 0
 
 
+def test_a_run_needs_no_output() -> None:
+    process = cli("train", *OPTIONS, "--steps", "2", preexec_fn=lambda: os.close(1))
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudoterminals")
 def test_a_run_whose_terminal_is_gone_without_a_signal_goes_on() -> None:
     """As that of a job that the shell has disowned."""
@@ -572,3 +578,9 @@ def test_state_covers_every_parameter() -> None:
     assert state.tokens == 256
     assert state.weights.size == parameter_count(state.model)
     assert state.v.any()
+
+
+def test_a_prompt_that_is_no_utf_8_is_shown_with_a_mark() -> None:
+    """The command line may have any bytes; Python makes lone surrogates of them."""
+    train(settings(steps=1, sample_prompt="caf\udce9", sample_tokens=3), quiet())
+    assert 'sample_prompt = "caf?"' in Path("run", "settings.toml").read_text("utf-8")

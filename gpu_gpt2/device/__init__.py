@@ -49,7 +49,7 @@ def choose_dtype(name: str, device: Device) -> str:
         raise ConfigError(f"unknown dtype {name!r}; choose one of auto, {', '.join(DTYPES)}")
     if name not in device.dtypes:
         raise ConfigError(
-            f"the {device.product_name} trains in {', '.join(device.dtypes)} only; leave out "
-            f"--dtype {name}"
+            f"the {device.product_name} trains in {', '.join(device.dtypes)} only, not {name}; use "
+            f"--dtype {device.dtypes[0]}"
         )
     return name

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from types import FrameType, TracebackType
 from typing import Any, Final, TextIO, cast
 
@@ -32,7 +32,10 @@ class StopSignal:
         self.requested = False
         self._console = console
         self._old: dict[int, Any] = {}
-        self._stdout = redirect_stdout(cast(TextIO, _Stdout(sys.stdout, self._output_lost)))
+        self._stdout: AbstractContextManager[object] = nullcontext()
+        if sys.stdout is not None:  # a program may be started without one
+            stdout = cast(TextIO, _Stdout(sys.stdout, self._output_lost))
+            self._stdout = redirect_stdout(stdout)
 
     def __enter__(self) -> StopSignal:
         self._stdout.__enter__()
