@@ -187,7 +187,7 @@ class RunLog:
         """
         share = f" {done / total:.0%}" if total else ""
         self._progress.update(self._task, description=f"{what}{share}, " if what else "")
-        if total and self._line_is_due():
+        if done < total and self._line_is_due():
             self._line(f"{what} {done:,}/{total:,} {unit}")
 
     def rewind(self, step: int) -> None:
