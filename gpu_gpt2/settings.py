@@ -65,7 +65,7 @@ def new_config(given: Mapping[str, Any], preset: Mapping[str, Any], run_dir: Pat
             values["tokenizer"] = os.path.abspath(values["tokenizer"])
         model = _model(values)
         longest = model.n_positions
-    if "seq_len" not in chosen:
+    if "seq_len" not in given:
         values["seq_len"] = min(values["seq_len"], longest)
     if values["batch_size"] == AUTO:
         values |= _fitting(values, model, chosen.get("recompute"), device)
@@ -77,7 +77,7 @@ def new_config(given: Mapping[str, Any], preset: Mapping[str, Any], run_dir: Pat
     values["steps"] = _step_count(values, model)
     values.pop(TOKENS_PER_PARAM, None)
     config = TrainConfig(**values, run_dir=str(run_dir))
-    if "warmup_steps" not in chosen:  # a short run has a short warm-up
+    if "warmup_steps" not in given:  # a short run has a short warm-up
         longest_warmup = decay_start(config) if config.lr_schedule == "wsd" else config.steps
         config = replace(config, warmup_steps=min(config.warmup_steps, longest_warmup))
     check_lengths(config)
@@ -96,10 +96,11 @@ def resumed_config(
         if given.get(name) == AUTO:
             del given[name]
     for name in (*PATHS, "tokenizer"):
-        if given.get(name) and (
-            OPTIONS[name].resumable or getattr(saved, name) == os.path.abspath(given[name])
-        ):
-            given[name] = os.path.abspath(given[name])  # --resume may come from another folder
+        if not given.get(name) or given[name] in BUILT_IN:
+            continue
+        path = os.path.abspath(given[name])  # --resume may come from another folder
+        if OPTIONS[name].resumable or getattr(saved, name) == path:
+            given[name] = path
     if "steps" in given or TOKENS_PER_PARAM in given:
         given["steps"] = _step_count({**saved.to_dict(), **given}, state.model)
         given.pop(TOKENS_PER_PARAM, None)

@@ -264,3 +264,25 @@ def test_a_hellaswag_file_given_to_resume_is_found_from_any_folder() -> None:
     state = checkpoint.load(outcome.checkpoint)
     resumed = resumed_config(state, outcome.checkpoint, {"hellaswag": "questions.bin"})
     assert resumed.hellaswag == str(Path("questions.bin").absolute())
+
+
+def test_data_that_has_moved_is_named_and_other_data_is_refused(run: Run) -> None:
+    shutil.copy("../numbers.txt", "numbers.txt")
+    train(settings(run_dir="run", data=str(Path("numbers.txt").absolute())), quiet())
+    shutil.move("numbers.txt", "moved.txt")
+    resumed = ("train", "--resume", "--run-dir", "run", "--steps", "9")
+    code, _, err = run(*resumed)
+    assert code == 1
+    assert "no file " in err
+    Path("other.txt").write_text(TEXT[::-1])
+    code, _, err = run(
+        "train", "--resume", "--run-dir", "run", "--steps", "9", "--data", "other.txt"
+    )
+    assert code == 1
+    assert "not those of the saved run" in err
+    code, _, err = run(
+        "train", "--resume", "--run-dir", "run", "--steps", "9", "--data", "moved.txt"
+    )
+    assert code == 0, err
+    saved = checkpoint.load(checkpoint.latest(Path("run"))).train.data
+    assert saved == str(Path("moved.txt").absolute())

@@ -41,9 +41,11 @@ class TrainConfig:
         default="python-docs",
         metadata=declare(
             "Text to train on: python-docs (the language reference that every Python carries), a "
-            "text file, or token files (a folder, or a pattern such as 'shards/train_*.bin').",
+            "text file, or token files (a folder, or a pattern such as 'shards/train_*.bin'). A "
+            "resumed run refuses other tokens, but finds the same ones in another place.",
             _MODEL,
             metavar="NAME|FILE",
+            resumable=True,
         ),
     )
     val_data: str = field(
@@ -52,7 +54,8 @@ class TrainConfig:
             "Text or token files for validation. Without it, a part of --data is held out: the "
             "*_val*.bin beside token files, or the last tenth.",
             _MODEL,
-            metavar="NAME|FILE",
+            metavar="FILE",
+            resumable=True,
         ),
     )
     init_from: str = field(

@@ -114,12 +114,17 @@ def _training(record: dict[str, Any]) -> tuple[float, ...]:
     norm = record["grad_norm"]
     return (
         _step(record),
-        float(record["loss"]),
+        _number(record["loss"]),
         float(record["lr"]),
-        float("nan") if norm is None else float(norm),
+        _number(norm),
         float(record["tokens_per_s"]),
         float(norm is None or bool(record.get("skipped"))),
     )
+
+
+def _number(value: float | None) -> float:
+    """Returns a number of the log, in which null stands for one that is not finite."""
+    return float("nan") if value is None else float(value)
 
 
 def _step(record: dict[str, Any]) -> int:

@@ -39,9 +39,10 @@ class RunLog:
     """The progress of one run, as a context manager that locks the run folder.
 
     metrics.jsonl gets one JSON object a line. A training step has step (steps done), loss (nats per
-    token), lr, grad_norm (before clipping; null if there is none), step_ms and tokens_per_s, and,
-    if the weights were not updated, skipped (the reason). A validation has step, val_loss (nats per
-    token) and val_bits_per_byte; a HellaSwag evaluation has step and hellaswag_acc_norm.
+    token), lr, grad_norm (before clipping), step_ms and tokens_per_s, and, if the weights were not
+    updated, skipped (the reason); null stands for a number that is not finite. A validation has
+    step, val_loss (nats per token) and val_bits_per_byte; a HellaSwag evaluation has step and
+    hellaswag_acc_norm.
 
     main.log gets the losses, learning rates and accuracies in llm.c's format, whose training lines
     count steps from 0. The sinks get all numbers as well; one that fails is warned of once and then
@@ -136,7 +137,7 @@ class RunLog:
         """
         speed = tokens / step_ms * 1000
         numbers = {
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN
             "lr": lr,
             "grad_norm": grad_norm,
             "step_ms": step_ms,
@@ -224,7 +225,7 @@ class RunLog:
         records = [json.loads(line) for line in self._metrics.cut(last)]
         self._main_log.cut(last)
         self._recorded: dict[str, dict[int, float]] = {
-            kind: {record["step"]: record[kind] for record in records if kind in record}
+            kind: {r["step"]: r[kind] for r in records if r.get(kind) is not None}
             for kind in ("loss", "val_loss", "hellaswag_acc_norm")
         }
         self._each_sink(lambda sink: sink.start(step))
@@ -232,7 +233,7 @@ class RunLog:
     def _record(self, record: Mapping[str, Any]) -> None:
         self._metrics.write(json.dumps(record))
         for kind, values in self._recorded.items():
-            if kind in record:
+            if record.get(kind) is not None:
                 values[record["step"]] = record[kind]
 
     def _to_sinks(self, step: int, values: Mapping[str, float]) -> None:
