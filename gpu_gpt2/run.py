@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 import time
 import warnings
 from collections import deque
@@ -18,37 +17,27 @@ from typing import Final
 import numpy as np
 from rich.console import Console
 
-from gpu_gpt2.config import ModelConfig, TrainConfig, model_config, settings_text
-from gpu_gpt2.data.dataset import Dataset, of_run
-from gpu_gpt2.data.loader import BatchLoader
+from gpu_gpt2 import parts
+from gpu_gpt2.config import TrainConfig
+from gpu_gpt2.data.dataset import of_run
 from gpu_gpt2.data.prefetch import Prefetcher
-from gpu_gpt2.data.repeat import FirstBatches
 from gpu_gpt2.device import open_device
-from gpu_gpt2.device.base import X_DTYPES, Device
-from gpu_gpt2.errors import CheckpointError, ConfigError, TrainingError
-from gpu_gpt2.evaluate import check_examples, hellaswag_accuracy, validation_loss
-from gpu_gpt2.formats.multiple_choice import Example, read_choices
+from gpu_gpt2.errors import TrainingError
+from gpu_gpt2.evaluate import hellaswag_accuracy, validation_loss
 from gpu_gpt2.generate import generate
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2, check_seq_len, parameter_count
-from gpu_gpt2.models.init import InitialWeights
-from gpu_gpt2.models.weights import FloatArray, WeightSource, load_arena
-from gpu_gpt2.open_model import open_model
-from gpu_gpt2.ops import ops_for
+from gpu_gpt2.models.gpt2 import check_seq_len, parameter_count
 from gpu_gpt2.plot import PLOT_FILE, plot_runs
 from gpu_gpt2.summary import run_summary
-from gpu_gpt2.tokenizer import vocab_size_of
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.memory import check_fits, memory_plan, plan_table
 from gpu_gpt2.training.metrics import RunLog
-from gpu_gpt2.training.optimizer import AdamW, PendingStep, StepResult
+from gpu_gpt2.training.optimizer import PendingStep, StepResult
 from gpu_gpt2.training.saver import CheckpointSaver
 from gpu_gpt2.training.schedule import learning_rate
-from gpu_gpt2.training.sinks import Sink, TensorBoardSink, WandbSink
 from gpu_gpt2.training.stop_signal import StopSignal
 from gpu_gpt2.training.trace import first_bad_tensor
 
-SETTINGS_FILE: Final = "settings.toml"
 MAX_SKIPS: Final = 20  # steps in a row without an update that --on-nan skip allows
 MAX_ROLLBACKS: Final = 3  # rollbacks that --on-nan rollback allows without a new checkpoint
 
@@ -83,11 +72,11 @@ class Run:
         self._console = console
         self._stop = stop
         self._run_dir = Path(config.run_dir)
-        sizes = resumed.model if resumed else _source_of_weights(config).config
+        sizes = resumed.model if resumed else parts.source_of_weights(config).config
         check_seq_len(config.seq_len, sizes)
         self.data = of_run(config)
-        self._examples = _hellaswag(config, sizes)
-        self._loader = _loader(config, self.data, sizes)
+        self._examples = parts.hellaswag_examples(config, sizes)
+        self._loader = parts.batch_loader(config, self.data, sizes)
         if resumed:
             self._loader.restore(resumed.loader)
         device = open_device(config.device, tf32=config.tf32)
@@ -104,11 +93,11 @@ class Run:
         )
         console.print(plan_table(memory))
         check_fits(memory, device.free_memory, resumed=resumed is not None)
-        self.model, self.optimizer = _build(config, sizes, device)
+        self.model, self.optimizer = parts.model_and_optimizer(config, sizes, device)
         if resumed:
             self._load(resumed)
         else:
-            self.optimizer.load(_initial_weights(config))
+            self.optimizer.load(parts.initial_weights(config))
         self.step = self._first_step = resumed.step if resumed else 0
         # The step and folder of the newest checkpoint.
         self._saved: tuple[int, Path] | None = None
@@ -122,17 +111,17 @@ class Run:
 
     def __enter__(self) -> Run:
         with ExitStack() as stack:
-            _make_run_dir(self._run_dir)
+            parts.make_run_dir(self._run_dir)
             self.log = stack.enter_context(
                 RunLog(
                     self._run_dir,
                     self._console,
                     first_step=self._first_step,
                     steps=self.config.steps,
-                    sinks=_sinks(self._run_dir, self.config),
+                    sinks=parts.sinks(self._run_dir, self.config),
                 )
             )
-            _write_settings(self._run_dir, self.config)
+            parts.write_settings(self._run_dir, self.config)
             aside = checkpoint.set_aside(self._run_dir, self._first_step)
             if aside:
                 self._console.print(
@@ -416,112 +405,6 @@ class Run:
         return TrainingError(
             f"{what}: training diverged; {left}; try a lower --lr or a longer --warmup-steps"
         )
-
-
-def _source_of_weights(config: TrainConfig) -> WeightSource:
-    """Returns the weights that a new run starts from, which are not read or drawn yet."""
-    if config.init_from:
-        return open_model(config.init_from)
-    sizes = model_config(
-        config.model,
-        vocab_size_of(config.tokenizer),
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        context=config.context,
-    )
-    return InitialWeights(config=sizes, seed=config.seed)
-
-
-def _initial_weights(config: TrainConfig) -> FloatArray:
-    """Returns the weights that a new run starts from as a parameter arena (n,) float32.
-
-    Raises ConfigError if a weight is not finite, or would not be in the dtype of the run.
-    """
-    weights = load_arena(_source_of_weights(config))
-    if not np.isfinite(weights).all():
-        raise ConfigError(
-            f"--init-from {config.init_from}: a weight is not a finite number; the file is damaged"
-        )
-    with np.errstate(over="ignore"):
-        fits = np.isfinite(weights.astype(X_DTYPES[config.dtype])).all()
-    if not fits:
-        raise ConfigError(
-            f"--init-from {config.init_from}: its largest weight, {abs(weights).max():g}, is "
-            f"beyond the range of {config.dtype}; use --dtype bf16 or fp32"
-        )
-    return weights
-
-
-def _hellaswag(config: TrainConfig, sizes: ModelConfig) -> list[Example]:
-    """Returns the examples of --hellaswag, which fit the model and the batch; none without it."""
-    if not config.hellaswag:
-        return []
-    examples = read_choices(Path(config.hellaswag))
-    check_examples(examples, sizes.vocab_size, config.batch_size, config.seq_len, config.hellaswag)
-    return examples
-
-
-def _loader(config: TrainConfig, data: Dataset, sizes: ModelConfig) -> BatchLoader | FirstBatches:
-    loader = BatchLoader(
-        data.train,
-        config.batch_size,
-        config.seq_len,
-        scattered=not data.shards,
-        vocab_size=sizes.vocab_size,
-        seed=config.seed,
-    )
-    return FirstBatches(loader, config.grad_accum_steps) if config.overfit_batch else loader
-
-
-def _build(config: TrainConfig, sizes: ModelConfig, device: Device) -> tuple[GPT2, AdamW]:
-    model = GPT2(
-        sizes,
-        ops_for(device, config.dtype),
-        max_batch=config.batch_size,
-        max_seq_len=config.seq_len,
-        recompute=config.recompute,
-    )
-    optimizer = AdamW(
-        model,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        max_loss_zscore=config.max_loss_zscore,
-        max_grad_zscore=config.max_grad_zscore,
-        halt=config.on_nan != "skip",
-    )
-    return model, optimizer
-
-
-def _sinks(run_dir: Path, config: TrainConfig) -> list[Sink]:
-    found: list[Sink] = []
-    if config.tensorboard:
-        found.append(TensorBoardSink(run_dir))
-    if config.wandb:
-        found.append(WandbSink(run_dir, config.to_dict()))
-    return found
-
-
-def _make_run_dir(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
-
-
-def _write_settings(run_dir: Path, config: TrainConfig) -> None:
-    """Writes the settings of the run into its folder, as a file for --config."""
-    path = run_dir / SETTINGS_FILE
-    values = {name: value for name, value in config.to_dict().items() if name != "run_dir"}
-    use = f"gpu-gpt2 train --config {shlex.quote(str(path))}"
-    try:
-        text = f"# Use these settings again: {use}\n{settings_text(values)}"
-        path.write_text(text, "utf-8", errors="replace")  # a path may have bytes that are no UTF-8
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _why_no_update(result: StepResult) -> str:

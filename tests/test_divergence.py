@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from models import quiet, train_settings
 from gpu_gpt2.config import TrainConfig
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.errors import TrainingError
+from gpu_gpt2.models.gpt2 import GPT2
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.run import MAX_ROLLBACKS, MAX_SKIPS
 from gpu_gpt2.train import train
 from gpu_gpt2.training import checkpoint
+from gpu_gpt2.training.metrics import RunLog
 
 BELL = 7  # a byte that stands in the text once
 
@@ -157,3 +160,84 @@ def test_a_run_that_rolled_back_is_resumed_with_the_same_bits() -> None:
     a, b = (checkpoint.load(outcome.checkpoint) for outcome in (whole, parts))
     np.testing.assert_array_equal(a.weights, b.weights)
     assert a.loader == b.loader
+
+
+@pytest.fixture
+def damaged(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The micro-batches, counted from 1, whose losses are NaN."""
+    forward_backward = GPT2.forward_backward
+    numbers: set[int] = set()
+    done = 0
+
+    def damaging(self: GPT2, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        losses = forward_backward(self, *args, **kwargs)
+        done += 1
+        if done in numbers:
+            losses[...] = np.nan
+        return losses
+
+    monkeypatch.setattr(GPT2, "forward_backward", damaging)
+    return numbers
+
+
+ONE_BATCH = {"total_batch_tokens": 64, "steps": 8}  # a micro-batch is a step
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("step", [3, 4, 8])
+def test_a_rollback_continues_with_the_data_that_comes_next(
+    step: int, is_async: bool, damaged: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuDevice, "is_async", is_async)
+    damaged.add(step)
+    outcome = train(settings(on_nan="rollback", **ONE_BATCH), quiet())
+    assert outcome.step == 8
+    losses = [(r["step"], r["loss"]) for r in records() if "loss" in r]
+    assert [at for at, _ in losses] == list(range(1, 9))
+    assert np.isfinite([loss for _, loss in losses]).all()
+    # All steps read on since the checkpoint are lost, those in flight among them.
+    saved = (step - 1) // 2 * 2
+    in_flight = 1 if is_async and step % 2 else 0
+    drawn = 8 + (step - saved) + in_flight
+    usual = train(settings(run_dir="usual", **{**ONE_BATCH, "steps": drawn}), quiet())
+    after = [checkpoint.load(path).loader for path in (outcome.checkpoint, usual.checkpoint)]
+    assert after[0] == after[1]
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "rollback"])
+def test_without_a_checkpoint_the_first_bad_step_ends_the_run(
+    on_nan: str, damaged: set[int]
+) -> None:
+    damaged.add(1)
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*no checkpoint was saved"):
+        train(settings(on_nan=on_nan, **ONE_BATCH), quiet())
+
+
+def test_a_run_that_diverges_after_every_rollback_ends(damaged: set[int]) -> None:
+    damaged.update(range(3, 100))
+    with pytest.raises(TrainingError, match=r"step 3: loss nan.*newest checkpoint is .*_00000002"):
+        train(settings(on_nan="rollback", **ONE_BATCH), quiet())
+    assert [r["step"] for r in records() if "loss" in r] == [1, 2]
+
+
+def test_samples_that_a_rollback_takes_back_are_shown_again(
+    damaged: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = []
+    monkeypatch.setattr(RunLog, "sample", lambda self, step, text: samples.append(step))
+    damaged.add(4)
+    more = {**ONE_BATCH, "sample_every": 3, "sample_tokens": 1, "steps": 6}
+    train(settings(on_nan="rollback", **more), quiet())
+    assert samples == [3, 3, 6]
+
+
+@pytest.mark.parametrize("on_nan", ["skip", "rollback"])
+def test_the_search_for_the_cause_is_not_part_of_step_ms(
+    on_nan: str, damaged: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_gpt2.run.first_bad_tensor", lambda *_, **__: time.sleep(0.5))
+    damaged.add(3)
+    train(settings(on_nan=on_nan, **ONE_BATCH), quiet())
+    assert max(r["step_ms"] for r in records() if "loss" in r) < 500
+    assert [r["step"] for r in records() if "skipped" in r] == ([3] if on_nan == "skip" else [])

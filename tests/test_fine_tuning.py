@@ -203,16 +203,29 @@ def fresh(name: str, value: float) -> Callable[[], str]:
         weights = load_arena(source)
         weights[0] = value
         llmc.write_model(Path(name), Arena(source.config, weights), "fp32")
-        shutil.copytree(checkpoint.latest(Path("squares")), "copy", dirs_exist_ok=True)
+        shutil.copytree(checkpoint.latest(Path("squares")), "copy")
+        Path("copy/manifest.json").unlink()  # a Hugging Face folder has none
+        Path("copy/training.json").unlink()
         hf.write_model(Path("copy"), Arena(source.config, weights, source.eot))
         return "copy/model.safetensors"
 
     return write
 
 
+def damaged() -> str:
+    """A checkpoint with one wrong bit in a weight."""
+    shutil.copytree(checkpoint.latest(Path("squares")), "copy")
+    path = Path("copy/model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-5000] ^= 1
+    path.write_bytes(content)
+    return "copy"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--init-from", damaged], "copy/model.safetensors: the file is damaged"),
         (["--init-from", "nowhere"], "nowhere: no checkpoint here"),
         (["--init-from", "gpt2"], "gpt2 is the name of a size; use --model gpt2 for random weig"),
         (["--init-from", "squares", "--model", "d12"], "sizes of its own; leave out --model"),

@@ -15,7 +15,7 @@ LAYERS = [
     "settings",
     "train",
     "run",
-    "summary",
+    "parts summary",
     "compare convert evaluate plot",
     "generate",
     "open_model",

@@ -16,7 +16,7 @@ from models import quiet, train_settings
 from gpu_gpt2.config import TrainConfig
 from gpu_gpt2.data.dataset import of_run
 from gpu_gpt2.formats.tokens import write_tokens
-from gpu_gpt2.run import _loader
+from gpu_gpt2.parts import batch_loader
 from gpu_gpt2.settings import resumed_config
 from gpu_gpt2.train import Outcome, train
 from gpu_gpt2.training import checkpoint
@@ -206,7 +206,7 @@ def test_an_overfitted_batch_is_the_first_one_again_and_again() -> None:
     data = of_run(config)
     sizes = checkpoint.load(train(replace(config, steps=1), quiet()).checkpoint).model
     repeated, usual = (
-        _loader(c, data, sizes) for c in (config, replace(config, overfit_batch=False))
+        batch_loader(c, data, sizes) for c in (config, replace(config, overfit_batch=False))
     )
     first = [usual.next_batch().tokens for _ in range(2)]
     for _ in range(3):
