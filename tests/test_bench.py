@@ -23,7 +23,7 @@ from gpu_gpt2.models.gpt2 import parameter_count
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.tools import torch_gpt2
-from gpu_gpt2.tools.bench import kernels, results, static, step
+from gpu_gpt2.tools.bench import kernels, overhead, results, static, step
 from gpu_gpt2.tools.bench.cases import BenchCase, cases
 from gpu_gpt2.tools.bench.kernels import Limits
 from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
@@ -488,3 +488,22 @@ def test_the_commands_refuse_the_emulator_a_missing_log_and_another_folder(
     assert "the emulator's times mean nothing" in problem("step", "--device", "emulator")
     assert "cannot read log" in problem("peers", "--device", "cpu", "--llmc-log", "log")
     assert "no folder docs/benchmarks here" in problem("tables")
+
+
+def test_the_overhead_of_a_run_is_measured_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    size = step.Size(model="nano", batch_size=2, seq_len=16)
+    row = overhead.measure("cpu", "fp32", size, 5)
+    assert 0 < row.around_ms < row.run_ms
+    assert row.bare_ms > 0
+    sizes = ["--model", "nano", "--batch-size", "2", "--seq-len", "16", "--steps", "5"]
+    done = CliRunner().invoke(
+        app, ["bench", "overhead", "--device", "cpu", *sizes, "--json", str(tmp_path / "o.json")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "pass around the computation" in done.output
+    saved = json.loads((tmp_path / "o.json").read_text())
+    assert saved["kind"] == "cpu overhead"
+    assert saved["rows"][0].keys() == {"bare_ms", "run_ms", "around_ms"}
