@@ -36,10 +36,10 @@ def test_the_presets_are_known_by_name_and_purpose() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("device", OPTIONS["device"].choices)
-def test_a_preset_is_a_valid_run_on_every_device(name: str, device: str) -> None:
+@pytest.mark.parametrize("place", OPTIONS["device"].choices)
+def test_a_preset_is_a_valid_run_on_every_device(name: str, place: str) -> None:
     values = {
-        **defaults_for(device), "dtype": "fp32", "device": device, "run_dir": "run",
+        **defaults_for(place), "dtype": "fp32", "device": place, "run_dir": "run",
         **{k: v for k, v in read_preset(name).items() if k not in ("device", "dtype")},
     }  # fmt: skip
     if values["batch_size"] == "auto":
