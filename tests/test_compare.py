@@ -190,7 +190,7 @@ def test_a_long_curve_is_thinned_but_keeps_its_validations(runs: Runs, tmp_path:
     [
         ({"lr": 1e-3}, "must differ in --seed only, but differ in --lr"),
         ({"lr": 1e-3, "beta2": 0.99}, "but differ in --lr, --beta2"),
-        ({"seed": 1}, "have the same --seed 1; train one of them with another"),
+        ({"seed": 1}, "have the same --seed 1; train one of them again with another seed"),
     ],
 )
 def test_runs_that_make_no_reference(
@@ -230,7 +230,7 @@ def test_a_reference_that_cannot_be_written(runs: Runs, tmp_path: Path) -> None:
     ("total", "model", "message"),
     [
         (512, "nano", r"tokens per step: 512 in the run, 256 in the reference; choose"),
-        (256, "mini", r"its model is 2 layers of 256 with 4 heads, .*2 layers of 32 with 2 heads"),
+        (256, "mini", r"model: 2 layers of 256 with 4 heads, .*2 layers of 32 with 2 heads"),
     ],
 )
 def test_other_models_and_batches_are_not_compared(
@@ -286,7 +286,7 @@ def damaged(old: str, new: str) -> Callable[[str], str]:
         (lambda _: "", "is no reference"),
         (
             damaged("# model: {", "# model: "),
-            "the comments 'model' and 'tokens per step' are missing or damaged",
+            "the comments 'model' and 'tokens per step' are missing",
         ),
         (damaged("# tokens per step: 256\n", ""), "are missing or damaged"),
         (damaged("loss_low", "low"), "the columns must be step,loss_low,loss,"),
