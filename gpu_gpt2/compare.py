@@ -35,8 +35,8 @@ FEWEST_RUNS: Final = 3  # leaving one run out, the band of the others needs at l
 # new seeds leaves the band of the training loss, and 1 in 30 the band of the validation loss: the
 # experiment is in docs/reference-curves/README.md.
 FACTOR: Final = 3.0
-# Smallest margin, in nats per token: an allowance for other dtypes and devices, whose differences the
-# seeds of one machine do not show.
+# Smallest margin, in nats per token: an allowance for other dtypes and devices, whose differences
+# the seeds of one machine do not show.
 SMALLEST_MARGIN: Final = 0.01
 NEAR: Final = 2.0  # the margin at step t is decided over the steps from t / NEAR to t * NEAR
 MOST_ROWS: Final = 1000  # training steps in a reference file: enough for a smoothed loss
