@@ -30,18 +30,18 @@ COLUMNS: Final = (
     "step", "loss_low", "loss", "loss_high", "val_loss_low", "val_loss", "val_loss_high",
 )  # fmt: skip
 WINDOW: Final = 50  # training steps that the moving average covers
-FEWEST_RUNS: Final = 3  # two runs of three always leave a band to judge the third by
-# The margin is this multiple of the largest leave-one-out excess. By experiment (README of the
-# curves) about 1 in 100 new seeds then leaves the band of the training loss, and 1 in 30 that of
-# the validation loss.
+FEWEST_RUNS: Final = 3  # leaving one run out, the band of the others needs at least two
+# The margin of a band is this multiple of the largest leave-one-out excess. With 3, about 1 in 100
+# new seeds leaves the band of the training loss, and 1 in 30 the band of the validation loss: the
+# experiment is in docs/reference-curves/README.md.
 FACTOR: Final = 3.0
-# Smallest margin, in nats per token: an allowance for other dtypes and devices, which the seeds of
-# one machine do not show.
+# Smallest margin, in nats per token: an allowance for other dtypes and devices, whose differences
+# the seeds of one machine do not show.
 SMALLEST_MARGIN: Final = 0.01
 NEAR: Final = 2.0  # the margin at step t is decided over the steps from t / NEAR to t * NEAR
-MOST_ROWS: Final = 1000  # training steps in a reference file; the smoothed loss hides no more
-TOLERANCE: Final = 0.05  # nats per token, around the losses of a single run
-# Settings that decide what is written or shown, but no loss.
+MOST_ROWS: Final = 1000  # training steps in a reference file: enough for a smoothed loss
+TOLERANCE: Final = 0.05  # default half-width of the band around a single run, in nats per token
+# Settings that change files and output, but no loss; and the seed, which may differ.
 WITHOUT_EFFECT: Final = frozenset(
     {
         "seed", "run_dir", "hellaswag", "hellaswag_every", "sample_every", "sample_tokens",
@@ -56,7 +56,7 @@ _TOKENS: Final = "tokens per step"
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """The losses that are expected after some steps, in nats per token, as arrays (n,)."""
+    """The expected losses after n numbers of steps, in nats per token, as arrays (n,)."""
 
     steps: IntArray
     low: FloatArray
@@ -66,22 +66,22 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What a run is compared with."""
+    """The expected losses of a run, with the model and batch for which they hold."""
 
     model: ModelConfig
     tokens_per_step: int
-    training: Band  # of the smoothed loss
+    training: Band  # of the smoothed training loss
     validation: Band
-    description: str  # of the band, in words
+    description: str  # description of the band, for messages
 
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """How the losses of one kind lie to their band. Excesses are positive above, negative below."""
+    """Distances of the losses of one kind from their band."""
 
     what: str  # "training loss (smoothed)" or "validation loss"
     steps: IntArray  # (n,) the steps compared
-    excess: FloatArray  # (n,) nats per token beyond the band, 0 inside
+    excess: FloatArray  # (n,) nats per token: above the band > 0, below it < 0, inside 0
 
     @property
     def inside(self) -> bool:
@@ -105,7 +105,7 @@ class Deviation:
 
 
 def compare(run_dir: Path, reference: Reference) -> list[Deviation]:
-    """Returns where the training and validation losses of a run leave the reference's bands.
+    """Returns the deviations of a run's training and validation losses from the reference.
 
     Raises ConfigError for a run of another model or another number of tokens per step, and
     DataError if the run and the reference have no training step in common.
@@ -117,8 +117,8 @@ def compare(run_dir: Path, reference: Reference) -> list[Deviation]:
     ):
         if ours != theirs:
             raise ConfigError(
-                f"{run_dir} cannot be compared: its {name} is {ours}, that of the reference "
-                f"{theirs}; choose a reference with the same"
+                f"{run_dir} cannot be compared: {name}: {ours} in the run, {theirs} in the "
+                f"reference; choose a reference with the same"
             )
     history = read_history(run_dir)
     average = smoothed(history.loss, WINDOW)
@@ -134,7 +134,7 @@ def compare(run_dir: Path, reference: Reference) -> list[Deviation]:
 def open_reference(path: Path, tolerance: float | None = None) -> Reference:
     """Returns a reference file, or the band of +- `tolerance` around the run in a folder.
 
-    Raises ConfigError for a tolerance beside a file, and UserErrors if it cannot be read.
+    Raises ConfigError if a tolerance is given for a file, and UserError if it cannot be read.
     """
     if not path.is_dir():
         if tolerance is not None:
@@ -157,7 +157,7 @@ def open_reference(path: Path, tolerance: float | None = None) -> Reference:
 
 
 def make_reference(run_dirs: Sequence[Path], out: Path) -> None:
-    """Writes the band of runs that differ in their seeds only as a reference file.
+    """Writes a reference file: the band of runs that differ only in their seeds.
 
     Raises ConfigError for fewer than FEWEST_RUNS runs, equal seeds or other settings that differ,
     and DataError if the logs do not have the same steps or the file cannot be written.
@@ -176,7 +176,7 @@ def make_reference(run_dirs: Sequence[Path], out: Path) -> None:
         if not same or not np.array_equal(history.val_steps, first.val_steps):
             raise DataError(
                 f"{path} and {run_dirs[0]} have not logged the same steps and validations; let "
-                f"all runs end"
+                f"all runs end, then make the reference again"
             )
     training = _band(first.steps, [smoothed(history.loss, WINDOW) for history in histories])
     validation = _band(first.val_steps, [history.val_loss for history in histories])
@@ -220,7 +220,10 @@ def read_reference(path: Path) -> Reference:
         model = ModelConfig(**json.loads(header[_MODEL]))
         tokens_per_step = int(header[_TOKENS])
     except (KeyError, ValueError, TypeError, ConfigError) as error:
-        raise DataError(f"{path}: its lines {_MODEL!r} and {_TOKENS!r} are damaged") from error
+        raise DataError(
+            f"{path}: the comments {_MODEL!r} and {_TOKENS!r} are missing or damaged; use another "
+            f"copy of the file"
+        ) from error
     if not table or tuple(table[0][1]) != COLUMNS:
         raise DataError(f"{path}: the columns must be {','.join(COLUMNS)}")
     training: list[list[float]] = []
@@ -271,8 +274,8 @@ def _beyond(excess: float) -> str:
 def _band(steps: IntArray, runs: Sequence[FloatArray]) -> Band:
     """Returns minimum, mean and maximum of the runs' losses, widened by the margin.
 
-    The excess at a step is how far the outermost run lies outside the others. The margin is FACTOR
-    times the largest excess of the steps nearby, and SMALLEST_MARGIN at least.
+    The excess at a step is the distance of the outermost run from the band of the others. The
+    margin is FACTOR times the largest excess of nearby steps, and at least SMALLEST_MARGIN.
     """
     losses = np.sort(np.array(runs), axis=0)
     low, high = losses[0], losses[-1]
@@ -309,7 +312,7 @@ def _cells(band: Band) -> dict[int, list[str]]:
 
 
 def _settings(run_dir: Path) -> tuple[TrainConfig, ModelConfig]:
-    """Returns the settings and the model of a run, by its newest checkpoint."""
+    """Returns the settings and the model of a run from its newest checkpoint."""
     folder = checkpoint.latest(run_dir)
     settings = checkpoint.saved_settings(folder)
     if settings is None:
@@ -318,7 +321,7 @@ def _settings(run_dir: Path) -> tuple[TrainConfig, ModelConfig]:
 
 
 def _check_same(run_dirs: Sequence[Path], saved: Iterable[tuple[TrainConfig, ModelConfig]]) -> None:
-    """Raises ConfigError unless the runs differ in their seeds, and in nothing that matters."""
+    """Raises ConfigError unless all seeds differ and no other setting with an effect does."""
     (first, model), *others = saved
     seeds = {first.seed: run_dirs[0]}
     for path, (settings, its_model) in zip(run_dirs[1:], others, strict=True):
@@ -332,7 +335,7 @@ def _check_same(run_dirs: Sequence[Path], saved: Iterable[tuple[TrainConfig, Mod
         if settings.seed in seeds:
             raise ConfigError(
                 f"{path} and {seeds[settings.seed]} have the same --seed {settings.seed}; train "
-                f"one of them with another"
+                f"one of them again with another seed"
             )
         seeds[settings.seed] = path
 
@@ -345,7 +348,7 @@ def _model_text(model: ModelConfig) -> str:
 
 
 def _command(settings: TrainConfig) -> str:
-    """Returns the command that trains such a run, with file names instead of whole paths."""
+    """Returns the command that trains a run with these settings; paths become file names."""
     words = ["gpu-gpt2", "train"]
     for name, value in settings.to_dict().items():
         option = OPTIONS[name]

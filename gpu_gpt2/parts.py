@@ -1,4 +1,4 @@
-"""The parts of a run, made as its settings say: weights, batches, model, optimizer, files."""
+"""Makes the parts of a run from its settings: weights, batches, model, optimizer and files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS_FILE: Final = "settings.toml"
 
 
 def source_of_weights(config: TrainConfig) -> WeightSource:
-    """Returns the weights that a new run starts from, which are not read or drawn yet."""
+    """Returns the source of a new run's initial weights, before any weight is read or drawn."""
     if config.init_from:
         return open_model(config.init_from)
     sizes = model_config(
@@ -45,10 +45,10 @@ def source_of_weights(config: TrainConfig) -> WeightSource:
 
 
 def initial_weights(config: TrainConfig) -> FloatArray:
-    """Returns the weights that a new run starts from as a parameter arena (n,) float32.
+    """Returns the initial weights of a new run as a parameter arena (n,) float32.
 
-    Raises ConfigError if a weight is not finite, or would not be in the dtype of the run, and
-    CheckpointError if a checkpoint's files are not those that its manifest lists.
+    Raises ConfigError if a weight is not finite, or not finite in the dtype of the run. Raises
+    CheckpointError if the files of a checkpoint do not match its manifest.
     """
     source = source_of_weights(config)
     if source.folder is not None:
@@ -69,7 +69,7 @@ def initial_weights(config: TrainConfig) -> FloatArray:
 
 
 def hellaswag_examples(config: TrainConfig, sizes: ModelConfig) -> list[Example]:
-    """Returns the examples of --hellaswag, which fit the model and the batch; none without it."""
+    """Returns the examples of --hellaswag, checked against the model and batch; [] without it."""
     if not config.hellaswag:
         return []
     examples = read_choices(Path(config.hellaswag))
@@ -142,6 +142,6 @@ def write_settings(run_dir: Path, config: TrainConfig) -> None:
     use = f"gpu-gpt2 train --config {shlex.quote(str(path))}"
     try:
         text = f"# Use these settings again: {use}\n{settings_text(values)}"
-        path.write_text(text, "utf-8", errors="replace")  # a path may have bytes that are no UTF-8
+        path.write_text(text, "utf-8", errors="replace")  # a path may not be UTF-8
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Draws the log of training runs: loss, learning rate, gradient norm and speed over the steps."""
+"""Draws the curves of training runs: loss, learning rate, gradient norm and speed by step."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 PLOT_FILE: Final = "plot.png"  # in the folder of the first run, if no other file is named
 SUFFIXES: Final = (".png", ".svg")
-# Okabe and Ito's colours, which colour-blind people tell apart, without the yellow, which is too
-# light for a line on white. More runs repeat them with the next line style.
+# Okabe and Ito's colours, which colour-blind people can distinguish, except their yellow, which is
+# too light for a line on white. More than seven runs repeat the colours with the next line style.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES: Final = ("-", "--", ":", "-.")
-FAINT: Final = 0.25  # opacity of the values of single steps behind their moving average
-FAINT_OF_SEVERAL: Final = 0.13  # the same where runs lie over each other
-AVERAGED: Final = 0.01  # steps that the moving average covers, as a share of the longest run
-FEWEST_AVERAGED: Final = 4
-# Losses in the first 5 % of a long run may leave the upper edge: they are so much higher than all
-# others that the rest would be a flat line.
+FAINT: Final = 0.25  # opacity of the curve of single steps, behind the moving average
+FAINT_OF_SEVERAL: Final = 0.13  # the same opacity in a plot of several runs, which overlap
+AVERAGED: Final = 0.01  # window of the moving average, as a share of the steps of the longest run
+FEWEST_AVERAGED: Final = 4  # shortest window of the moving average, in steps
+# The losses in the first 5 % of a long run do not set the upper limit of the loss axis. They are so
+# much higher than the others that the rest of the curve would look flat.
 CROPPED: Final = 0.05
 CROPPED_FROM: Final = 200  # steps: shorter runs are shown in full
-BEYOND: Final = 0.002  # single steps of a long run that may lie below the lower edge, as a share
-DECADES: Final = 1.5  # a gradient norm that spans more of them is drawn on a logarithmic axis
+BEYOND: Final = 0.002  # share of a long run's single steps that may lie below the axis
+DECADES: Final = 1.5  # gradient norms that span more powers of ten have a logarithmic axis
 INK: Final = "#333333"  # text and axes
 INCHES: Final = (11.0, 7.0)
 DPI: Final = 150  # of a PNG
@@ -54,7 +54,7 @@ def plot_runs(run_dirs: Sequence[Path], out: Path) -> None:
         "axes.grid": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.8, "axes.axisbelow": True,
         "font.size": 10, "legend.edgecolor": "none", "legend.framealpha": 0.9,
         "legend.fontsize": 9, "legend.title_fontsize": 10,
-        "svg.hashsalt": "gpu-gpt2",  # the same runs give the same file
+        "svg.hashsalt": "gpu-gpt2",  # makes the SVG of the same runs the same file
     }  # fmt: skip
     with mpl.rc_context({**mpl.rcParamsDefault, **style, "backend": "agg"}):
         figure = Figure(figsize=INCHES, layout="constrained")
@@ -62,14 +62,14 @@ def plot_runs(run_dirs: Sequence[Path], out: Path) -> None:
         temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
         try:
             figure.savefig(temporary, dpi=DPI)
-            temporary.replace(out)  # a program that shows the file never finds half of it
+            temporary.replace(out)  # a viewer never reads an incomplete file
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise DataError(f"cannot write {out}: {error.strerror}") from error
 
 
 def _names(run_dirs: Sequence[Path]) -> dict[str, Path]:
-    """Returns the runs by the last part of their path, or the whole path where parts are equal."""
+    """Returns the run folders by their names, or by whole paths where two names are equal."""
     short = [path.resolve().name for path in run_dirs]
     return {
         name if short.count(name) == 1 else str(path): path
@@ -194,7 +194,7 @@ def _finish_norm(axes: Axes, histories: dict[str, History]) -> None:
         if not history.skipped.any():
             continue
         steps, values = history.steps[history.skipped], history.grad_norm[history.skipped]
-        # A step without a norm is marked on the lower edge.
+        # A step whose norm is not finite is marked on the lower edge.
         edge = axes.get_ylim()[0]
         axes.plot(
             steps,

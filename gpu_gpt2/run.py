@@ -1,4 +1,4 @@
-"""A run of training: everything that the loop in train.py works on."""
+"""A training run: the model, optimizer, batches, log and checkpoints that train.py works on."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EnqueuedStep:
-    """A step that is enqueued on the device, and not logged yet."""
+    """A step that has been enqueued on the device but not logged yet."""
 
     number: int
     lr: float
     pending: PendingStep
-    batches: list[Batch]  # its micro-batches, to find the cause if a number is not finite
+    batches: list[Batch]  # micro-batches of the step, to repeat it if a number is not finite
 
 
 class Run:
-    """The configuration, model, optimizer, batches and log of a run.
+    """The configuration, model, optimizer, batches, log and checkpoints of a run.
 
-    `step` is the number of optimizer steps that have been enqueued. As a context manager it keeps
-    the log open and the batches coming.
+    `step` is the number of optimizer steps that have been enqueued. The log, the saver of
+    checkpoints and the thread that reads batches are open inside a `with`.
     """
 
     def __init__(
@@ -99,14 +99,14 @@ class Run:
         else:
             self.optimizer.load(parts.initial_weights(config))
         self.step = self._first_step = resumed.step if resumed else 0
-        # The step and folder of the newest checkpoint.
-        self._saved: tuple[int, Path] | None = None
+        self._saved: tuple[int, Path] | None = None  # step and folder of the newest checkpoint
         if resumed:
             self._saved = resumed.step, checkpoint.folder_of(self._run_dir, resumed.step)
         self._sampled = self._first_step  # the step of the newest sample
         self._step_batches: list[Batch] = []  # micro-batches of the step that is being enqueued
         self._enqueued: deque[EnqueuedStep] = deque()  # oldest first
-        self._skips = self._rollbacks = 0  # in a row
+        self._skips = 0  # steps in a row that were not finite
+        self._rollbacks = 0  # since the newest checkpoint was saved
         self._resources = ExitStack()
 
     def __enter__(self) -> Run:
@@ -137,7 +137,7 @@ class Run:
             )
             self._batches = stack.enter_context(Prefetcher(self._loader))
             stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", RuntimeWarning)  # an overflow: see _log_step
+            warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy: _log_step reports overflows
             self._resources = stack.pop_all()
         self._last_read = time.perf_counter()
         return self
@@ -157,12 +157,12 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """True after the last step if its validation, and its accuracy if asked for, are logged."""
+        """True when the last step, its validation and its HellaSwag score, if any, are logged."""
         validated = self.finished and self.log.has("val_loss", self.step)
         return validated and (not self._examples or self.log.has("hellaswag_acc_norm", self.step))
 
     def is_due(self, every: int) -> bool:
-        """Returns True after each `every` steps; never if `every` is 0, nor before training."""
+        """Returns True after every `every` steps, but not before the first; 0 means never."""
         return every > 0 and self.step > 0 and self.step % every == 0
 
     def next_batch(self) -> Batch:
@@ -178,7 +178,7 @@ class Run:
     def count_step(self, lr: float, pending: PendingStep) -> None:
         """Counts a step that was enqueued, and logs it or, on a GPU, the step before.
 
-        The GPU has then work to do while Python waits for a result.
+        The GPU then computes this step while Python waits for the result of the step before.
         """
         self.step += 1
         self._enqueued.append(EnqueuedStep(self.step, lr, pending, self._step_batches))
@@ -187,13 +187,13 @@ class Run:
         self._read_enqueued(leave=1 if self.model.ops.device.is_async else 0)
 
     def save(self) -> Path:
-        """Begins to write a checkpoint, unless this step has one, and returns its folder.
+        """Starts to save a checkpoint, unless this step has one, and returns its folder.
 
-        Training pauses for the copy of the weights and moments only; a thread writes the files.
+        Training waits only until the weights and moments are copied; a thread writes the files.
         """
         if self._saved is None or self._saved[0] != self.step:
             with self._paused("saving"):
-                if self._saved is None or self._saved[0] != self.step:  # no rollback came between
+                if self._saved is None or self._saved[0] != self.step:  # not after a rollback
                     self._start_saving()
         assert self._saved is not None
         return self._saved[1]
@@ -201,8 +201,8 @@ class Run:
     def validate(self) -> None:
         """Logs the loss on the validation text if it is due and was not recorded yet.
 
-        A validation that a crash prevented is made up for when the run is resumed. A signal to stop
-        ends it early and without a record.
+        So a validation that a crash prevented takes place when the run is resumed. A signal to stop
+        breaks the validation off, without a record.
         """
         if not self._validation_due():
             return
@@ -259,7 +259,7 @@ class Run:
         return bool(self._examples) and due and not self._stop.requested and not recorded
 
     def sample(self) -> None:
-        """Shows a text that the model makes from the prompt, if a sample is due."""
+        """Prints a text that the model generates from the prompt, if a sample is due."""
         if not self._sample_due():
             return
         config, tokenizer = self.config, self.data.tokenizer
@@ -284,9 +284,9 @@ class Run:
         return due and wanted and self._sampled != self.step
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is on the disk, and shows the curve of the run."""
+        """Waits until the last checkpoint is on the disk, and prints the loss curve of the run."""
         self._saver.wait()
-        self._stop.release()  # all is saved: from here on Ctrl-C ends the program at once
+        self._stop.release()  # everything is saved, so Ctrl-C may now end the program at once
         if self.finished:
             self.log.finish()
             if self.config.plot:
@@ -330,8 +330,8 @@ class Run:
     def _handle_divergence(self, enqueued: EnqueuedStep, result: StepResult) -> bool:
         """Reacts to a step that is not finite as --on-nan says.
 
-        The device has made no update, so the cause can be found: the step is repeated op by op.
-        Returns True after a rollback, and raises TrainingError where the run has to stop.
+        The device made no update, so the step can be repeated op by op to find its cause. Returns
+        True after a rollback. Raises TrainingError if the run has to stop.
         """
         what = f"step {enqueued.number}: loss {result.loss}, gradient norm {result.grad_norm}"
         if not self._skips:  # the first of several in a row
@@ -342,7 +342,7 @@ class Run:
                 micro_steps=self.config.grad_accum_steps,
                 loss_scale=result.scaled_by,
             )
-            self._last_read += time.perf_counter() - started  # the search is no part of step_ms
+            self._last_read += time.perf_counter() - started  # step_ms excludes the search
             what += f"; {bad}" if bad else ""
         if self.config.on_nan == "skip" and self._skips < MAX_SKIPS:
             self._skips += 1
@@ -359,14 +359,18 @@ class Run:
         """Returns to a checkpoint, and continues with the data that comes next."""
         state = checkpoint.load(folder)
         self._load(state)
-        self._enqueued.clear()  # steps enqueued since then are forgotten
+        self._enqueued.clear()  # the results of these steps are no longer needed
         self._rollbacks += 1
         self.step = state.step
         self._saved = state.step, folder
         self._sampled = min(self._sampled, state.step)
         self.log.rewind(state.step)
         self._last_read = time.perf_counter()
-        logger.warning("%s: back to %s, and on with the data that comes next", what, folder.name)
+        logger.warning(
+            "%s: rolled back to %s; training continues with the data that comes next",
+            what,
+            folder.name,
+        )
 
     def _load(self, state: checkpoint.TrainingState) -> None:
         self.optimizer.load(state.weights, state.m, state.v)
@@ -409,8 +413,12 @@ class Run:
 
 def _why_no_update(result: StepResult) -> str:
     if result.skipped == "loss spike":
-        return f"loss {result.loss:.4f} is {result.loss_zscore:.1f} deviations high; no update"
+        return f"loss {result.loss:.4f} is {_deviations(result.loss_zscore)}; no update"
     if result.skipped == "gradient spike":
-        norm, deviations = result.grad_norm, result.grad_zscore
-        return f"gradient norm {norm:.3g} is {deviations:.1f} deviations high; no update"
+        height = _deviations(result.grad_zscore)
+        return f"gradient norm {result.grad_norm:.3g} is {height}; no update"
     return f"gradient out of range; no update, loss scale now {result.loss_scale:g}"
+
+
+def _deviations(zscore: float) -> str:
+    return f"{zscore:.1f} standard deviations above the mean"

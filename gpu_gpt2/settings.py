@@ -1,4 +1,4 @@
-"""From the options that a user gives to all settings of a run, new or resumed."""
+"""Turns the options that a user gives into all settings of a run, new or resumed."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ from gpu_gpt2.training.memory import best_fit
 from gpu_gpt2.training.schedule import check_lengths, decay_start, learning_rate
 
 HEADROOM: Final = 0.05  # share of the free memory that --batch-size auto leaves for other programs
-# Fine-tuning begins at this fraction of the usual learning rate, because weights that have learned
-# something are lost at the rate of a new model: nanoGPT and llm.c fine-tune at 1/20 to 1/3 of it.
+# Default learning rate of --init-from, as a fraction of the default for random weights. The full
+# rate would destroy what the weights have learned: nanoGPT and llm.c fine-tune at 1/20 to 1/3.
 FINE_TUNING_LR_FRACTION: Final = 0.1
 SIZES: Final = ("model", "n_layer", "n_head", "n_embd", "context")
 PATHS: Final = ("data", "val_data", "init_from", "hellaswag")
-MAX_STEPS: Final = 1 << 53  # the schedule computes in float64, which counts no further
+MAX_STEPS: Final = 1 << 53  # largest count that the float64 of the schedule holds exactly
 
 
 def new_config(given: Mapping[str, Any], preset: Mapping[str, Any], run_dir: Path) -> TrainConfig:
     """Returns the settings of a new run.
 
-    Those `given` on the command line come first, then those of a `preset` or file, then the
-    defaults of the device. Raises UserError for settings that do not fit together.
+    Settings `given` on the command line win over those of a `preset` or file, and these win over
+    the defaults of the device. Raises UserError for settings that contradict each other.
     """
     chosen = _one_length({**preset, **given}, given)
-    if given.get("init_from"):  # the model has sizes and a tokenizer, in place of the preset's
+    if given.get("init_from"):  # the model's own sizes and tokenizer replace those of the preset
         own = {*SIZES, "tokenizer"} - given.keys()
         chosen = {name: value for name, value in chosen.items() if name not in own}
     device = open_device(chosen.get("device", AUTO))
     dtype = choose_dtype(chosen.get("dtype", AUTO), device)
     values = {**defaults_for(device.name), **chosen, "device": device.name, "dtype": dtype}
-    for name in PATHS:  # --resume may come from another folder
+    for name in PATHS:  # absolute, because --resume may run in another folder
         if values[name] and values[name] not in BUILT_IN:
             values[name] = os.path.abspath(values[name])
     if values["init_from"]:
@@ -98,7 +98,7 @@ def resumed_config(
     for name in (*PATHS, "tokenizer"):
         if not given.get(name) or given[name] in BUILT_IN:
             continue
-        path = os.path.abspath(given[name])  # --resume may come from another folder
+        path = os.path.abspath(given[name])  # new_config has saved absolute paths
         if OPTIONS[name].resumable or getattr(saved, name) == path:
             given[name] = path
     if "steps" in given or TOKENS_PER_PARAM in given:
@@ -116,7 +116,7 @@ def resumed_config(
             f"{', '.join(OPTIONS[name].flag for name in fixed)}"
         )
     if "device" in changed:
-        given = {"dtype": "fp32", **given}  # the one dtype of every device
+        given = {"dtype": "fp32", **given}  # the only dtype that every device has
     if changed & {"device", "dtype"}:
         given = {"tf32": False, **given}
     config = with_own_tokenizer(replace(saved, **given, run_dir=str(folder.parent)), folder)
@@ -125,14 +125,14 @@ def resumed_config(
 
 
 def with_own_tokenizer(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Returns the settings with a checkpoint's tokenizer if the one they name is gone."""
+    """Returns the settings, with the checkpoint's tokenizer if the file they name is gone."""
     if is_path(config.tokenizer) and not os.path.exists(config.tokenizer):
         return replace(config, tokenizer=os.path.abspath(folder))
     return config
 
 
 def rate_jump(saved: TrainConfig, config: TrainConfig, step: int) -> str:
-    """Returns a warning if the learning rate of the next step is not what it was to be, or ""."""
+    """Returns a warning if other `steps` change the learning rate of the next step, or ""."""
     before, after = learning_rate(step, saved), learning_rate(step, config)
     if step >= config.steps or math.isclose(before, after, rel_tol=1e-9):
         return ""
@@ -149,7 +149,7 @@ def _model(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _start_from(values: dict[str, Any], chosen: Mapping[str, Any]) -> tuple[ModelConfig, int]:
-    """Sets the values that follow from --init-from; returns the model's sizes and longest row."""
+    """Sets the values that follow from --init-from; returns sizes and longest seq_len."""
     name = chosen["init_from"]
     if contradicting := [OPTIONS[size].flag for size in SIZES if chosen.get(size)]:
         raise ConfigError(
@@ -159,7 +159,7 @@ def _start_from(values: dict[str, Any], chosen: Mapping[str, Any]) -> tuple[Mode
     if not os.path.exists(values["init_from"]) and name in MODELS:
         raise ConfigError(
             f"--init-from {name}: there is no such file or folder, and {name} is the name of a "
-            f"size; use --model {name} for random weights, or fetch weights first, as in: hf "
+            f"size; use --model {name} for random weights, or download weights first, as in: hf "
             f"download openai-community/gpt2 --local-dir gpt2, then --init-from ./gpt2"
         )
     source = open_model(values["init_from"])
@@ -184,9 +184,9 @@ def _tokenizer_spec(source: WeightSource, given: str | None, name: str) -> str:
 
 
 def _one_length(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the choices with either `steps` or `tokens_per_param`, those given first.
+    """Returns the choices with only one of `steps` and `tokens_per_param`.
 
-    Raises ConfigError if both are given.
+    The one on the command line wins, then `steps`. Raises ConfigError if the command line has both.
     """
     lengths = {"steps", TOKENS_PER_PARAM}
     if lengths <= given.keys():
@@ -198,7 +198,7 @@ def _one_length(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def _step_count(values: Mapping[str, Any], model: ModelConfig) -> int:
-    """Returns the number of optimizer steps that `steps` or `tokens_per_param` means.
+    """Returns the number of optimizer steps, given as steps, epochs or `tokens_per_param`.
 
     Raises ConfigError if it is 0 or above MAX_STEPS.
     """
@@ -230,7 +230,7 @@ def _not_too_many(steps: float, given: str) -> float:
 def _fitting(
     values: Mapping[str, Any], model: ModelConfig, recompute: int | None, device: Device
 ) -> dict[str, int]:
-    """Returns the batch size and recompute level of best_fit; `recompute` fixes the level."""
+    """Returns the batch size and recompute level that best_fit chooses; `recompute` fixes it."""
     T, total = values["seq_len"], values["total_batch_tokens"]
     if total % T:
         raise ConfigError(

@@ -35,7 +35,7 @@ def run_summary(config: TrainConfig, model: ModelConfig, data: Dataset) -> str:
 
 
 def short(number: float) -> str:
-    """Returns a number with three digits and a prefix of the SI, for example "124 M"."""
+    """Returns a number with three digits and an SI prefix, for example "124 M"."""
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if number >= 10**power:
             return f"{_digits(number / 10**power)} {prefix}"

@@ -1,4 +1,4 @@
-"""The training loop, from a configuration to a checkpoint, in the order in which time passes."""
+"""The training loop, which turns a configuration into a trained checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_gpt2.training.stop_signal import StopSignal
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of a run: its last checkpoint and step, and whether it was interrupted."""
+    """The result of a run: its last checkpoint and step, and whether it was interrupted."""
 
     checkpoint: Path
     step: int
@@ -23,16 +23,16 @@ class Outcome:
 
 
 def train(config: TrainConfig, console: Console, resumed: TrainingState | None = None) -> Outcome:
-    """Trains from the start or from a saved state, and leaves a checkpoint in config.run_dir.
+    """Trains from the start or from a saved state, and saves checkpoints in config.run_dir.
 
-    Ctrl-C, SIGTERM and SIGHUP end the run after the current step, with a checkpoint. UserErrors say
-    what is wrong with the data, the sizes, the device or the disk.
+    Ctrl-C, SIGTERM and SIGHUP end the run after the current step, with a checkpoint. Raises
+    UserError if something is wrong with the data, the sizes, the device or the disk.
     """
     micro_steps = config.grad_accum_steps
     with StopSignal(console) as stop, Run(config, console, resumed, stop) as run:
         while True:
-            # 1. Everything that is due after this many steps. The checkpoint comes first, so that
-            # nothing that fails later can lose the work done so far.
+            # 1. Checkpoint, validation, HellaSwag and sample, each if it is due. The checkpoint
+            # comes first, so that an error in the others cannot lose the steps done so far.
             if run.finished or run.is_due(config.save_every):
                 run.save()
             run.validate()
@@ -41,7 +41,7 @@ def train(config: TrainConfig, console: Console, resumed: TrainingState | None =
             if run.finished or stop.requested:
                 break
 
-            # 2. The micro-steps, whose gradients add up to those of the whole step.
+            # 2. The micro-steps. Their gradients add up to the gradient of the step.
             for micro_step in range(micro_steps):
                 losses = run.model.forward_backward(
                     run.next_batch(),
@@ -54,8 +54,8 @@ def train(config: TrainConfig, console: Console, resumed: TrainingState | None =
             lr = run.learning_rate()
             pending = run.optimizer.step(lr, losses, micro_steps=micro_steps)
 
-            # 4. The log. On a GPU all this was only enqueued, and the step before is logged now.
+            # 4. The log. A GPU has only enqueued this step, so the step before is logged now.
             run.count_step(lr, pending)
-        path = run.save()  # after Ctrl-C; a step that is saved already is not saved again
+        path = run.save()  # does nothing unless Ctrl-C ended the run between two checkpoints
         run.finish()
     return Outcome(path, run.step, interrupted=stop.requested and not run.complete)

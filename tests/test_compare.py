@@ -190,7 +190,7 @@ def test_a_long_curve_is_thinned_but_keeps_its_validations(runs: Runs, tmp_path:
     [
         ({"lr": 1e-3}, "must differ in --seed only, but differ in --lr"),
         ({"lr": 1e-3, "beta2": 0.99}, "but differ in --lr, --beta2"),
-        ({"seed": 1}, "have the same --seed 1; train one of them with another"),
+        ({"seed": 1}, "have the same --seed 1; train one of them again with another seed"),
     ],
 )
 def test_runs_that_make_no_reference(
@@ -229,8 +229,8 @@ def test_a_reference_that_cannot_be_written(runs: Runs, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("total", "model", "message"),
     [
-        (512, "nano", r"its tokens per step is 512, that of the reference 256; choose"),
-        (256, "mini", r"its model is 2 layers of 256 with 4 heads, .*2 layers of 32 with 2 heads"),
+        (512, "nano", r"tokens per step: 512 in the run, 256 in the reference; choose"),
+        (256, "mini", r"model: 2 layers of 256 with 4 heads, .*2 layers of 32 with 2 heads"),
     ],
 )
 def test_other_models_and_batches_are_not_compared(
@@ -284,8 +284,11 @@ def damaged(old: str, new: str) -> Callable[[str], str]:
     [
         (damaged("format 1", "format 2"), "is no reference: its first line must be"),
         (lambda _: "", "is no reference"),
-        (damaged("# model: {", "# model: "), "its lines 'model' and 'tokens per step' are damaged"),
-        (damaged("# tokens per step: 256\n", ""), "are damaged"),
+        (
+            damaged("# model: {", "# model: "),
+            "the comments 'model' and 'tokens per step' are missing",
+        ),
+        (damaged("# tokens per step: 256\n", ""), "are missing or damaged"),
         (damaged("loss_low", "low"), "the columns must be step,loss_low,loss,"),
         (damaged("\n3,", "\nx,"), "line 13 is damaged: 'x,"),
         (damaged("\n3,", "\n3,nan,"), "line 13 is damaged"),
@@ -320,7 +323,7 @@ def test_the_commands_with_real_runs(run: Run, tmp_path: Path) -> None:
     code, out, err = run("compare", "new", "curve.csv")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "new beside the band of curve.csv (seeds 0, 1, 2)",
+        "new compared with the band of curve.csv (seeds 0, 1, 2)",
         "training loss (smoothed): inside the band at all 12 steps compared, up to step 12",
         "validation loss: inside the band at all 4 steps compared, up to step 12",
     ]
@@ -330,7 +333,7 @@ def test_the_commands_with_real_runs(run: Run, tmp_path: Path) -> None:
     assert "outside the band from step " in out
     code, out, _ = run("compare", "new", "a", "--tolerance", "5")
     assert code == 0
-    assert "new beside the losses of a +- 5 nats per token" in out
+    assert "new compared with the losses of a +- 5 nats per token" in out
     for words, message in (
         (["new"], "expected a run and its reference, not 1 paths"),
         (["--make", "x.csv", "a", "b", "bad"], "but differ in --lr"),

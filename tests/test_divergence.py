@@ -106,7 +106,7 @@ def test_rollback_returns_to_a_checkpoint_and_reads_other_data(
     monkeypatch.setattr(CpuDevice, "is_async", is_async)
     with caplog.at_level(logging.WARNING):
         outcome = train(settings(on_nan="rollback"), quiet())
-    rollbacks = caplog.text.count("back to step_")
+    rollbacks = caplog.text.count("rolled back to step_")
     assert rollbacks >= 1
     assert outcome.step == 16
     steps = [r["step"] for r in records() if "loss" in r]
@@ -136,7 +136,7 @@ def test_rollback_gives_up_when_it_does_not_help(
     monkeypatch.setattr(ReferenceOps, "embedding_fwd", broken_after_six)
     with caplog.at_level(logging.WARNING), pytest.raises(TrainingError, match="training diverged"):
         train(settings(on_nan="rollback"), quiet())
-    assert caplog.text.count("back to step_00000002") == MAX_ROLLBACKS
+    assert caplog.text.count("rolled back to step_00000002") == MAX_ROLLBACKS
 
 
 def test_skipping_gives_up_when_no_step_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:

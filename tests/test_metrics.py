@@ -189,7 +189,7 @@ def test_a_failing_sink_is_warned_of_once(
     with a_log(tmp_path, sinks=[bad, good]) as log:
         train(log, 1, 2, 3)
     assert caplog.messages == [
-        "Recorder failed and gets no more numbers, but training continues: no route"
+        "Recorder failed and receives no more numbers, but training continues: no route"
     ]
     assert bad.calls[-1][0] == fails
     assert len(good.calls) == 5
@@ -405,7 +405,7 @@ STEP = '{"step": 1, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 9.
         (STEP.replace('"lr"', '"rl"'), "line 1 is damaged"),
         (STEP.replace("9.0", "null"), "line 1 is damaged"),
         ('{"val_loss": 3.0}\n', "line 1 is damaged"),
-        (STEP + STEP, "training step 1 stands after 1; delete the older"),
+        (STEP + STEP, "training step 1 comes after 1; delete the older"),
         (STEP + '{"step": 5, "val_loss": 3}\n{"step": 4, "val_loss": 3}\n', "validation of step 4"),
     ],
 )

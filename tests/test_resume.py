@@ -252,7 +252,7 @@ def test_a_checkpoint_that_was_set_aside_is_resumed_in_a_folder_of_its_own(run: 
     aside = Path("run/set_aside/step_00000006")
     code, _, err = run("train", "--resume", "--run-dir", str(aside))
     assert code == 1
-    assert f"{aside} was set aside, and its run goes on without it; copy it into a folder" in err
+    assert f"{aside} was set aside when its run was resumed from an older checkpoint; copy" in err
     shutil.copytree(aside, "new/step_00000006")
     code, _, err = run("train", "--resume", "--run-dir", "new")
     assert code == 0, err

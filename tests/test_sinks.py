@@ -81,7 +81,9 @@ def test_a_full_disk_takes_tensorboard_away_only(
     (tmp_path / "tensorboard").write_text("a file in the place of the folder")
     a_run(tmp_path, TensorBoardSink(tmp_path), 0, 3)
     (message,) = caplog.messages
-    assert message.startswith("TensorBoard failed and gets no more numbers, but training continues")
+    assert message.startswith(
+        "TensorBoard failed and receives no more numbers, but training continues"
+    )
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 

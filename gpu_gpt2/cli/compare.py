@@ -1,4 +1,4 @@
-"""`gpu-gpt2 compare`: whether the losses of a run are those that a reference expects."""
+"""`gpu-gpt2 compare`: compares the losses of a run with a reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def compare(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            help="Folder of a run, and its reference: a file of docs/reference-curves/ or the "
+            help="Folder of a run, then its reference: a file of docs/reference-curves/ or the "
             "folder of another run. With --make: the folders of three or more runs.",
             metavar="PATH",
         ),
@@ -24,21 +24,21 @@ def compare(
     make: Annotated[
         Path | None,
         typer.Option(
-            help="Write a reference from runs that differ in --seed only, instead of comparing.",
+            help="Write a reference from runs that differ only in --seed, instead of comparing.",
             metavar="FILE",
         ),
     ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help=f"Largest difference from the losses of another run, in nats per token; default: "
-            f"{comparison.TOLERANCE}.",
+            help=f"Largest allowed difference from the losses of another run, in nats per token; "
+            f"default: {comparison.TOLERANCE}.",
             metavar="NATS",
             min=0,
         ),
     ] = None,
 ) -> None:
-    """Compare the losses of a run with a reference; the exit status is 1 if they leave its band."""
+    """Compare the losses of a run with a reference; exit with status 1 if they leave its band."""
     if make is not None:
         if tolerance is not None:
             raise ConfigError("--tolerance is for comparing two runs; leave it out with --make")
@@ -50,7 +50,7 @@ def compare(
     run_dir, where = paths
     reference = comparison.open_reference(where, tolerance)
     deviations = comparison.compare(run_dir, reference)
-    say(f"{run_dir} beside {reference.description}")
+    say(f"{run_dir} compared with {reference.description}")
     for deviation in deviations:
         say(str(deviation))
     if not all(deviation.inside for deviation in deviations):

@@ -1,4 +1,4 @@
-"""`gpu-gpt2 train`: from options to a run."""
+"""`gpu-gpt2 train`: reads the options, and starts or resumes a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TrainCommand(GroupedOptions):
         try:
             device = open_device(AUTO)
             dtype = choose_dtype(AUTO, device)
-        except Exception:  # a broken CUDA installation must not take the help away
+        except Exception:  # the help must work with a broken CUDA installation too
             device, dtype = CpuDevice(), "fp32"
         return {
             **{
@@ -80,8 +80,9 @@ def train(
         folder = checkpoint.latest(run_dir or _newest_run())
         if folder.resolve().parent.name == checkpoint.SET_ASIDE_FOLDER:
             raise ConfigError(
-                f"{folder} was set aside, and its run goes on without it; copy it into a folder of "
-                f"its own, for example NEW, then: gpu-gpt2 train --resume --run-dir NEW"
+                f"{folder} was set aside when its run was resumed from an older checkpoint; copy "
+                f"it into a folder of its own, for example NEW, then: gpu-gpt2 train --resume "
+                f"--run-dir NEW"
             )
         state = checkpoint.load(folder)
         settings = resumed_config(state, folder, given)
@@ -112,7 +113,7 @@ def train(
 
 
 def _signature() -> inspect.Signature:
-    """The parameters of `train` for Typer: one for each field of TrainConfig, and a few more."""
+    """Returns the parameters of `train` for Typer: every field of TrainConfig, and a few more."""
 
     def parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
         annotation = Annotated[kind, option]
@@ -128,7 +129,7 @@ def _signature() -> inspect.Signature:
             str | None,
             typer.Option(
                 "--preset",
-                help=f"Settings of a well-known run; other options change single ones: "
+                help=f"Take the settings of a well-known run, except those that other options set: "
                 f"{', '.join(named_presets())}.",
                 metavar="NAME",
                 rich_help_panel=model,
@@ -140,8 +141,8 @@ def _signature() -> inspect.Signature:
             Path | None,
             typer.Option(
                 "--config",
-                help="TOML file with settings, such as the settings.toml of a run; it changes "
-                "those of --preset.",
+                help="Take settings from a TOML file, such as the settings.toml of a run. They win "
+                "over --preset, and options on the command line win over them.",
                 metavar="FILE",
                 rich_help_panel=model,
             ),
@@ -153,8 +154,8 @@ def _signature() -> inspect.Signature:
             typer.Option(
                 "--tokens-per-param",
                 help="Length of the run, instead of --steps: tokens to train on for each "
-                "parameter. About 20 is the best use of a fixed number of flops (Hoffmann et al. "
-                "2022).",
+                "parameter of the model. About 20 gives the lowest loss for a given number of "
+                "flops (Hoffmann et al. 2022).",
                 metavar="TOKENS",
                 rich_help_panel=length,
                 callback=_positive,
@@ -167,8 +168,8 @@ def _signature() -> inspect.Signature:
             typer.Option(
                 "--resume",
                 help=f"Resume the run in --run-dir from its newest checkpoint, or from the "
-                f"checkpoint that --run-dir names, with the settings it was started with; only "
-                f"these may change: {may_change}.",
+                f"checkpoint that --run-dir names. Default: the newest run in runs/. The run keeps "
+                f"its settings, of which only these may change: {may_change}.",
                 rich_help_panel=run,
             ),
             False,
@@ -177,7 +178,7 @@ def _signature() -> inspect.Signature:
     fields = [
         parameter(
             option.name,
-            # A text may also be "auto", or a number of epochs.
+            # Some numbers may also be the word "auto" or a number of epochs, which are strings.
             (str if option.auto or option.in_epochs else option.kind) | None,
             shared_option(option.name, auto=option.auto),
             None,
@@ -197,7 +198,7 @@ train.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 def _preset_settings(preset: str | None, config: Path | None) -> dict[str, Any]:
-    """Returns the settings of --preset and --config, of which the file comes first."""
+    """Returns the settings of --preset and --config; those of the file win."""
     return {
         **(read_preset(preset) if preset else {}),
         **(read_settings(config) if config else {}),
@@ -205,7 +206,7 @@ def _preset_settings(preset: str | None, config: Path | None) -> dict[str, Any]:
 
 
 def _next_run() -> Path:
-    """The first unused runs/NNN."""
+    """Returns the folder runs/NNN with the first unused number."""
     taken = {int(path.name) for path in RUNS.glob("*") if path.name.isdecimal()}
     return RUNS / f"{max(taken, default=0) + 1:03d}"
 

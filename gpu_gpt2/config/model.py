@@ -1,4 +1,4 @@
-"""Sizes of GPT-2 models: any that can be built, and those with a name."""
+"""Sizes of GPT-2 models, and the table of models with a name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_gpt2.errors import ConfigError
 
 GPT2_VOCAB_SIZE: Final = 50257
 LAYER_NORM_EPSILON: Final = 1e-5  # GPT-2's layernorms add this to the variance
-VOCAB_PADDING: Final = 128  # wte has a multiple of this many rows: aligned rows, full tiles
+VOCAB_PADDING: Final = 128  # wte is padded to a multiple of this many rows: full tiles
 MAX_HEAD_SIZE: Final = 256  # largest head that kernels/attention.cu holds in registers
 
 

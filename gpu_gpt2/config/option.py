@@ -20,16 +20,16 @@ class Option:
 
     name: str  # name of the field of TrainConfig
     kind: type  # str, int, float or bool
-    default: Any  # on every device; None: the presets have one for each device, or it is AUTO
+    default: Any  # on every device; None if each device has its own, or if the default is AUTO
     help: str
-    group: str  # heading above it in the help
-    metavar: str = ""  # placeholder of the value in the help: the unit of a number
+    group: str  # heading of the help under which the option is listed
+    metavar: str = ""  # placeholder of the value in the help, such as the unit of a number
     choices: tuple[str, ...] = ()
     minimum: int | None = None
     maximum: int | None = None  # only beside a minimum
     above: int | None = None  # exclusive minimum
     below: int | None = None  # exclusive maximum
-    auto: str = ""  # the value that AUTO stands for, where the command line takes AUTO
+    auto: str = ""  # description of the value that AUTO stands for; "" if AUTO is not accepted
     in_epochs: bool = False  # the command line and TOML files also take epochs: "3epochs"
     resumable: bool = False  # may change when a run is resumed
 
@@ -51,7 +51,7 @@ class Option:
     def check(self, value: object, *, takes_auto: bool = False) -> None:
         """Raises ConfigError, which names the option, if the setting cannot have this value.
 
-        With `takes_auto` the message says that the command line takes AUTO too.
+        With `takes_auto` the message also offers AUTO, for options that accept it.
         """
         if not self._allows(value):
             text = f"{self._expected()}{f', or {AUTO}' if takes_auto else ''}"
@@ -102,5 +102,5 @@ class Option:
 
 
 def declare(help: str, group: str, **more: Any) -> dict[str, Any]:  # noqa: A002
-    """Returns the metadata of a field of TrainConfig: fields of Option that the field lacks."""
+    """Returns the metadata of a field of TrainConfig: all of Option but name, kind and default."""
     return {"help": help, "group": group, **more}

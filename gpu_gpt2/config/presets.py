@@ -26,7 +26,7 @@ TOKENS_PER_PARAM: Final = "tokens_per_param"  # a length of training, given inst
 def device_defaults(device: str) -> Mapping[str, Any]:
     """Returns the defaults of `gpu-gpt2 train` that differ between devices.
 
-    They stand in presets/devices/`device`.toml.
+    They are in the file presets/devices/`device`.toml.
     """
     path = PRESETS_DIR / "devices" / f"{device}.toml"
     values: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
@@ -39,7 +39,7 @@ def defaults_for(device: str) -> dict[str, Any]:
 
 
 def named_presets() -> dict[str, str]:
-    """Returns the names of the presets and what each is for: the first line of its file."""
+    """Returns a description of every preset by its name: the first line of its file."""
     return {
         path.stem: path.read_text("utf-8").splitlines()[0].removeprefix("# ")
         for path in sorted(PRESETS_DIR.glob("*.toml"), key=lambda path: path.stem)
@@ -88,7 +88,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def settings_text(values: Mapping[str, Any]) -> str:
     """Returns settings as TOML, one line each, which `read_settings` reads back."""
-    # JSON writes texts, numbers and truth values of these settings as TOML does.
+    # For strings, numbers and booleans, JSON and TOML have the same notation.
     return "".join(
         f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items()
     )

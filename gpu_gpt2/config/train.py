@@ -1,7 +1,8 @@
 """The settings of a training run, checked when they are made.
 
-A setting is stated once, as a field of TrainConfig: its meaning, range and default. The options of
-`gpu-gpt2 train`, error messages, the rules of --resume and docs/training-options.md follow from it.
+Each setting is declared once, as a field of TrainConfig with its meaning, range and default. The
+options of `gpu-gpt2 train`, error messages, the rules of --resume and docs/training-options.md are
+made from these fields.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from gpu_gpt2.config.option import Option, declare
 from gpu_gpt2.errors import ConfigError
 
 MAX_BATCH_TOKENS: Final = 1 << 30  # limit of one micro-batch: kernels count rows in 32 bits
-MAX_RECOMPUTE: Final = 3  # highest level of activation recomputation: models/gpt2.py, activations
+MAX_RECOMPUTE: Final = 3  # highest level of activation recomputation, defined in models/gpt2.py
 MAX_SEED: Final = (1 << 32) - 1  # the Mersenne Twister is seeded with one 32-bit word
 
 _MODEL: Final = "Model and data"
@@ -32,17 +33,17 @@ _WATCH: Final = "Plots and dashboards"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """All settings of a training run, resolved: every checkpoint holds them in training.json.
+    """All settings of a training run, with every default filled in. training.json saves them.
 
-    Raises ConfigError for an impossible value, by the name of its option on the command line.
+    Raises ConfigError for an impossible value; the message names the option of the command line.
     """
 
     data: str = field(
         default="python-docs",
         metadata=declare(
-            "Text to train on: python-docs (the language reference that every Python carries), a "
-            "text file, or token files (a folder, or a pattern such as 'shards/train_*.bin'). A "
-            "resumed run refuses other tokens, but finds the same ones in another place.",
+            "Text to train on: python-docs (the language reference that comes with Python), a text "
+            "file, or token files (a folder, or a pattern such as 'shards/train_*.bin'). A resumed "
+            "run needs the same tokens, but their files may have moved.",
             _MODEL,
             metavar="NAME|FILE",
             resumable=True,
@@ -51,8 +52,8 @@ class TrainConfig:
     val_data: str = field(
         default="",
         metadata=declare(
-            "Text or token files for validation. Without it, a part of --data is held out: the "
-            "*_val*.bin beside token files, or the last tenth.",
+            "Text or token files for validation. Default: the *_val*.bin files beside token files; "
+            "of a text, the last tenth, which is held out.",
             _MODEL,
             metavar="FILE",
             resumable=True,
@@ -62,8 +63,8 @@ class TrainConfig:
         default="",
         metadata=declare(
             "Model to start from, instead of random weights: a run, a checkpoint, a Hugging Face "
-            "folder, a .safetensors file or a .bin file of llm.c. It keeps its sizes and "
-            "tokenizer.",
+            "folder, a .safetensors file or a .bin file of llm.c. The run takes over the sizes "
+            "and the tokenizer of the model.",
             _MODEL,
             metavar="MODEL",
         ),
@@ -72,7 +73,7 @@ class TrainConfig:
     n_layer: int = field(
         default=0,
         metadata=declare(
-            "Layers (transformer blocks); 0: as many as --model has.",
+            "Number of layers (transformer blocks); 0: as many as --model has.",
             _MODEL,
             metavar="LAYERS",
             minimum=0,
@@ -81,7 +82,7 @@ class TrainConfig:
     n_head: int = field(
         default=0,
         metadata=declare(
-            "Attention heads in a layer; 0: as many as --model has.",
+            "Number of attention heads in each layer; 0: as many as --model has.",
             _MODEL,
             metavar="HEADS",
             minimum=0,
@@ -90,7 +91,7 @@ class TrainConfig:
     n_embd: int = field(
         default=0,
         metadata=declare(
-            "Channels, the length of an embedding; 0: as many as --model has.",
+            "Number of channels, the length of an embedding; 0: as many as --model has.",
             _MODEL,
             metavar="CHANNELS",
             minimum=0,
@@ -99,7 +100,7 @@ class TrainConfig:
     context: int = field(
         default=0,
         metadata=declare(
-            "Longest sequence that the model can take, in tokens; 0: that of --model.",
+            "Context of the model, the longest sequence that it can take; 0: that of --model.",
             _MODEL,
             metavar="TOKENS",
             minimum=0,
@@ -114,7 +115,7 @@ class TrainConfig:
         )
     )
     seed: int = field(
-        default=42,  # llm.c's
+        default=42,  # the seed of llm.c
         metadata=declare(
             "Seed of the initial weights and the data order.",
             _MODEL,
@@ -125,8 +126,8 @@ class TrainConfig:
     )
     steps: int = field(
         metadata=declare(
-            "Optimizer steps, each of which updates the weights once; or epochs, as in 3epochs: "
-            "passes over the training text.",
+            "Number of optimizer steps, each of which updates the weights once; or a number of "
+            "epochs (passes over the training text), as in 3epochs.",
             _LENGTH,
             metavar="STEPS",
             minimum=1,
@@ -148,8 +149,8 @@ class TrainConfig:
     )
     total_batch_tokens: int = field(
         metadata=declare(
-            "Tokens in one optimizer step, which accumulates the gradients of as many "
-            "micro-batches as it takes.",
+            "Tokens in one optimizer step, a multiple of --batch-size x --seq-len. The step "
+            "accumulates the gradients of its micro-batches.",
             _LENGTH,
             metavar="TOKENS",
             minimum=1,
@@ -158,8 +159,8 @@ class TrainConfig:
     overfit_batch: bool = field(
         default=False,
         metadata=declare(
-            "Train on the batches of the first step in every step. The loss must approach 0: a "
-            "test of the whole program.",
+            "Test of the whole program: train on the batches of the first step in every step. The "
+            "loss must approach 0.",
             _LENGTH,
         ),
     )
@@ -171,9 +172,9 @@ class TrainConfig:
     lr_schedule: str = field(
         default="cosine",
         metadata=declare(
-            "Course of the learning rate after the warm-up: cosine or linear, falling to the final "
-            "rate over the whole run; constant; or wsd (warm-up, stable, decay), constant until a "
-            "linear decay at the end.",
+            "Learning rate after the warm-up: cosine or linear falls to the final rate over the "
+            "whole run; constant stays at --lr; wsd (warm-up, stable, decay) stays at --lr until a "
+            "linear decay at the end of the run.",
             _SCHEDULE,
             choices=("cosine", "linear", "constant", "wsd"),
         ),
@@ -184,7 +185,7 @@ class TrainConfig:
     final_lr_fraction: float = field(
         default=0.1,
         metadata=declare(
-            "Learning rate at the last step, as a fraction of --lr; wsd: 0 unless given.",
+            "Learning rate at the end of the run, as a fraction of --lr; for wsd the default is 0.",
             _SCHEDULE,
             metavar="FRACTION",
             minimum=0,
@@ -192,9 +193,9 @@ class TrainConfig:
         ),
     )
     decay_fraction: float = field(
-        default=0.2,  # llm.c's
+        default=0.2,  # the share of llm.c
         metadata=declare(
-            "Share of --steps at the end of the run in which wsd lowers the learning rate.",
+            "Share of --steps, at the end of the run, over which wsd lowers the learning rate.",
             _SCHEDULE,
             metavar="FRACTION",
             minimum=0,
@@ -251,8 +252,8 @@ class TrainConfig:
     max_loss_zscore: float = field(
         default=0.0,
         metadata=declare(
-            "Make no update where the loss is this many standard deviations above the mean of the "
-            "last 128 steps; 0: always update.",
+            "Skip the update of a step whose loss is more than this many standard deviations above "
+            "the mean of the last 128 steps; 0: never skip.",
             _SAFETY,
             metavar="DEVIATIONS",
             minimum=0,
@@ -261,8 +262,8 @@ class TrainConfig:
     max_grad_zscore: float = field(
         default=0.0,
         metadata=declare(
-            "Make no update where the gradient norm is this many standard deviations above the "
-            "mean of the last 128 steps; 0: always update.",
+            "Skip the update of a step whose gradient norm is more than this many standard "
+            "deviations above the mean of the last 128 steps; 0: never skip.",
             _SAFETY,
             metavar="DEVIATIONS",
             minimum=0,
@@ -271,9 +272,9 @@ class TrainConfig:
     on_nan: str = field(
         default="stop",
         metadata=declare(
-            "Reaction to a loss or gradient that is not finite: stop the run and name the first "
-            "bad tensor; skip the update; or rollback to the newest checkpoint and continue with "
-            "the data that comes next.",
+            "Reaction to a loss or gradient that is not finite: stop ends the run; skip continues "
+            "without the update; rollback returns to the newest checkpoint and continues with the "
+            "data that comes next. All three name the first tensor that is not finite.",
             _SAFETY,
             choices=("stop", "skip", "rollback"),
             resumable=True,
@@ -300,8 +301,8 @@ class TrainConfig:
     recompute: int = field(
         default=0,
         metadata=declare(
-            "Activation recomputation in the backward pass, which saves memory: 0 none; 1 GELU; "
-            "2 GELU and layernorms; 3 whole layers, about a third more work.",
+            "Level of activation recomputation in the backward pass, which saves memory: 0 none; "
+            "1 GELU; 2 GELU and layernorms; 3 whole layers, about a third more work.",
             _DEVICE,
             metavar="LEVEL",
             minimum=0,
@@ -312,7 +313,7 @@ class TrainConfig:
     tf32: bool = field(
         default=False,
         metadata=declare(
-            "Compute fp32 matmuls on a GPU in TF32, on tensor cores: faster, but inputs are "
+            "Compute the fp32 matmuls of a GPU in TF32 on tensor cores: faster, but the inputs are "
             "rounded to 10 bits of mantissa.",
             _DEVICE,
             resumable=True,
@@ -320,7 +321,7 @@ class TrainConfig:
     )
     eval_every: int = field(
         metadata=declare(
-            "Steps between validations, of which the first is before training; 0: only at the end.",
+            "Steps between validations; the first takes place before training. 0: only at the end.",
             _EVALUATION,
             metavar="STEPS",
             minimum=0,
@@ -331,7 +332,7 @@ class TrainConfig:
         default=0,
         metadata=declare(
             "Batches of --batch-size x --seq-len tokens in a validation; 0: the whole validation "
-            "text, up to 1,048,576 tokens.",
+            "text. A validation has at most 1,048,576 tokens.",
             _EVALUATION,
             metavar="BATCHES",
             minimum=0,
@@ -341,7 +342,7 @@ class TrainConfig:
     hellaswag: str = field(
         default="",
         metadata=declare(
-            "HellaSwag file for --hellaswag-every, such as hellaswag_val.bin.",
+            "HellaSwag file to measure the accuracy on, such as data/hellaswag/hellaswag_val.bin.",
             _EVALUATION,
             metavar="FILE",
             resumable=True,
@@ -350,8 +351,7 @@ class TrainConfig:
     hellaswag_every: int = field(
         default=0,
         metadata=declare(
-            "Steps between measurements of the accuracy on --hellaswag; 0: only at the end, if "
-            "there is a file.",
+            "Steps between measurements of the accuracy on --hellaswag; 0: only at the end.",
             _EVALUATION,
             metavar="STEPS",
             minimum=0,
@@ -368,9 +368,9 @@ class TrainConfig:
         )
     )
     sample_tokens: int = field(
-        default=160,  # a paragraph: enough to judge the text, short enough to wait for
+        default=160,  # about a paragraph, which is enough to judge the text
         metadata=declare(
-            "Tokens of a sample; 0: no samples.",
+            "Number of tokens to generate for a sample; 0: no samples.",
             _EVALUATION,
             metavar="TOKENS",
             minimum=0,
@@ -380,13 +380,13 @@ class TrainConfig:
     sample_prompt: str = field(
         default="",
         metadata=declare(
-            "Text that samples continue.", _EVALUATION, metavar="TEXT", resumable=True
+            "Text that the samples continue.", _EVALUATION, metavar="TEXT", resumable=True
         ),
     )
     run_dir: str = field(
         metadata=declare(
-            "Folder of the run; the default is the first unused of runs/001, runs/002, ...; with "
-            "--resume, the newest of them.",
+            "Folder of the run. Default: the first unused one of runs/001, runs/002, ...; with "
+            "--resume, the newest one.",
             _RUN,
             metavar="FOLDER",
         )
@@ -401,9 +401,9 @@ class TrainConfig:
         )
     )
     keep_last: int = field(
-        default=2,  # the newest, and one to fall back on
+        default=2,  # the newest, and the one before in case the newest is damaged
         metadata=declare(
-            "Newest checkpoints to keep; 0: all.",
+            "Number of newest checkpoints to keep; 0: all.",
             _RUN,
             metavar="CHECKPOINTS",
             minimum=0,
@@ -413,7 +413,7 @@ class TrainConfig:
     keep_every: int = field(
         default=0,
         metadata=declare(
-            "Steps between checkpoints kept for good, a multiple of --save-every; 0: none.",
+            "Steps between checkpoints to keep forever; a multiple of --save-every. 0: none.",
             _RUN,
             metavar="STEPS",
             minimum=0,
@@ -431,7 +431,7 @@ class TrainConfig:
     plot: bool = field(
         default=False,
         metadata=declare(
-            "Draw the curves of the run into plot.png in its folder when it ends.",
+            "When the run ends, draw its curves into plot.png in the run folder.",
             _WATCH,
             resumable=True,
         ),
@@ -439,7 +439,7 @@ class TrainConfig:
     tensorboard: bool = field(
         default=False,
         metadata=declare(
-            "Log to TensorBoard too, in the folder tensorboard of the run.",
+            "Also log to TensorBoard, in the folder tensorboard of the run folder.",
             _WATCH,
             resumable=True,
         ),
@@ -447,7 +447,7 @@ class TrainConfig:
     wandb: bool = field(
         default=False,
         metadata=declare(
-            "Log to Weights & Biases too, project gpu-gpt2.",
+            "Also log to Weights & Biases, in the project gpu-gpt2.",
             _WATCH,
             resumable=True,
         ),

@@ -1,4 +1,4 @@
-"""Draws the loss of a run as text: the small curve that `gpu-gpt2 train` prints at its end."""
+"""Draws the loss curve that `gpu-gpt2 train` prints at its end, as text."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from gpu_gpt2.training.history import FloatArray
 
-FEWEST_STEPS: Final = 8  # a curve of fewer steps says less than their losses do
+FEWEST_STEPS: Final = 8  # fewer steps do not make a curve
 FEWEST_COLUMNS: Final = 24  # a narrower curve has no room for its labels
-SPAN: Final = 0.025  # steps that a point averages on each side of it, as a share of the run
-# The curve may leave the upper edge in the first 5 % of a long run, whose losses are so much higher
-# than all others that the rest would be a flat line.
+SPAN: Final = 0.025  # half-width of the moving average, as a share of the steps of the run
+# The losses in the first 5 % of a long run do not set the upper limit of the curve. They are so
+# much higher than the others that the rest of the curve would look flat.
 CROPPED: Final = 0.05
 CROPPED_FROM: Final = 200  # steps: shorter runs are shown in full
 BRAILLE: Final = 0x2800  # code point of the braille character without dots
 # Bits of the 4 rows x 2 columns of dots in a braille character, from the top down.
 DOTS: Final = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-MARK: Final = "◆"  # a validation
-PLAIN_MARK: Final = "o"  # a validation, in ASCII
-PLAIN_DOT: Final = "."  # the curve, in ASCII
+MARK: Final = "◆"  # marks a validation loss
+PLAIN_MARK: Final = "o"  # marks a validation loss in ASCII
+PLAIN_DOT: Final = "."  # draws the curve in ASCII
 
 
 def curve_text(
@@ -35,9 +35,9 @@ def curve_text(
 ) -> str:
     """Returns the smoothed training loss over the steps, with labels, as lines of text.
 
-    `validations` are losses by step. The text has `height` lines of curve and at most `width`
-    columns, in braille characters, or in ASCII if `encoding` lacks them. It is empty for fewer
-    than FEWEST_STEPS steps or FEWEST_COLUMNS columns.
+    `validations` are validation losses by step. The curve has `height` lines, and the text at most
+    `width` columns. It is drawn in braille characters, or in ASCII if `encoding` lacks them. The
+    text is empty if there are fewer than FEWEST_STEPS steps or FEWEST_COLUMNS columns.
     """
     if len(steps) < FEWEST_STEPS or width < FEWEST_COLUMNS:
         return ""
@@ -83,9 +83,9 @@ def curve_text(
 
 
 def _centred_average(values: FloatArray, span: int) -> FloatArray:
-    """Returns for each value the weighted average with up to `span` values on either side.
+    """Returns the weighted average of each value and up to `span` values on either side.
 
-    Unlike an average of the past alone, it does not lag behind a falling loss.
+    A centred average does not lag behind a falling loss, unlike an average of past values.
     """
     weights = np.hanning(2 * span + 3)[1:-1]  # without the zeros at both ends
     totals = np.convolve(np.ones_like(values), weights)
@@ -95,13 +95,13 @@ def _centred_average(values: FloatArray, span: int) -> FloatArray:
 def _dots(
     x: FloatArray, y: FloatArray, columns: int, rows: int, bottom: float, top: float
 ) -> list[set[int]]:
-    """Returns for each column of dots the rows that the curve passes, row 0 being the highest."""
+    """Returns the rows through which the curve passes, for each column; row 0 is at the top."""
     heights = np.interp(np.linspace(x[0], x[-1], columns), x, y)
     dots: list[set[int]] = []
     before: int | None = None
     for value in heights:
         row = _row(value, rows, bottom, top)
-        # The column's dots reach from beside the last row to this one, so the curve has no gaps.
+        # A column's dots begin next to the row of the column before, so the curve has no gaps.
         start = row if before is None or before == row else before + (1 if before < row else -1)
         dots.append(set() if value > top else set(range(min(start, row), max(start, row) + 1)))
         before = row

@@ -1,4 +1,4 @@
-"""Reads the log of a run back: the records of metrics.jsonl as arrays, and their moving average."""
+"""Reads metrics.jsonl of a run into arrays, and computes moving averages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_gpt2.errors import DataError
 
 METRICS_FILE: Final = "metrics.jsonl"  # in the run folder; RunLog describes its records
 
-GROWTH: Final = 0.125  # values by which the window of a moving average grows a step
+GROWTH: Final = 0.125  # growth of the moving average's window per value, from one value on
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -25,13 +25,13 @@ IntArray = npt.NDArray[np.int64]
 class History:
     """The numbers that a run has logged, as arrays in the order of the steps.
 
-    n training steps and m validations. A step is counted as the number of steps done after it.
+    There are n training steps and m validations. The first training step has number 1.
     """
 
     steps: IntArray  # (n,), increasing
     loss: FloatArray  # (n,) in nats per token
     lr: FloatArray  # (n,)
-    grad_norm: FloatArray  # (n,) before clipping; NaN where the step has none
+    grad_norm: FloatArray  # (n,) before clipping; NaN where the norm is not finite
     tokens_per_s: FloatArray  # (n,)
     skipped: npt.NDArray[np.bool_]  # (n,): True where the weights were not updated
     val_steps: IntArray  # (m,), increasing
@@ -41,8 +41,8 @@ class History:
 def read_history(run_dir: Path) -> History:
     """Returns the log of the run in `run_dir`.
 
-    An incomplete last line is left out: a training that is writing it, or a crash, left it so.
-    Raises DataError if there is no log, no training step in it, or a damaged line.
+    An incomplete last line is ignored: a run may be writing it, or a crash has cut it off. Raises
+    DataError if there is no log, no training step in it, or a damaged line.
     """
     path = run_dir / METRICS_FILE
     try:
@@ -76,7 +76,7 @@ def read_history(run_dir: Path) -> History:
         if (wrong := np.flatnonzero(np.diff(values) <= 0)).size:
             before, after = values[wrong[0]], values[wrong[0] + 1]
             raise DataError(
-                f"{path}: {name} {after:.0f} stands after {before:.0f}; delete the older of the "
+                f"{path}: {name} {after:.0f} comes after {before:.0f}; delete the older of the "
                 f"records that are there twice"
             )
     return History(
@@ -94,10 +94,9 @@ def read_history(run_dir: Path) -> History:
 def smoothed(values: FloatArray, window: float) -> FloatArray:
     """Returns the exponential moving average of values (n,) over about `window` values.
 
-    Every weight is divided by the sum of all weights, so that the first averages are not biased
-    towards zero. The window grows from one value at the start by GROWTH a step, because an average
-    over many values would lag behind the steep start of a loss. Values that are not finite are left
-    out.
+    The sum is divided by the sum of its weights, so that the first averages are not biased towards
+    zero. The window starts at one value and grows by GROWTH per value, because an average over many
+    values would lag behind the steep start of a loss. Values that are not finite are ignored.
     """
     result = np.full(len(values), np.nan)
     total = weight = 0.0
@@ -123,7 +122,7 @@ def _training(record: dict[str, Any]) -> tuple[float, ...]:
 
 
 def _number(value: float | None) -> float:
-    """Returns a number of the log, in which null stands for one that is not finite."""
+    """Returns a number of the log as a float; null, which stands for not finite, as NaN."""
     return float("nan") if value is None else float(value)
 
 

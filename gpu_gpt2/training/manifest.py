@@ -1,7 +1,7 @@
-"""manifest.json of a checkpoint: the size and SHA-256 of every other file, and of itself.
+"""manifest.json of a checkpoint: the size and SHA-256 of every other file.
 
-A file that differs in one bit is refused before anything from it is used. The manifest says nothing
-about who wrote the files: it finds damage and edits, not an attacker who writes a new manifest.
+A file that differs in one bit is refused before anything from it is used. The manifest finds damage
+and edits. It does not protect from an attacker, who can write a new manifest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Final
 from gpu_gpt2.errors import CheckpointError
 
 MANIFEST_FILE: Final = "manifest.json"
-BLOCK_BYTES: Final = 1 << 20  # read at once: SHA-256 takes about a millisecond for it
+BLOCK_BYTES: Final = 1 << 20  # bytes per read; SHA-256 takes about a millisecond for them
 
 _ADVICE: Final = "restore the file from a copy, or use another checkpoint"
 
@@ -32,7 +32,7 @@ class Checksum:
 
 
 class _Digest(threading.Thread):
-    """Computes the checksum of one file; hashlib lets other threads of Python run meanwhile."""
+    """Computes the checksum of one file in parallel: hashlib releases the interpreter lock."""
 
     def __init__(self, path: Path, stop: threading.Event) -> None:
         super().__init__(name=f"sha256 {path.name}", daemon=True)
@@ -60,7 +60,7 @@ class _Digest(threading.Thread):
 
 
 class Digests:
-    """Computes checksums of files inside a `with`, each file in a thread of its own."""
+    """Computes checksums of files, each in a thread of its own; a context manager."""
 
     def __init__(self, paths: Iterable[Path] = ()) -> None:
         self._stop = threading.Event()
@@ -86,7 +86,7 @@ class Digests:
         return self._threads.keys()
 
     def start(self, paths: Iterable[Path]) -> None:
-        """Starts to read files, which must not change any more."""
+        """Starts to read files, which must not change from now on."""
         for path in paths:
             self._threads[path.name] = thread = _Digest(path, self._stop)
             thread.start()
@@ -97,7 +97,7 @@ class Digests:
 
 
 def write(folder: Path, digests: Digests) -> None:
-    """Writes the manifest of the files whose checksums are computed. Raises OSError."""
+    """Writes the manifest of all files that `digests` reads. Raises OSError."""
     files = {name: asdict(digests.result(name)) for name in sorted(digests.started)}
     (folder / MANIFEST_FILE).write_bytes(_text(files))
 
@@ -105,7 +105,7 @@ def write(folder: Path, digests: Digests) -> None:
 def read(folder: Path) -> dict[str, Checksum] | None:
     """Returns the checksums in a folder's manifest by file name, or None if it has no manifest.
 
-    Raises CheckpointError if a bit of the manifest is wrong.
+    Raises CheckpointError if the manifest is damaged, by a single bit even.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -116,7 +116,7 @@ def read(folder: Path) -> dict[str, Checksum] | None:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_ADVICE}") from error
     try:
         files = json.loads(content)["files"]
-        # Of each manifest there is one spelling, so that every bit of the file is compared.
+        # _text gives the only valid text of a manifest, so comparing it checks every bit.
         if content == _text(files) and all(Path(name).name == name for name in files):
             return {name: Checksum(**values) for name, values in files.items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -125,9 +125,9 @@ def read(folder: Path) -> dict[str, Checksum] | None:
 
 
 def check(folder: Path, expected: Mapping[str, Checksum], digests: Digests) -> None:
-    """Compares all files that `digests` reads with a manifest, the first one by name first.
+    """Compares all files that `digests` reads with the checksums `expected` from a manifest.
 
-    Raises CheckpointError, which names the file.
+    Raises CheckpointError, which names the first file that differs, in alphabetical order.
     """
     for name in sorted(digests.started):
         path = folder / name

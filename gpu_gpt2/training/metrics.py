@@ -25,18 +25,18 @@ from gpu_gpt2.training.sinks import Sink
 
 MAIN_LOG: Final = "main.log"  # llm.c's name for its log, whose format this file has
 LINE_EVERY_S: Final = 5.0  # seconds between lines of progress where output is not a terminal
-SMOOTHING: Final = 0.9  # weight of the past in the displayed averages, which are exponential
-FORECAST_STEPS: Final = (2, 3, 4)  # steps of this process whose times predict the whole run's
-SHORTEST_FORECAST_S: Final = 10.0  # seconds: the end of a shorter run comes before the news of it
-CURVE_HEIGHT: Final = 8  # lines
-CURVE_WIDTH: Final = 110  # columns at most: wider curves are flat
-CURVE_WIDTH_ELSEWHERE: Final = 70  # columns where output is not a terminal
+SMOOTHING: Final = 0.9  # decay of the exponential moving averages that are displayed
+FORECAST_STEPS: Final = (2, 3, 4)  # steps of this process by which the time left is predicted
+SHORTEST_FORECAST_S: Final = 10.0  # seconds left below which no forecast is printed
+CURVE_HEIGHT: Final = 8  # lines of the loss curve
+CURVE_WIDTH: Final = 110  # most columns of the curve; a wider one would look flat
+CURVE_WIDTH_ELSEWHERE: Final = 70  # columns of the curve where output is not a terminal
 
 logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """The progress of one run, as a context manager that locks the run folder.
+    """Logs the progress of one run; a context manager that locks the run folder.
 
     metrics.jsonl gets one JSON object a line. A training step has step (steps done), loss (nats per
     token), lr, grad_norm (before clipping), step_ms and tokens_per_s, and, if the weights were not
@@ -45,8 +45,8 @@ class RunLog:
     hellaswag_acc_norm.
 
     main.log gets the losses, learning rates and accuracies in llm.c's format, whose training lines
-    count steps from 0. The sinks get all numbers as well; one that fails is warned of once and then
-    left out, so that it cannot stop the training.
+    count steps from 0. The sinks get the same numbers. A sink that fails is removed after a
+    warning, so that it cannot stop the training.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RunLog:
         steps: int,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        """Opens the log after `first_step` steps of `steps`; later records are cut off.
+        """Opens the log after `first_step` of `steps` steps; later records are deleted.
 
         Raises ConfigError if another process trains in the folder, and CheckpointError if the
         files cannot be written.
@@ -108,15 +108,15 @@ class RunLog:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and loss of the lowest validation of the whole run, the first of equal ones.
+        """Step and loss of the lowest validation loss of the run, the first of equal ones.
 
-        None if there was no validation. Parts of the run before a resume count.
+        Validations before a resume count too. None if there was no validation.
         """
         losses = self._recorded["val_loss"].items()
         return min(losses, key=lambda item: (item[1], item[0]), default=None)
 
     def has(self, kind: str, step: int) -> bool:
-        """Returns True if `kind` was recorded after `step`: "val_loss", "hellaswag_acc_norm"."""
+        """Returns True if `kind` ("val_loss", "hellaswag_acc_norm") was recorded after `step`."""
         return step in self._recorded[kind]
 
     def training(
@@ -130,10 +130,10 @@ class RunLog:
         tokens: int,
         skipped: str = "",
     ) -> None:
-        """Logs a step over `tokens` tokens.
+        """Logs an optimizer step on `tokens` tokens.
 
-        `skipped` is the reason why there was no update of the weights, if there was none; grad_norm
-        is None if the gradient has no norm.
+        `skipped` is the reason if the step made no update, else "". `grad_norm` is None if the norm
+        is not finite.
         """
         speed = tokens / step_ms * 1000
         numbers = {
@@ -182,9 +182,10 @@ class RunLog:
         self.console.rule(style="dim")
 
     def doing(self, what: str, done: int = 0, total: int = 0, unit: str = "tokens") -> None:
-        """Shows what is being done besides training, of which `done` of `total` is finished.
+        """Shows an activity besides training, such as "validating", and its progress.
 
-        A `total` of 0 says that this is not known; an empty `what` ends the display.
+        `done` of `total` units are finished; a `total` of 0 means unknown. An empty `what` ends the
+        display.
         """
         share = f" {done / total:.0%}" if total else ""
         self._progress.update(self._task, description=f"{what}{share}, " if what else "")
@@ -192,13 +193,13 @@ class RunLog:
             self._line(f"{what} {done:,}/{total:,} {unit}")
 
     def rewind(self, step: int) -> None:
-        """Takes everything after `step` back, because training continues from a checkpoint."""
+        """Deletes all records after `step`, because training returns to a checkpoint."""
         self._cut(step)
         self._loss = self._step_ms = None
         self._progress.update(self._task, completed=step)
 
     def finish(self) -> None:
-        """Prints the curve of the whole run's loss; a short run has none."""
+        """Prints the loss curve of the whole run, unless the run is too short for one."""
         width = (
             min(self.console.width, CURVE_WIDTH)
             if self.console.is_terminal
@@ -219,8 +220,8 @@ class RunLog:
             self.console.print(text, soft_wrap=True)
 
     def _cut(self, step: int) -> None:
-        """Drops what was logged after `step` steps: these steps will be done again."""
-        # A run that begins keeps nothing, not even a validation before the first step.
+        """Deletes what was logged after `step` steps, because these steps come again."""
+        # A new run keeps no old record, not even a validation before the first step.
         last = step if step > 0 else -1
         records = [json.loads(line) for line in self._metrics.cut(last)]
         self._main_log.cut(last)
@@ -245,16 +246,16 @@ class RunLog:
                 act(sink)
             except UserError:
                 raise
-            except Exception as error:  # of any library: none of them may stop the training
+            except Exception as error:  # no error of a library may stop the training
                 self._sinks.remove(sink)
                 logger.warning(
-                    "%s failed and gets no more numbers, but training continues: %s",
+                    "%s failed and receives no more numbers, but training continues: %s",
                     sink.name,
                     " ".join(str(error).split()) or type(error).__name__,
                 )
 
     def _forecast(self, step: int, step_ms: float) -> None:
-        """Prints once how long the rest of the run takes, after its first few steps."""
+        """Prints the predicted time left, once, after the first few steps."""
         last = FORECAST_STEPS[-1]
         if len(self._first_times) == last:
             return
@@ -271,7 +272,7 @@ class RunLog:
             )
 
     def _line_is_due(self) -> bool:
-        """Returns True if output is not a terminal and the last line is LINE_EVERY_S old."""
+        """Returns True if a line of progress is due, where output is not a terminal."""
         waited = time.monotonic() - self._last_line
         return not self.console.is_terminal and waited > LINE_EVERY_S
 
@@ -293,7 +294,7 @@ class RunLog:
 def duration(seconds: float) -> str:
     """Returns a time in its two largest units: "45 s", "1 min 20 s", "3 h 5 min", "2 d 7 h"."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    # Rounded to the smaller unit before it is split, so that there is no "1 min 60 s".
+    # Rounding to the smaller unit comes before splitting, to avoid "1 min 60 s".
     for (name, size), (smaller, part) in itertools.pairwise(units):
         count, rest = divmod(round(seconds / part), size // part)
         if count:
@@ -302,7 +303,7 @@ def duration(seconds: float) -> str:
 
 
 class _LogFile:
-    """A text file that gets line after line, and whose end can be cut off."""
+    """A text file to which lines are appended, and whose last lines can be deleted."""
 
     def __init__(self, path: Path, step_of: Callable[[str], float]) -> None:
         """`step_of` returns the step of a line, or infinity if the line is damaged."""
@@ -311,9 +312,9 @@ class _LogFile:
         self._file: TextIO | None = None
 
     def cut(self, step: int) -> list[str]:
-        """Drops the lines after `step`, opens the file for more, and returns the lines kept.
+        """Deletes the lines after `step`, opens the file to append, and returns the lines kept.
 
-        The file is replaced as a whole, so that a crash leaves the old one or the new one.
+        The file is replaced as a whole, so that a crash leaves either the old or the new file.
         """
         self.close()
         try:
@@ -331,7 +332,7 @@ class _LogFile:
         return kept
 
     def write(self, line: str) -> None:
-        """Appends a line, which is on its way to the disk when this returns."""
+        """Appends a line and hands it to the operating system."""
         assert self._file is not None
         try:
             self._file.write(f"{line}\n")
@@ -344,16 +345,16 @@ class _LogFile:
 
     def close(self) -> None:
         if self._file is not None:
-            with suppress(OSError):  # a line that could not be written has been reported
+            with suppress(OSError):  # `write` has reported this error already
                 self._file.close()
             self._file = None
 
 
 def has_final_records(run_dir: Path, step: int, *, hellaswag: bool) -> bool:
-    """Returns True if the run has recorded its last validation, after `step` steps.
+    """Returns True if the log has the validation after the last step, `step`.
 
-    With `hellaswag` its last accuracy must be there too. A crash can prevent these records, and a
-    resumed run makes up for them. Raises CheckpointError if the log cannot be read.
+    With `hellaswag` it must also have the last HellaSwag accuracy. After a crash they can be
+    missing; a resumed run then computes them. Raises CheckpointError if the log cannot be read.
     """
     kinds = {"val_loss", "hellaswag_acc_norm"} if hellaswag else {"val_loss"}
     path = run_dir / METRICS_FILE
@@ -368,14 +369,14 @@ def has_final_records(run_dir: Path, step: int, *, hellaswag: bool) -> bool:
 
 
 def _average(average: float | None, value: float) -> float:
-    """Returns the next moving average, which leaves out values that are not finite."""
+    """Returns the moving average after one more value; values that are not finite are ignored."""
     if average is None or not math.isfinite(average):
         return value
     return SMOOTHING * average + (1 - SMOOTHING) * value if math.isfinite(value) else average
 
 
 def _locked(run_dir: Path) -> int | None:
-    """Locks the run folder and returns the lock's descriptor; closing it, or our end, unlocks."""
+    """Locks the run folder until the returned descriptor is closed; None if locks do not exist."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock
@@ -388,7 +389,7 @@ def _locked(run_dir: Path) -> int | None:
         raise ConfigError(
             f"{run_dir} is in use by another training; wait for it or choose another --run-dir"
         ) from None
-    except OSError:  # some network file systems have no locks either
+    except OSError:  # some network file systems have no locks
         pass
     return lock
 

@@ -1,4 +1,4 @@
-"""Saves checkpoints in a thread: training waits for a copy of its state, not for the disk."""
+"""Saves checkpoints in a thread: training waits for a copy in memory, not for the disk."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of a run one after the other, in a thread, inside a `with`.
+    """Saves the checkpoints of a run in a thread, one after the other; a context manager.
 
-    To save: fill a TrainingState with `host_copies` of the device's arrays, then `start`. Training
-    may change its arrays as soon as `host_copies` returns. The error of a save that failed is
-    raised by every later call.
+    To save, copy the device's arrays with `host_copies`, put the copies into a TrainingState, and
+    call `start`. Training may change the arrays as soon as `host_copies` returns. If a save fails,
+    every later call raises its error.
     """
 
     def __init__(self, run_dir: Path, device: Device, n: int, tokenizer: Tokenizer) -> None:
-        """Allocates the host memory of all saves, HOST_COPIES arrays (n,) float32; DeviceError."""
+        """Allocates HOST_COPIES arrays (n,) float32 in host memory, or raises DeviceError."""
         self._run_dir, self._device, self._tokenizer = run_dir, device, tokenizer
         self._buffers = [device.host_empty((n,), FLOAT32) for _ in range(HOST_COPIES)]
         for buffer in self._buffers:
-            buffer.fill(0)  # the system hands out memory when it is first written: now, not later
+            buffer.fill(0)  # the system provides memory at the first write, so write now
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -42,9 +42,9 @@ class CheckpointSaver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Waits for the save in progress; its error is raised unless another one ends the run.
+        """Waits for the save in progress; raises its error unless another error ends the run.
 
-        KeyboardInterrupt, the second Ctrl-C, does not wait.
+        After KeyboardInterrupt, the second Ctrl-C, it does not wait.
         """
         if error is None:
             self.wait()
@@ -58,7 +58,7 @@ class CheckpointSaver:
     def host_copies(self, *arrays: Array) -> tuple[FloatArray, ...]:
         """Returns host copies of device arrays (n,) float32, which the next call overwrites.
 
-        Waits for the save in progress before, because it reads the same host memory.
+        Waits for the save in progress first, because that save reads the same host memory.
         """
         self.wait()
         for buffer, array in zip(self._buffers, arrays, strict=True):
@@ -71,8 +71,8 @@ class CheckpointSaver:
         The folder exists when `wait` has returned.
         """
         self.wait()
-        # A daemon, so that a second Ctrl-C ends the program at once. What the thread has written
-        # by then has a hidden name, and the next save removes it.
+        # The thread is a daemon, so that a second Ctrl-C ends the program at once. The files that
+        # the thread has written by then are in a hidden folder, which the next save removes.
         self._thread = threading.Thread(
             target=self._save, args=(state, retention), name="checkpoint", daemon=True
         )
@@ -85,7 +85,7 @@ class CheckpointSaver:
             raise self._error
 
     def wait(self) -> None:
-        """Waits until the save in progress is on the disk. Raises CheckpointError if it is not."""
+        """Waits until the save in progress is on the disk. Raises CheckpointError if it failed."""
         self._join()
         self.check()
 

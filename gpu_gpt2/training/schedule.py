@@ -11,11 +11,11 @@ from gpu_gpt2.errors import ConfigError
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Returns the learning rate of step `step`, counted from 0.
 
-    The warm-up rises linearly and reaches config.lr on step `warmup_steps - 1`. After it the rate
-    follows `lr_schedule`; cosine, linear and wsd would reach lr * final_lr_fraction on step
-    `steps`. Cosine and linear are llm.c's. The decay of wsd is linear (Hu et al. 2024, "MiniCPM";
-    Hägele et al. 2024), where llm.c's follows a square root, and constant has a warm-up, which
-    llm.c's ignores.
+    The warm-up is linear and reaches config.lr on step `warmup_steps - 1`. Then `lr_schedule`
+    applies; cosine, linear and wsd would reach lr * final_lr_fraction on step `steps`, one step
+    after the last. Cosine and linear equal llm.c's. wsd (Hu et al. 2024, "MiniCPM"; Hägele et al.
+    2024) decays linearly, while llm.c's follows a square root. constant has a warm-up, while
+    llm.c's has none.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -30,7 +30,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def decay_start(config: TrainConfig) -> int:
-    """Returns the step on which the rate begins to fall; `steps` if it never does."""
+    """Returns the step on which the learning rate begins to fall; `steps` if it never falls."""
     if config.lr_schedule == "constant":
         return config.steps
     if config.lr_schedule == "wsd":
@@ -39,7 +39,7 @@ def decay_start(config: TrainConfig) -> int:
 
 
 def check_lengths(config: TrainConfig) -> None:
-    """Raises ConfigError if the parts of the schedule do not fit into the steps of the run."""
+    """Raises ConfigError if warm-up and decay do not fit into the steps of the run."""
     if config.warmup_steps > config.steps:
         raise ConfigError(
             f"--warmup-steps {config.warmup_steps} is longer than the run of {config.steps} steps; "

@@ -1,4 +1,4 @@
-"""Programs that show a run while it trains, beside its own log: TensorBoard, Weights & Biases."""
+"""Sends the numbers of a run to TensorBoard and Weights & Biases while it trains."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ TENSORBOARD_DIR: Final = "tensorboard"  # in the run folder
 WANDB_DIR: Final = "wandb"  # in the run folder; W&B chooses this name
 WANDB_ID_FILE: Final = "id.txt"  # in WANDB_DIR: the id that all parts of a resumed run share
 WANDB_PROJECT: Final = "gpu-gpt2"
-# Seconds that the end of a run waits for uploads. Without a network they would never end; the files
-# stay in the run folder, for `wandb sync`.
+# Longest time that the end of a run waits for uploads, in seconds. Without a network they would
+# never end. The files stay in the run folder, and `wandb sync` uploads them later.
 LONGEST_UPLOAD_S: Final = 300.0
 
 
 class Sink(Protocol):
-    """A receiver of a run's numbers. Any exception but UserError only takes the sink away."""
+    """A receiver of a run's numbers. If it raises anything but UserError, the log removes it."""
 
     @property
     def name(self) -> str:
-        """The name that a warning gives it."""
+        """The name of the sink in warnings."""
         ...
 
     def start(self, step: int) -> None:
-        """Begins, resumes or rewinds the run after `step` steps; later steps will come again.
+        """Starts, resumes or rewinds the run after `step` steps; later steps will be logged again.
 
         Raises ConfigError if the user has to set something up first.
         """
         ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes numbers by name after `step` steps; a step may come several times."""
+        """Logs numbers by name after `step` steps; one step may be logged in several calls."""
         ...
 
     def close(self) -> None:
-        """Ends this part of the run; it may never have been started."""
+        """Ends this part of the run. May be called without `start`."""
         ...
 
 
 class TensorBoardSink:
     """Writes event files for `tensorboard --logdir RUN`, into RUN/tensorboard.
 
-    Every part of a run (a resume, a rewind) has a file of its own, which begins with the event
-    SessionLog.START: TensorBoard then drops what earlier files have from its step on.
+    Every `start` opens a new file, which begins with the event SessionLog.START. Because of this
+    event TensorBoard ignores what earlier files have for the same and later steps.
     """
 
     name = "TensorBoard"
@@ -98,8 +98,8 @@ class WandbSink:
     """Logs to Weights & Biases, in the project "gpu-gpt2"; its local files go into RUN/wandb.
 
     The usual environment variables work: WANDB_MODE=offline, WANDB_ENTITY, WANDB_PROJECT, and so
-    on. All parts of a resumed run have one id. W&B takes no step back: of steps that come again
-    after a resume or a rewind it keeps the numbers that came first.
+    on. All parts of a resumed run share one id. W&B cannot replace a step: when steps are logged
+    again after a resume or a rewind, it keeps the first numbers.
     """
 
     name = "W&B"
@@ -116,7 +116,7 @@ class WandbSink:
         self._newest = 0  # the highest step that W&B has
 
     def start(self, step: int) -> None:
-        if self._run is not None:  # a rewind: W&B cannot take steps back
+        if self._run is not None:  # a rewind, which W&B does not support
             return
         wandb = self._wandb
         try:
@@ -128,13 +128,14 @@ class WandbSink:
                 resume="allow",
                 config=self._settings,
                 settings=wandb.Settings(
-                    console="off",  # its copy of the terminal would hold every progress bar
+                    console="off",  # W&B would copy every update of the progress bar
                     finish_timeout=LONGEST_UPLOAD_S,
                 ),
             )
         except wandb.errors.UsageError as error:
             raise ConfigError(
-                f"W&B: {' '.join(str(error).split())}; run `wandb login`, or set WANDB_MODE=offline"
+                f"W&B: {' '.join(str(error).split()).rstrip('.')}; run `wandb login`, or set "
+                f"WANDB_MODE=offline"
             ) from error
         self._newest = max(int(self._run.step) - 1, 0)
 
@@ -149,7 +150,7 @@ class WandbSink:
             run.finish()
 
     def _id(self, *, resumed: bool) -> str:
-        """Returns the id of the run, which a run that begins anew draws."""
+        """Returns the id of the run in W&B: the saved one if `resumed`, else a new random one."""
         path = self._run_dir / WANDB_DIR / WANDB_ID_FILE
         if resumed and path.is_file():
             return path.read_text(encoding="utf-8").strip()

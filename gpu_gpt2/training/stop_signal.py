@@ -1,4 +1,4 @@
-"""Ctrl-C, other signals and a closed pipe, as a request to end a run in good order."""
+"""Turns Ctrl-C, SIGTERM, SIGHUP and a closed pipe into a request to save and stop."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ SIGNALS: Final = tuple(
 
 
 class StopSignal:
-    """Catches Ctrl-C, SIGTERM and SIGHUP: the first sets `requested`, a second one ends at once.
+    """Catches Ctrl-C, SIGTERM and SIGHUP; a context manager.
 
-    A signal that the program was started to ignore, as by nohup, is still ignored.
+    The first signal sets `requested`. A second one raises KeyboardInterrupt. A signal that was
+    ignored when the program started, as under nohup, is still ignored.
 
-    Standard output may be lost while a run goes on, and is then thrown away. The end of a program
-    that reads it through a pipe is a request to stop. A terminal that closes without SIGHUP, as for
-    a job that the shell has disowned, is not.
+    If standard output fails, later output is discarded. If it is a pipe whose reader has ended,
+    `requested` is set. A terminal that closes without SIGHUP, as for a job that the shell has
+    disowned, does not stop the run.
     """
 
     def __init__(self, console: Console) -> None:
@@ -54,7 +55,7 @@ class StopSignal:
         self.release()
 
     def release(self) -> None:
-        """Gives the signals back to the handlers that they had before."""
+        """Restores the signal handlers that were set before."""
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
@@ -72,7 +73,7 @@ class StopSignal:
 
 
 class _Stdout:
-    """Standard output that never fails: after an error it is /dev/null, and `lost` is called."""
+    """Standard output that never fails: after an error it calls `lost` and becomes /dev/null."""
 
     def __init__(self, stream: TextIO, lost: Callable[[OSError], None]) -> None:
         self._stream, self._lost = stream, lost
@@ -95,7 +96,7 @@ class _Stdout:
 
     def _throw_away(self, error: OSError) -> None:
         self._lost(error)
-        with suppress(OSError):  # a stream that is no file
+        with suppress(OSError):  # the stream may not be a file
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)

@@ -1,7 +1,7 @@
 """Finds the first tensor of a training step with a NaN or an infinity, op by op.
 
-A step that diverged is repeated without an update. After each op its outputs are downloaded, so
-this takes far longer than a step: it is for the moment at which a run has ended.
+A step that diverged is repeated without an update. The outputs of every op are downloaded after it,
+so the search takes far longer than a step. It is meant for runs that have diverged.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from gpu_gpt2.ops.table import TABLE, Ops, OpTensor
 NDArray = npt.NDArray[Any]
 Kind: TypeAlias = Literal["weight", "gradient", "activation"]  # "gradient" is that of a weight
 
-LARGEST: Final = 3  # magnitudes that are shown: enough to tell one outlier from a large row
-# Shape of lse and delta, the only activations in which the elements of a position lie apart.
+LARGEST: Final = 3  # number of magnitudes shown: they tell one outlier from a row of large values
+# Shape of lse and delta, the only activations in which a position's elements are not contiguous.
 BY_HEAD: Final = ("B", "H", "T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadTensor:
-    """The first tensor of a step with a NaN or an infinity, and the first such place in it.
+    """The first tensor of a step with a NaN or an infinity, and the first such element of it.
 
     An activation has one row for each position of the batch. The rows of a weight and of its
     gradient are those of the matrix; a vector is one row. If `count` is 0, every gradient is finite
-    but the sum of their squares is not: the tensor is then the one with the largest gradient.
+    but the sum of their squares is not; the tensor is then that with the largest gradient.
     """
 
     op: str  # the op that wrote the tensor; "" for a weight
@@ -48,9 +48,9 @@ class BadTensor:
     largest: tuple[float, ...]  # the largest finite magnitudes of the row, at most LARGEST of them
     micro_step: int = 0  # counted from 0
     micro_steps: int = 1  # micro-steps of the step
-    sequence: int | None = None  # of an activation: index of the sequence in the batch,
-    position: int | None = None  # position in that sequence,
-    token: int | None = None  # and the token at that position
+    sequence: int | None = None  # index of the sequence in the batch; only for activations
+    position: int | None = None  # position in the sequence; only for activations
+    token: int | None = None  # token at the position; only for activations
 
     def __str__(self) -> str:
         where = [f"micro-step {self.micro_step + 1}"] if self.micro_steps > 1 else []
@@ -81,14 +81,13 @@ def first_bad_tensor(
     `batches` are those of the step, one for each of `micro_steps`, and `loss_scale` is the scale
     of its gradients (StepResult.scaled_by). The weights are checked first, then the outputs of
     every op in the order in which the ops run, then the squared norm of all gradients. Weights and
-    optimizer state stay as they are. The model's activations and gradients are overwritten, as by
-    the first micro-step of any step.
+    optimizer state do not change. The model's activations and gradients are overwritten.
     """
     ops, device = model.ops, model.ops.device
     scale = device.empty((1,), FLOAT32)
     device.upload(scale, np.array([loss_scale], np.float32))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy warns of what is looked for here
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's warnings of NaNs and infinities
         try:
             _check_weights(model)
             for i, batch in enumerate(batches):
@@ -104,8 +103,8 @@ def first_bad_tensor(
     return None
 
 
-class _Found(Exception):  # noqa: N818 (it is no error: it ends the search)
-    """Carries the tensor that is not finite."""
+class _Found(Exception):  # noqa: N818 (not an error)
+    """Ends the search, and carries the tensor that is not finite."""
 
     def __init__(self, bad: BadTensor) -> None:
         super().__init__(str(bad))
@@ -122,7 +121,7 @@ class _Place:
 
 
 class _CheckedOps:
-    """The ops of a model, each followed by a look at its outputs."""
+    """The ops of a model, each of which checks its outputs after it has run."""
 
     def __init__(self, ops: Ops, examiner: _Examiner) -> None:
         self._ops = ops
@@ -143,9 +142,9 @@ class _CheckedOps:
 class _Examiner:
     """Checks the outputs of the ops of one micro-step; raises _Found for the first bad one.
 
-    A tensor is known by its address and size. Where layers share a buffer, the layer is that of the
-    last weight or gradient among the arguments of the op. An op without any, such as attention,
-    belongs to the same layer as the op before it.
+    Tensors are identified by address and size. Where layers share a buffer, the layer is that of
+    the last weight or gradient among the arguments of the op. An op without weights, such as
+    attention, belongs to the layer of the op before it.
     """
 
     def __init__(self, model: GPT2, batch: Batch, *, micro_step: int, micro_steps: int) -> None:
@@ -183,7 +182,7 @@ class _Examiner:
         return self._device.address(array), array.nbytes
 
     def _place(self, tensor: OpTensor, array: Array) -> _Place:
-        """Returns the tensor of the model that an output of the current op is."""
+        """Returns the model's name of the tensor into which the current op wrote."""
         places = self._places[self._key(array)]
         if not places:
             return _Place("activation", tensor.name, self._layer)
@@ -218,8 +217,8 @@ def _run_micro_step(
     device.upload(a.tokens, batch.tokens)
     device.upload(a.targets, batch.targets.reshape(-1))
     device.upload(a.order, batch.order)
-    # The first call of a graph runs its work at once. It is a graph nevertheless, because on a GPU
-    # the matmuls of a graph and those outside of graphs may round differently.
+    # The first call of a graph runs its work without capturing it. A graph is used nevertheless,
+    # because the matmuls inside and outside of a graph may round differently on a GPU.
     device.graph(lambda: model._micro_step(a, scale, first=first, micro_steps=micro_steps))()
 
 
@@ -232,7 +231,7 @@ def _check_weights(model: GPT2) -> None:
 
 
 def _check_norm(model: GPT2) -> None:
-    """Raises _Found, with the largest gradient, if the sum of all squares is not finite."""
+    """Raises _Found with the largest gradient if the sum of squared gradients is not finite."""
     device = model.ops.device
     grad_sq = device.empty((1,), FLOAT32)
     model.ops.squared_norm(grad_sq, model.grad_arena)
@@ -251,7 +250,7 @@ def _check_norm(model: GPT2) -> None:
 def _of_parameters(
     model: GPT2, kind: Literal["weight", "gradient"]
 ) -> Iterator[tuple[_Place, Array]]:
-    """Yields all weights, or their gradients, those in layers layer by layer."""
+    """Yields all weights, or all gradients; tensors of the layers one layer at a time."""
     named = model.params if kind == "weight" else model.grads
     for spec in parameters(model.config):
         tensor = getattr(named, spec.name)
@@ -270,7 +269,7 @@ def _rows(values: NDArray) -> NDArray:
 def _bad_tensor(
     op: str, place: _Place, rows: NDArray, where: npt.NDArray[np.bool_] | None = None
 ) -> BadTensor:
-    """Describes a tensor at the first place in `where`, or else the first that is not finite."""
+    """Describes a tensor at its first element in `where`; by default the first not finite."""
     infinite = ~np.isfinite(rows)
     row, column = np.unravel_index((infinite if where is None else where).argmax(), rows.shape)
     magnitudes = np.sort(np.abs(rows[row][~infinite[row]].astype(np.float64)))[::-1]
