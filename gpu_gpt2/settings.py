@@ -42,13 +42,30 @@ PATHS: Final = ("data", "val_data", "init_from", "hellaswag")
 MAX_STEPS: Final = 1 << 53  # largest count that the float64 of the schedule holds exactly
 
 
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of all layers; those of a later layer win.
+
+    `steps` and `tokens_per_param` both set the length, so that a later one replaces the other one
+    too. Raises ConfigError if one layer has both.
+    """
+    lengths = {"steps", TOKENS_PER_PARAM}
+    values: dict[str, Any] = {}
+    for layer in layers:
+        if lengths <= layer.keys():
+            raise ConfigError("--steps and --tokens-per-param both set the length; leave out one")
+        if lengths & layer.keys():
+            values = {name: value for name, value in values.items() if name not in lengths}
+        values.update(layer)
+    return values
+
+
 def new_config(given: Mapping[str, Any], preset: Mapping[str, Any], run_dir: Path) -> TrainConfig:
     """Returns the settings of a new run.
 
     Settings `given` on the command line win over those of a `preset` or file, and these win over
     the defaults of the device. Raises UserError for settings that contradict each other.
     """
-    chosen = _one_length({**preset, **given}, given)
+    chosen = merged(preset, given)
     if given.get("init_from"):  # the model's own sizes and tokenizer replace those of the preset
         own = {*SIZES, "tokenizer"} - given.keys()
         chosen = {name: value for name, value in chosen.items() if name not in own}
@@ -91,7 +108,7 @@ def resumed_config(
 
     Raises ConfigError, which shows the difference, for an option that contradicts the run.
     """
-    saved, given = state.train, dict(options)
+    saved, given = state.train, merged(options)
     for name in ("device", "dtype"):
         if given.get(name) == AUTO:
             del given[name]
@@ -181,20 +198,6 @@ def _tokenizer_spec(source: WeightSource, given: str | None, name: str) -> str:
         return os.path.abspath(given) if is_path(given) else given
     own = tokenizer_of(source)  # raises DataError if there is none that fits
     return own.name if source.tokenizer_path is None else os.path.abspath(source.tokenizer_path)
-
-
-def _one_length(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the choices with only one of `steps` and `tokens_per_param`.
-
-    The one on the command line wins, then `steps`. Raises ConfigError if the command line has both.
-    """
-    lengths = {"steps", TOKENS_PER_PARAM}
-    if lengths <= given.keys():
-        raise ConfigError("--steps and --tokens-per-param both set the length; leave out one")
-    if lengths <= chosen.keys():
-        replaced = lengths - given.keys() or {TOKENS_PER_PARAM}
-        return {name: value for name, value in chosen.items() if name not in replaced}
-    return chosen
 
 
 def _step_count(values: Mapping[str, Any], model: ModelConfig) -> int:

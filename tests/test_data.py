@@ -387,6 +387,16 @@ def test_validation_of_a_text_and_of_a_last_tenth_is_no_longer(
         assert dataset.val_bytes == len(dataset.tokenizer.decode_bytes(dataset.val[1:]))
 
 
+def test_a_number_of_validation_tokens_may_be_above_the_usual_limit(
+    shards: Path, text_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "MAX_VAL_TOKENS", 5)
+    for data in (shards, text_path):
+        for count in (3, 5, 30):
+            assert len(prepare(str(data), "gpt2", val_tokens=count).val) == count
+        assert len(prepare(str(data), "gpt2").val) == 5
+
+
 def test_validation_stops_at_the_file_that_fills_it(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from gpu_gpt2.config import (
     settings_text,
 )
 from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.settings import merged
 from gpu_gpt2.training.schedule import check_lengths
 
 # Tokens in a step, learning rate, its final fraction and steps, in llm.c's scripts.
@@ -94,3 +95,12 @@ def test_a_missing_file_and_an_unknown_preset_are_refused(tmp_path: Path) -> Non
         read_settings(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match=r"unknown preset 'shakespear' .*'shakespeare'.*; choose"):
         read_preset("shakespear")
+
+
+def test_the_last_length_that_is_given_counts() -> None:
+    steps, ratio = {"steps": 3, "lr": 1.0}, {"tokens_per_param": 2.0}
+    assert merged(steps, ratio) == {"lr": 1.0, "tokens_per_param": 2.0}
+    assert merged(ratio, steps) == steps
+    assert merged(steps, ratio, {"steps": 4}) == {"lr": 1.0, "steps": 4}
+    with pytest.raises(ConfigError, match="both set the length"):
+        merged({**steps, **ratio})

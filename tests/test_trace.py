@@ -250,7 +250,7 @@ ACTIVATION = BadTensor(
         (
             replace(ACTIVATION, layer=None, count=1, largest=(), micro_step=1, micro_steps=4),
             "gelu_fwd wrote 1 value that is not finite into gelu, row 17 (micro-step 2, sequence "
-            "0, position 17, token 262), column 40; the largest finite values of that row are none",
+            "0, position 17, token 262), column 40; no value of that row is finite",
         ),
         (
             BadTensor(

@@ -26,7 +26,7 @@ from gpu_gpt2.config.presets import TOKENS_PER_PARAM
 from gpu_gpt2.device import choose_dtype, open_device
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.settings import new_config, rate_jump, resumed_config
+from gpu_gpt2.settings import merged, new_config, rate_jump, resumed_config
 from gpu_gpt2.train import train as run_training
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.metrics import has_final_records
@@ -199,10 +199,7 @@ train.__signature__ = _signature()  # type: ignore[attr-defined]
 
 def _preset_settings(preset: str | None, config: Path | None) -> dict[str, Any]:
     """Returns the settings of --preset and --config; those of the file win."""
-    return {
-        **(read_preset(preset) if preset else {}),
-        **(read_settings(config) if config else {}),
-    }
+    return merged(read_preset(preset) if preset else {}, read_settings(config) if config else {})
 
 
 def _next_run() -> Path:

@@ -31,7 +31,7 @@ from gpu_gpt2.formats.tokens import (
 )
 from gpu_gpt2.tokenizer import Tokenizer, cache_key, make_tokenizer, vocab_size_of
 
-CACHE_VERSION: Final = 2  # raised whenever the same text would give other tokens
+CACHE_VERSION: Final = 3  # raised whenever the same text would give other tokens
 MAX_VAL_TOKENS: Final = 1 << 20  # evaluated of a long text: enough for three digits of the loss
 CACHED: Final = ("train.bin", "val.bin", "tokenizer.json", "tokenizer_config.json")
 
@@ -43,7 +43,7 @@ class Dataset:
     name: str
     tokenizer: Tokenizer
     train: tuple[Tokens, ...]  # shards, each (tokens,)
-    val: Tokens  # (tokens,), MAX_VAL_TOKENS at most; its first token is never predicted
+    val: Tokens  # (tokens,); its first token is never predicted
     shards: bool  # whether the tokens are from token files, and not made here from one text
     val_bytes: int  # bytes of text behind the predicted tokens of val; <|endoftext|> counts 0
 
@@ -66,30 +66,37 @@ class Dataset:
 
 def of_run(config: TrainConfig) -> Dataset:
     """Returns the tokens that a run trains on, and those that it validates on. Raises UserError."""
-    data = prepare(config.data, config.tokenizer, config.val_data)
-    if not config.eval_batches:
-        return data
-    return data.with_val(data.val[: config.eval_batches * config.batch_size * config.seq_len + 1])
+    # One token more, because the first is never predicted.
+    val_tokens = config.eval_batches * config.batch_size * config.seq_len + 1
+    return prepare(
+        config.data,
+        config.tokenizer,
+        config.val_data,
+        val_tokens=val_tokens if config.eval_batches else None,
+    )
 
 
-def prepare(data: str, tokenizer_spec: str, val_data: str = "") -> Dataset:
+def prepare(
+    data: str, tokenizer_spec: str, val_data: str = "", *, val_tokens: int | None = None
+) -> Dataset:
     """Returns the training and held-out tokens of `data`. Raises UserError.
 
     data: the name of a built-in corpus; the path of a text or token file; a folder of shards; or
     a pattern such as 'data/fineweb_train_*.bin'. tokenizer_spec: "gpt2", "bytes", "bpe:N" or the
     path of a tokenizer. val_data: the path of a text or of token files to validate on; all of
-    `data` is then trained on. A text is tokenised once and then read from a cache.
+    `data` is then trained on. val_tokens: the most tokens to hold out, MAX_VAL_TOKENS if not given.
+    A text is tokenised once and then read from a cache.
     """
+    most = MAX_VAL_TOKENS if val_tokens is None else val_tokens
     vocab_size_of(tokenizer_spec)
     if data not in BUILT_IN and (shards := token_files(data)):
-        return _from_token_files(shards, tokenizer_spec, val_data)
+        return _from_token_files(shards, tokenizer_spec, val_data, most)
     corpus = BUILT_IN[data]() if data in BUILT_IN else text_file(Path(data))
-    if not val_data:
-        return _from_corpus(corpus, tokenizer_spec)
-    if data not in BUILT_IN:  # nothing has to be held out of a text of the user's own
+    if val_data and data not in BUILT_IN:  # nothing has to be held out of a text of the user's own
         corpus = replace(corpus, train=("".join((*corpus.train, *corpus.val)),))
     dataset = _from_corpus(corpus, tokenizer_spec)
-    return dataset.with_val(_val_tokens(val_data, dataset.tokenizer))
+    val = _val_tokens(val_data, dataset.tokenizer, most) if val_data else dataset.val
+    return dataset.with_val(val[:most])
 
 
 def _from_corpus(corpus: Corpus, tokenizer_spec: str) -> Dataset:
@@ -125,7 +132,6 @@ def _dataset(
     *,
     shards: bool = False,
 ) -> Dataset:
-    val = val[:MAX_VAL_TOKENS]
     counts = np.bincount(val[1:], minlength=tokenizer.vocab_size)
     val_bytes = int(counts @ tokenizer.token_bytes().astype(np.int64))
     if val_bytes == 0:
@@ -141,7 +147,8 @@ def matching_files(data: str) -> list[Path]:
     if found := sorted(map(Path, glob.glob(data))):
         return found
     raise DataError(
-        f"no file matches {data}; give a text file, or make token files with gpu-gpt2 data prepare"
+        f"no file matches {data}; give a text file, or fetch or make token files with gpu-gpt2 data "
+        f"get or gpu-gpt2 data prepare"
     )
 
 
@@ -164,10 +171,11 @@ def token_files(data: str) -> list[Path]:
     return found
 
 
-def _from_token_files(paths: Sequence[Path], spec: str, val_data: str) -> Dataset:
+def _from_token_files(paths: Sequence[Path], spec: str, val_data: str, most: int) -> Dataset:
     """Returns a dataset of shards, validated on `val_data` if it is given.
 
-    Otherwise the _val files beside the shards, or a tenth of the last shard, are held out.
+    Otherwise the _val files beside the shards, or a tenth of the last shard, are held out, of which
+    the first `most` tokens are used.
     """
     if spec.startswith("bpe:"):
         raise ConfigError(
@@ -177,19 +185,19 @@ def _from_token_files(paths: Sequence[Path], spec: str, val_data: str) -> Datase
     tokenizer = make_tokenizer(spec, ())
     train = [read_tokens(path) for path in paths]
     if val_data:
-        val = _val_tokens(val_data, tokenizer)
+        val = _val_tokens(val_data, tokenizer, most)
         return _dataset(paths[0].stem, tokenizer, train, val, shards=True)
     if val_paths := sorted({val for path in paths for val in _val_files(path)} - set(paths)):
-        val = _first_tokens(val_paths, MAX_VAL_TOKENS)
+        val = _first_tokens(val_paths, most)
     else:
         cut = int(len(train[-1]) * (1 - VAL_FRACTION))
-        train[-1], val = train[-1][:cut], train[-1][cut:]
+        train[-1], val = train[-1][:cut], train[-1][cut : cut + most]
     check_tokens(val, tokenizer.vocab_size, str((val_paths or paths)[-1]))
     return _dataset(paths[0].stem, tokenizer, train, val, shards=True)
 
 
-def _val_tokens(val_data: str, tokenizer: Tokenizer) -> Tokens:
-    """Returns the tokens (count,) of text files or token files to validate on.
+def _val_tokens(val_data: str, tokenizer: Tokenizer, most: int) -> Tokens:
+    """Returns the first `most` tokens of text files or token files to validate on.
 
     Raises ConfigError for a built-in text, and DataError, also for tokens outside the vocabulary.
     """
@@ -205,8 +213,8 @@ def _val_tokens(val_data: str, tokenizer: Tokenizer) -> Tokens:
             raise DataError(f"{val_data} holds no token files such as NAME_val.bin; name a file")
     if not is_token_file(paths[0]):
         corpora = [text_file(path) for path in paths]
-        return _encode(tokenizer, ["".join((*c.train, *c.val)) for c in corpora])
-    val = _first_tokens(paths, MAX_VAL_TOKENS)
+        return _encode(tokenizer, ["".join((*c.train, *c.val)) for c in corpora])[:most]
+    val = _first_tokens(paths, most)
     check_tokens(val, tokenizer.vocab_size, str(paths[-1]))
     return val
 

@@ -70,7 +70,9 @@ class BadTensor:
         else:
             found = f"{values} not finite in {place}"
         shown = ", ".join(f"{value:.1e}" for value in self.largest)
-        return f"{found}; the largest finite values of that row are {shown or 'none'}"
+        if not shown:
+            return f"{found}; no value of that row is finite"
+        return f"{found}; the largest finite values of that row are {shown}"
 
 
 def first_bad_tensor(
