@@ -147,8 +147,8 @@ def matching_files(data: str) -> list[Path]:
     if found := sorted(map(Path, glob.glob(data))):
         return found
     raise DataError(
-        f"no file matches {data}; give a text file, or fetch or make token files with gpu-gpt2 data "
-        f"get or gpu-gpt2 data prepare"
+        f"no file matches {data}; give a text file, fetch token files with gpu-gpt2 data get, or "
+        f"make token files with gpu-gpt2 data prepare"
     )
 
 
