@@ -15,7 +15,7 @@ from gpu_gpt2.config import (
     settings_text,
 )
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.settings import merged
+from gpu_gpt2.settings import merged, new_config
 from gpu_gpt2.training.schedule import check_lengths
 
 # Tokens in a step, learning rate, its final fraction and steps, in llm.c's scripts.
@@ -104,3 +104,8 @@ def test_the_last_length_that_is_given_counts() -> None:
     assert merged(steps, ratio, {"steps": 4}) == {"lr": 1.0, "steps": 4}
     with pytest.raises(ConfigError, match="both set the length"):
         merged({**steps, **ratio})
+
+
+def test_a_preset_that_starts_from_weights_says_how_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"hf download openai-community/gpt2 --local-dir gpt2"):
+        new_config({"device": "cpu"}, read_preset("shakespeare-finetune"), tmp_path / "run")
