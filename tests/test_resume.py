@@ -41,7 +41,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(**changes: object) -> TrainConfig:
-    return train_settings(**{"data": "numbers.txt", "save_every": 0, **changes})
+    values = {"data": "numbers.txt", "save_every": 0, "sample_tokens": 0}
+    return train_settings(**{**values, **changes})
 
 
 def resume(run_dir: str, **changes: object) -> Outcome:
