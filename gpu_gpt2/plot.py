@@ -32,7 +32,7 @@ BEYOND: Final = 0.002  # share of a long run's single steps that may lie below t
 DECADES: Final = 1.5  # gradient norms that span more powers of ten have a logarithmic axis
 INK: Final = "#333333"  # text and axes
 INCHES: Final = (11.0, 7.0)
-DPI: Final = 150  # of a PNG
+DPI: Final = 150  # a PNG has this many pixels per inch: sharp on a screen and in print
 
 
 def plot_runs(run_dirs: Sequence[Path], out: Path) -> None:

@@ -137,7 +137,8 @@ class Run:
             )
             self._batches = stack.enter_context(Prefetcher(self._loader))
             stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy: _log_step reports overflows
+            # NumPy warns of overflows, which the log of the step reports already.
+            warnings.simplefilter("ignore", RuntimeWarning)
             self._resources = stack.pop_all()
         self._last_read = time.perf_counter()
         return self

@@ -61,7 +61,7 @@ class Child:
         assert threading.active_count() == 1
         _wait_for_threads()
         self._run_dir = Path(run_dir)
-        self._leftovers = self._hidden()  # of earlier kills
+        self._leftovers = self._hidden()  # hidden folders that earlier kills left
         self._pid = os.fork()
         if self._pid == 0:
             status = 1

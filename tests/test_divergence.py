@@ -1,4 +1,4 @@
-"""What a run does about numbers that are not finite: --on-nan stop, skip and rollback."""
+"""A run whose loss is not finite stops, skips the update or rolls back, as --on-nan says."""
 
 import json
 import logging

@@ -112,7 +112,7 @@ def test_a_resumed_run_cuts_both_files_behind_its_checkpoint(tmp_path: Path) -> 
         log.hellaswag(3, correct=1, count=4)
     for name, half in (("metrics.jsonl", 'no JSON\n{"step": 2, "lo'), ("main.log", "s:x\ns:1 tr")):
         with (tmp_path / name).open("a") as file:
-            file.write(half)  # as a crash leaves it
+            file.write(half)  # a crash leaves half a line
     with a_log(tmp_path, first=2) as log:
         assert log.best == (2, 4.5)
         assert [log.has("val_loss", step) for step in (1, 2, 3)] == [False, True, False]

@@ -73,7 +73,7 @@ class TrainingState:
 class Retention:
     """The checkpoints of a run that `save` keeps beside the one that it writes."""
 
-    last: int = 2  # that many newest checkpoints, the one just written among them; 0 keeps all
+    last: int = 2  # number of newest checkpoints to keep, with the one just written; 0 keeps all
     every: int = 0  # the checkpoints of all steps divisible by it, as llm.c's "major" ones; 0: none
     best: int | None = None  # the checkpoint of this step
 

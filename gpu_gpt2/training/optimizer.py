@@ -40,7 +40,7 @@ class UpdateState:
     updates: int  # made so far; a step that is skipped makes none
     good_steps: int  # updates since the loss scale last changed: the growth tracker
     loss_scale: float
-    losses: tuple[float, ...] = ()  # of the last WINDOW steps, oldest first; finite ones only
+    losses: tuple[float, ...] = ()  # the finite losses of the last WINDOW steps, oldest first
     grad_norms: tuple[float, ...] = ()  # likewise
 
     def with_initial_scale(self) -> UpdateState:
