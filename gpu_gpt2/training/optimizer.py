@@ -41,7 +41,7 @@ class UpdateState:
     good_steps: int  # updates since the loss scale last changed: the growth tracker
     loss_scale: float
     losses: tuple[float, ...] = ()  # the finite losses of the last WINDOW steps, oldest first
-    grad_norms: tuple[float, ...] = ()  # likewise
+    grad_norms: tuple[float, ...] = ()  # the finite gradient norms of the same steps
 
     def with_initial_scale(self) -> UpdateState:
         """Returns this state as it continues in another dtype, whose loss scale starts anew."""
