@@ -11,15 +11,15 @@ from typing import Any, Final
 
 from gpu_gpt2.config import (
     AUTO,
+    EPOCHS,
     MODELS,
     OPTIONS,
+    TOKENS_PER_PARAM,
     ModelConfig,
     TrainConfig,
     defaults_for,
     model_config,
 )
-from gpu_gpt2.config.option import EPOCHS
-from gpu_gpt2.config.presets import TOKENS_PER_PARAM
 from gpu_gpt2.data.corpus import BUILT_IN
 from gpu_gpt2.data.dataset import prepare
 from gpu_gpt2.device import choose_dtype, open_device
@@ -149,14 +149,19 @@ def with_own_tokenizer(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 def rate_jump(saved: TrainConfig, config: TrainConfig, step: int) -> str:
-    """Returns a warning if other `steps` change the learning rate of the next step, or ""."""
+    """Returns a warning if the options of a resumed run change the learning rate of its next step.
+
+    Returns "" if the rate stays as it was.
+    """
     before, after = learning_rate(step, saved), learning_rate(step, config)
     if step >= config.steps or math.isclose(before, after, rel_tol=1e-9):
         return ""
+    advice = "a run with --lr-schedule wsd can be prolonged without a jump"
+    if config.lr_schedule == "wsd":
+        advice = f"resume from a checkpoint before step {decay_start(saved)} to avoid the jump"
     return (
-        f"the learning rate jumps from {before:.3g} to {after:.3g} at step {step}, because "
-        f"{config.lr_schedule} depends on the number of steps: {config.steps} instead of "
-        f"{saved.steps}; a run with --lr-schedule wsd can be prolonged without a jump"
+        f"the learning rate jumps from {before:.3g} to {after:.3g} at step {step}, because the "
+        f"schedule {config.lr_schedule} depends on --steps and --decay-fraction; {advice}"
     )
 
 

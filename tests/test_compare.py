@@ -132,7 +132,7 @@ def test_the_band_is_the_seeds_and_a_margin(runs: Runs, tmp_path: Path) -> None:
     band = read_reference(tmp_path / "curve.csv").training
     losses = np.array([smoothed(read_history(path).loss, 50) for path in paths])
     low, middle, high = np.sort(losses, axis=0)
-    excess = np.maximum(high - middle, middle - low)  # of each seed beside the other two
+    excess = np.maximum(high - middle, middle - low)  # largest distance from the middle seed
     for step in (1, 2, 7, 100, 399, 400):
         near = excess[-(-step // 2) - 1 : 2 * step].max()
         margin = max(SMALLEST_MARGIN, 3 * near)

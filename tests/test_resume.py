@@ -180,6 +180,11 @@ def test_a_wsd_run_is_prolonged_without_a_jump(run: Run) -> None:
     assert code == 0, err
     assert "jump" not in out
     assert sums(checkpoint.latest(Path("run"))) == sums(longer.checkpoint)
+    # From a checkpoint inside of the decay, which began at step 9, the rate jumps up.
+    code, out, err = run("train", "--resume", "--run-dir", "longer", "--steps", "20")
+    assert code == 0, err
+    assert "the learning rate jumps from 0 to 0.003 at step 12" in out
+    assert "resume from a checkpoint before step 9 to avoid the jump" in out
 
 
 def test_a_finished_run_is_not_resumed(run: Run) -> None:

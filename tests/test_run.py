@@ -1,4 +1,4 @@
-"""What a run does at which steps, as its options say: validations, samples, checkpoints, shapes."""
+"""A run validates, samples and saves at the steps that its options name, with the given sizes."""
 
 import io
 import json

@@ -35,7 +35,7 @@ def a_run(run_dir: Path, sink: Sink, first: int, last: int, scale: float = 1.0) 
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
-    """What TensorBoard shows, by both of its readers."""
+    """Returns the numbers that TensorBoard shows, as both of its readers find them."""
     reader = EventAccumulator(str(run_dir / "tensorboard"))
     reader.Reload()
     found = [(event.step, event.value) for event in reader.Scalars(tag)]
@@ -208,7 +208,7 @@ def test_wandb_without_a_login_says_what_to_do(tmp_path: Path) -> None:
         "from gpu_gpt2.errors import ConfigError\n"
         "try: WandbSink(Path(), {}).start(0)\n"
         "except ConfigError as error: print(error)"
-    )  # in a process of its own, because W&B reads its variables once
+    )  # W&B reads its environment variables once, so this needs a process of its own
     hidden = {"WANDB_API_KEY", "WANDB_MODE"}
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     env |= {"NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path / "config")}

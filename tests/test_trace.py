@@ -50,7 +50,7 @@ def largest_number(model: GPT2) -> float:
 
 
 def found(model: GPT2, micro_steps: int = 1, loss_scale: float = 1.0) -> BadTensor | None:
-    """What the trace finds; the weights and the ops must be as they were."""
+    """Returns the first bad tensor, and checks that the search leaves weights and ops unchanged."""
     ops, before = model.ops, model.ops.device.download(model.param_arena).tobytes()
     bad = first_bad_tensor(
         model, batches(micro_steps), micro_steps=micro_steps, loss_scale=loss_scale

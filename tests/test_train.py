@@ -306,7 +306,7 @@ def test_a_signal_ends_a_validation_early_and_resuming_makes_up_for_it(
     with monkeypatch.context() as patched:
         patched.setattr(Run, "validate", validating)
         outcome = train(settings(), quiet())
-    assert batches == 1  # of several
+    assert batches == 1  # the validation has several, and the first one is the last
     assert (outcome.step, outcome.interrupted) == (step, True)
     assert signal.getsignal(number) is before
     validations = [r["step"] for r in metrics() if "val_loss" in r]

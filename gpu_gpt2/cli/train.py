@@ -16,13 +16,13 @@ from gpu_gpt2.config import (
     AUTO,
     DEFAULTS,
     OPTIONS,
+    TOKENS_PER_PARAM,
     device_defaults,
     named_presets,
     read_preset,
     read_settings,
     settings_text,
 )
-from gpu_gpt2.config.presets import TOKENS_PER_PARAM
 from gpu_gpt2.device import choose_dtype, open_device
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.errors import ConfigError
@@ -114,78 +114,70 @@ def train(
 
 def _signature() -> inspect.Signature:
     """Returns the parameters of `train` for Typer: every field of TrainConfig, and a few more."""
+    fields = {
+        # Some numbers may also be the word "auto" or a number of epochs, which are strings.
+        option.name: (str if option.auto or option.in_epochs else option.kind) | None
+        for option in OPTIONS.values()
+    }
+    options = {
+        **{
+            name: Annotated[kind, shared_option(name, auto=OPTIONS[name].auto)]
+            for name, kind in fields.items()
+        },
+        **_other_options(),
+    }
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=False if name == "resume" else None,
+                annotation=annotation,
+            )
+            for name, annotation in options.items()
+        ]
+    )
 
-    def parameter(name: str, kind: Any, option: Any, default: Any) -> inspect.Parameter:
-        annotation = Annotated[kind, option]
-        return inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-        )
 
+def _other_options() -> dict[str, Any]:
+    """Returns the options that are no settings, because they choose settings: type and help."""
     may_change = ", ".join(option.flag for option in OPTIONS.values() if option.resumable)
     model, length, run = (OPTIONS[name].group for name in ("model", "steps", "run_dir"))
-    more = [
-        parameter(
-            "preset",
-            str | None,
-            typer.Option(
-                "--preset",
-                help=f"Take the settings of a well-known run, except those that other options set: "
-                f"{', '.join(named_presets())}.",
-                metavar="NAME",
-                rich_help_panel=model,
-            ),
-            None,
-        ),
-        parameter(
-            "config",
-            Path | None,
-            typer.Option(
-                "--config",
-                help="Take settings from a TOML file, such as the settings.toml of a run. They win "
-                "over --preset, and options on the command line win over them.",
-                metavar="FILE",
-                rich_help_panel=model,
-            ),
-            None,
-        ),
-        parameter(
-            TOKENS_PER_PARAM,
-            float | None,
-            typer.Option(
-                "--tokens-per-param",
-                help="Length of the run, instead of --steps: tokens to train on for each "
-                "parameter of the model. About 20 gives the lowest loss for a given number of "
-                "flops (Hoffmann et al. 2022).",
-                metavar="TOKENS",
-                rich_help_panel=length,
-                callback=_positive,
-            ),
-            None,
-        ),
-        parameter(
-            "resume",
-            bool,
-            typer.Option(
-                "--resume",
-                help=f"Resume the run in --run-dir from its newest checkpoint, or from the "
-                f"checkpoint that --run-dir names. Default: the newest run in runs/. The run keeps "
-                f"its settings, of which only these may change: {may_change}.",
-                rich_help_panel=run,
-            ),
-            False,
-        ),
-    ]
-    fields = [
-        parameter(
-            option.name,
-            # Some numbers may also be the word "auto" or a number of epochs, which are strings.
-            (str if option.auto or option.in_epochs else option.kind) | None,
-            shared_option(option.name, auto=option.auto),
-            None,
-        )
-        for option in OPTIONS.values()
-    ]
-    return inspect.Signature([*fields, *more])
+    preset = typer.Option(
+        "--preset",
+        help=f"Take the settings of a well-known run, except those that other options set: "
+        f"{', '.join(named_presets())}.",
+        metavar="NAME",
+        rich_help_panel=model,
+    )
+    config = typer.Option(
+        "--config",
+        help="Take settings from a TOML file, such as the settings.toml of a run. They win over "
+        "--preset, and options on the command line win over them.",
+        metavar="FILE",
+        rich_help_panel=model,
+    )
+    tokens_per_param = typer.Option(
+        "--tokens-per-param",
+        help="Length of the run, instead of --steps: tokens to train on for each parameter of the "
+        "model. About 20 gives the lowest loss for a given number of flops (Hoffmann et al. 2022).",
+        metavar="TOKENS",
+        rich_help_panel=length,
+        callback=_positive,
+    )
+    resume = typer.Option(
+        "--resume",
+        help=f"Resume the run in --run-dir from its newest checkpoint, or from the checkpoint that "
+        f"--run-dir names. Default: the newest run in runs/. The run keeps its settings, of which "
+        f"only these may change: {may_change}.",
+        rich_help_panel=run,
+    )
+    return {
+        "preset": Annotated[str | None, preset],
+        "config": Annotated[Path | None, config],
+        TOKENS_PER_PARAM: Annotated[float | None, tokens_per_param],
+        "resume": Annotated[bool, resume],
+    }
 
 
 def _positive(value: float | None) -> float | None:

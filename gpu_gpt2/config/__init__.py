@@ -11,9 +11,10 @@ from gpu_gpt2.config.model import (
     ModelConfig,
     model_config,
 )
-from gpu_gpt2.config.option import AUTO, Option
+from gpu_gpt2.config.option import AUTO, EPOCHS, Option
 from gpu_gpt2.config.presets import (
     PRESETS_DIR,
+    TOKENS_PER_PARAM,
     defaults_for,
     device_defaults,
     named_presets,
@@ -32,6 +33,7 @@ from gpu_gpt2.config.train import (
 __all__ = [
     "AUTO",
     "DEFAULTS",
+    "EPOCHS",
     "GPT2_SIZES",
     "GPT2_VOCAB_SIZE",
     "HF_SIZES",
@@ -42,6 +44,7 @@ __all__ = [
     "MODELS",
     "OPTIONS",
     "PRESETS_DIR",
+    "TOKENS_PER_PARAM",
     "VOCAB_PADDING",
     "ModelConfig",
     "Option",

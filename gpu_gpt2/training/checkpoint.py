@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol, TypeGuard
 
 import numpy as np
 
-from gpu_gpt2.config import DEFAULTS, OPTIONS, ModelConfig, TrainConfig
+from gpu_gpt2.config import DEFAULTS, ModelConfig, TrainConfig
 from gpu_gpt2.errors import CheckpointError, ConfigError, UserError
 from gpu_gpt2.formats import hf
 from gpu_gpt2.formats.files import sync
@@ -259,7 +259,7 @@ def _from_version_2(training: dict[str, Any]) -> dict[str, Any]:
     train = training.get("train")
     if isinstance(train, dict):
         new: dict[str, Any] = dict(DEFAULTS)
-        if "save_every" in OPTIONS and "eval_every" in train:
+        if "eval_every" in train:
             new["save_every"] = train["eval_every"]
         train = new | train
     return training | {"format_version": 3, "train": train}

@@ -63,8 +63,6 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        if number == getattr(signal, "SIGHUP", None):
-            self._console.quiet = True  # the terminal is gone, and writing to it would fail
         self._console.print("stopping after this step; Ctrl-C again stops at once, without saving")
 
     def _output_lost(self, error: OSError) -> None:
