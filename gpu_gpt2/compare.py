@@ -19,7 +19,7 @@ from typing import Final
 
 import numpy as np
 
-from gpu_gpt2.config import OPTIONS, ModelConfig, TrainConfig
+from gpu_gpt2.config import OPTIONS, GPT2Config, ModelConfig, TrainConfig
 from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
 from gpu_gpt2.formats import hf
 from gpu_gpt2.training import checkpoint
@@ -217,7 +217,7 @@ def read_reference(path: Path) -> Reference:
         if not lines[number - 1].startswith("#")
     ]
     try:
-        model = ModelConfig(**json.loads(header[_MODEL]))
+        model = GPT2Config(**json.loads(header[_MODEL]))
         tokens_per_step = int(header[_TOKENS])
     except (KeyError, ValueError, TypeError, ConfigError) as error:
         raise DataError(

@@ -14,7 +14,7 @@ from gpu_gpt2.config import GPT2_VOCAB_SIZE
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats import hf, llmc, tokenizer_bin
 from gpu_gpt2.formats.files import whole
-from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import Weights, WeightSource, pieces
 from gpu_gpt2.open_model import tokenizer_of
 from gpu_gpt2.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
 from gpu_gpt2.formats.multiple_choice import COMPLETIONS, Example
 from gpu_gpt2.formats.tokens import Tokens
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.model import Model
 
 # Batches whose losses add up on the device before the host waits for the sums. A GPU loses no time
 # on one wait in 16 batches; with more, Ctrl-C would wait longer and the progress would run ahead.
@@ -27,7 +27,7 @@ BATCHES_PER_SUM: Final = 16
 
 
 def validation_loss(
-    model: GPT2,
+    model: Model,
     tokens: Tokens,
     B: int,
     T: int,
@@ -40,7 +40,7 @@ def validation_loss(
 
 
 def mean_loss(
-    model: GPT2,
+    model: Model,
     batches: Iterable[Batch],
     *,
     advance: Callable[[int], None] | None = None,
@@ -73,7 +73,7 @@ def mean_loss(
     return total / count
 
 
-def _sum(model: GPT2, losses: Array) -> float:
+def _sum(model: Model, losses: Array) -> float:
     """Returns the sum of losses (N,) on the device; waits until they are there."""
     return float(model.ops.device.download_view(losses).sum(dtype=np.float64))
 
@@ -113,7 +113,7 @@ def row_length(example: Example) -> int:
 
 
 def hellaswag_accuracy(
-    model: GPT2,
+    model: Model,
     examples: Sequence[Example],
     *,
     advance: Callable[[int], None] | None = None,
@@ -136,7 +136,7 @@ def hellaswag_accuracy(
     return correct, len(examples)
 
 
-def answers(model: GPT2, examples: Sequence[Example]) -> Iterator[bool]:
+def answers(model: Model, examples: Sequence[Example]) -> Iterator[bool]:
     """Yields, for each example, True if the model finds the right completion likeliest.
 
     The examples have passed check_examples for the model's (max_batch, max_seq_len). Raises
@@ -149,7 +149,7 @@ def answers(model: GPT2, examples: Sequence[Example]) -> Iterator[bool]:
 
 
 def completion_losses(
-    model: GPT2, examples: Sequence[Example]
+    model: Model, examples: Sequence[Example]
 ) -> Iterator[npt.NDArray[np.float64]]:
     """Yields, for each example, the mean loss in nats per token of each completion.
 

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.errors import CheckpointError, ConfigError
-from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.model import Model
 
 
 def generate(
-    model: GPT2,
+    model: Model,
     prompt: npt.NDArray[np.int32],
     *,
     max_tokens: int,
@@ -33,8 +33,8 @@ def generate(
     rng = np.random.default_rng(seed)
     context = prompt[-model.max_seq_len :]
     for _ in range(max_tokens):
-        logits = model.forward(context[None], last_only=True)
-        last = model.ops.device.download(logits)[0, : model.config.vocab_size]
+        logits = model.forward(context[None])
+        last = model.ops.device.download(logits)[-1, : model.config.vocab_size]
         token = _draw(last.astype(np.float64), temperature, top_k, rng)
         yield token
         context = np.append(context, np.int32(token))[-model.max_seq_len :]

@@ -15,7 +15,7 @@ from gpu_gpt2.tokenizer import Tokenizer
 from gpu_gpt2.training import checkpoint
 
 _SUFFIXES: Final = (".safetensors", ".bin")
-_NAME: Final = re.compile(r"d\d+|gpt[23]:.*")
+_NAME: Final = re.compile(r"d\d+|(gpt[23]|llama):.*")
 
 
 def open_model(name: str | Path) -> WeightSource:

@@ -16,8 +16,9 @@ from gpu_gpt2.device.base import X_DTYPES, Device
 from gpu_gpt2.errors import CheckpointError, ConfigError
 from gpu_gpt2.evaluate import check_examples
 from gpu_gpt2.formats.multiple_choice import Example, read_choices
-from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.families import new_model
 from gpu_gpt2.models.init import InitialWeights
+from gpu_gpt2.models.model import Model
 from gpu_gpt2.models.weights import FloatArray, WeightSource, load_arena
 from gpu_gpt2.open_model import open_model
 from gpu_gpt2.ops import ops_for
@@ -94,9 +95,9 @@ def batch_loader(
 
 def model_and_optimizer(
     config: TrainConfig, sizes: ModelConfig, device: Device
-) -> tuple[GPT2, AdamW]:
+) -> tuple[Model, AdamW]:
     """Returns a model whose weights are not set yet, and its optimizer."""
-    model = GPT2(
+    model = new_model(
         sizes,
         ops_for(device, config.dtype),
         max_batch=config.batch_size,

@@ -26,7 +26,8 @@ from gpu_gpt2.errors import TrainingError
 from gpu_gpt2.evaluate import hellaswag_accuracy, validation_loss
 from gpu_gpt2.generate import generate
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import check_seq_len, parameter_count
+from gpu_gpt2.models.families import parameter_count
+from gpu_gpt2.models.model import check_seq_len
 from gpu_gpt2.plot import PLOT_FILE, plot_runs
 from gpu_gpt2.summary import run_summary
 from gpu_gpt2.training import checkpoint

@@ -25,7 +25,7 @@ from gpu_gpt2.data.dataset import prepare
 from gpu_gpt2.device import choose_dtype, open_device
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import WeightSource
 from gpu_gpt2.open_model import open_model, tokenizer_of
 from gpu_gpt2.tokenizer import is_path, vocab_size_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpu_gpt2.config import ModelConfig, TrainConfig
 from gpu_gpt2.data.dataset import Dataset
-from gpu_gpt2.models.gpt2 import decayed_count, parameter_count
+from gpu_gpt2.models.families import decayed_count, parameter_count
 from gpu_gpt2.models.size import flops_per_token, parameter_groups
 
 

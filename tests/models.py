@@ -7,15 +7,17 @@ import io
 import numpy as np
 from rich.console import Console
 
-from gpu_gpt2.config import ModelConfig, TrainConfig
+from gpu_gpt2.config import GPT2Config, ModelConfig, TrainConfig
 from gpu_gpt2.device import open_device
+from gpu_gpt2.models import families
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2, decayed_count
+from gpu_gpt2.models.families import decayed_count
 from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.models.model import Model
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.training.optimizer import AdamW, StepResult
 
-TINY = ModelConfig(vocab_size=67, n_positions=11, n_embd=32, n_layer=2, n_head=2)
+TINY = GPT2Config(vocab_size=67, n_positions=11, n_embd=32, n_layer=2, n_head=2)
 
 
 def new_model(
@@ -27,9 +29,9 @@ def new_model(
     T: int,
     recompute: int = 0,
     training: bool = True,
-) -> GPT2:
+) -> Model:
     """A model for batches of up to (B, T) on a device by name; its weights are not set yet."""
-    return GPT2(
+    return families.new_model(
         config,
         ops_for(open_device(device), dtype),
         max_batch=B,
@@ -53,7 +55,7 @@ def random_batch(config: ModelConfig, rng: np.random.Generator, B: int, T: int) 
     return Batch.of(*rng.integers(0, config.vocab_size, (2, B, T), dtype=np.int32))
 
 
-def training_step(model: GPT2, optimizer: AdamW, batches: list[Batch], lr: float) -> StepResult:
+def training_step(model: Model, optimizer: AdamW, batches: list[Batch], lr: float) -> StepResult:
     """One optimizer step over some micro-batches; waits for its result."""
     for i, batch in enumerate(batches):
         losses = model.forward_backward(
@@ -62,7 +64,7 @@ def training_step(model: GPT2, optimizer: AdamW, batches: list[Batch], lr: float
     return optimizer.step(lr, losses, micro_steps=len(batches)).result()
 
 
-def mean_loss(model: GPT2, batch: Batch) -> float:
+def mean_loss(model: Model, batch: Batch) -> float:
     """The mean loss of a batch, whose gradients are left in the model."""
     return float(model.ops.device.download(model.forward_backward(batch)).mean())
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import GPT2Config
 from gpu_gpt2.device.base import X_DTYPES
 from gpu_gpt2.models.arena import ALIGNMENT, bytes_of, flat_views, views
-from gpu_gpt2.models.gpt2 import activations, parameter_count, parameters
+from gpu_gpt2.models.families import activations, parameter_count, parameters
 
-CONFIG = ModelConfig(vocab_size=259, n_positions=9, n_embd=15, n_layer=2, n_head=3)
+CONFIG = GPT2Config(vocab_size=259, n_positions=9, n_embd=15, n_layer=2, n_head=3)
 
 
 @pytest.mark.parametrize("dtype", X_DTYPES)

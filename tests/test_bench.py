@@ -15,11 +15,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from gpu_gpt2.cli.app import app
-from gpu_gpt2.config import ModelConfig, model_config
+from gpu_gpt2.config import GPT2Config, model_config
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.nvrtc import KernelResources
 from gpu_gpt2.errors import ConfigError, DataError, DeviceError
-from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.tools import torch_gpt2
@@ -28,7 +28,7 @@ from gpu_gpt2.tools.bench.cases import BenchCase, cases
 from gpu_gpt2.tools.bench.kernels import Limits
 from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
 
-CONFIG = ModelConfig(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+CONFIG = GPT2Config(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=2)
 SMALL = step.Size(model="nano", batch_size=2, seq_len=8)
 
 

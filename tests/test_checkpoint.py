@@ -24,10 +24,10 @@ from checkpoints import seal
 from models import train_settings
 from safetensors.numpy import load_file, save_file
 
-from gpu_gpt2.config import DEFAULTS, ModelConfig
+from gpu_gpt2.config import DEFAULTS, GPT2Config
 from gpu_gpt2.errors import CheckpointError, DataError, UserError
 from gpu_gpt2.formats import hf
-from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import Arena, load_arena, named
 from gpu_gpt2.training import checkpoint, manifest
 from gpu_gpt2.training.checkpoint import (
@@ -39,7 +39,7 @@ from gpu_gpt2.training.checkpoint import (
 from gpu_gpt2.training.manifest import MANIFEST_FILE, Digests
 from gpu_gpt2.training.optimizer import UpdateState
 
-MODEL = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
+MODEL = GPT2Config(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 TRAIN = train_settings(data="python-docs", seq_len=16, run_dir="runs/a")
 
 
@@ -797,4 +797,4 @@ def test_a_trained_length_beyond_the_context_is_refused(seq_len: object, run_dir
 def test_bytes_needed_is_an_upper_bound_close_to_the_bytes_written(run_dir: Path) -> None:
     written = sum(path.stat().st_size for path in checkpoint.latest(run_dir).iterdir())
     assert written <= checkpoint.bytes_needed(MODEL) < written + 5_000_000
-    assert checkpoint.bytes_needed(ModelConfig()) == pytest.approx(12 * 124.5e6, rel=0.01)
+    assert checkpoint.bytes_needed(GPT2Config()) == pytest.approx(12 * 124.5e6, rel=0.01)

@@ -13,7 +13,7 @@ from gpu_gpt2.config import (
     MODELS,
     OPTIONS,
     PRESETS_DIR,
-    ModelConfig,
+    GPT2Config,
     Option,
     TrainConfig,
     defaults_for,
@@ -23,7 +23,7 @@ from gpu_gpt2.config import (
 from gpu_gpt2.device import DEVICES
 from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.models.gpt2 import decayed_count, parameter_count, parameters
+from gpu_gpt2.models.families import decayed_count, parameter_count, parameters
 from gpu_gpt2.tools.bench.results import option_tables, replace_block
 
 # Parameters with the padded vocabulary, as llm.c counts them, and channels in a head.
@@ -152,7 +152,7 @@ def test_the_documentation_of_the_options_is_up_to_date() -> None:
 )
 def test_impossible_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ModelConfig(**sizes)
+        GPT2Config(**sizes)
 
 
 @pytest.mark.parametrize("name", ["gpt5", "d13", "", "gpt3:c5120", "gpt2:12", "D12"])

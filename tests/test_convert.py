@@ -22,11 +22,11 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from gpu_gpt2 import convert
-from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, TrainConfig
+from gpu_gpt2.config import GPT2_VOCAB_SIZE, GPT2Config, ModelConfig, TrainConfig
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import files, hf, llmc
 from gpu_gpt2.formats.llmc_header import MODEL_MAGIC, header_bytes
-from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.init import InitialWeights
 from gpu_gpt2.models.weights import Arena, FloatArray, load_arena, named
 from gpu_gpt2.open_model import open_model, tokenizer_of
@@ -34,7 +34,7 @@ from gpu_gpt2.tokenizer import Tokenizer
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.optimizer import UpdateState
 
-CONFIG = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
+CONFIG = GPT2Config(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -119,7 +119,7 @@ def test_a_run_is_converted_with_its_tokenizer(run: Run) -> None:
 
 
 def test_gpt2s_tokenizer_comes_along_for_its_vocabulary(run: Run) -> None:
-    config = ModelConfig(n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    config = GPT2Config(n_positions=16, n_embd=8, n_layer=1, n_head=1)
     model_file("a.bin", "fp32", config)
     code, out, err = run("generate", "a.bin", "--max-tokens", "0", "--prompt", "a b")
     assert (code, out) == (0, "a b\n"), err
@@ -315,7 +315,7 @@ def test_ctrl_c_leaves_nothing(to: str, run: Run) -> None:
 @pytest.mark.parametrize("kind", ["llmc", "hf"])
 def test_memory_does_not_grow_with_the_model(kind: str, to: str, run: Run) -> None:
     """A model of 50 MB whose largest piece has 1.05 MB; zeros that take no room on the disk."""
-    config = ModelConfig(vocab_size=97, n_positions=64, n_embd=256, n_layer=16, n_head=4)
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=256, n_layer=16, n_head=4)
     sizes = (64, 97, 16, 4, 256, 128)
     with Path("a.bin").open("wb") as file:
         file.write(header_bytes(MODEL_MAGIC, 3, *sizes))
@@ -336,7 +336,7 @@ def test_memory_does_not_grow_with_the_model(kind: str, to: str, run: Run) -> No
 
 def test_a_models_own_vocabulary_goes_to_llm_c_and_is_found_there(tmp_path: Path) -> None:
     """Written beside the file, used only by a model of its size, and never written over."""
-    config = ModelConfig(vocab_size=257, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    config = GPT2Config(vocab_size=257, n_positions=8, n_embd=8, n_layer=1, n_head=1)
     folder = tmp_path / "hf"
     hf.write_model(folder, InitialWeights(config=config, seed=1))
     Tokenizer.of_bytes().save(folder)

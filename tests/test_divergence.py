@@ -15,7 +15,7 @@ from models import quiet, train_settings
 from gpu_gpt2.config import TrainConfig
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.errors import TrainingError
-from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.model import Model
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.run import MAX_ROLLBACKS, MAX_SKIPS
 from gpu_gpt2.train import train
@@ -165,11 +165,11 @@ def test_a_run_that_rolled_back_is_resumed_with_the_same_bits() -> None:
 @pytest.fixture
 def damaged(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The micro-batches, counted from 1, whose losses are NaN."""
-    forward_backward = GPT2.forward_backward
+    forward_backward = Model.forward_backward
     numbers: set[int] = set()
     done = 0
 
-    def damaging(self: GPT2, *args: Any, **kwargs: Any) -> Any:
+    def damaging(self: Model, *args: Any, **kwargs: Any) -> Any:
         nonlocal done
         losses = forward_backward(self, *args, **kwargs)
         done += 1
@@ -177,7 +177,7 @@ def damaged(monkeypatch: pytest.MonkeyPatch) -> set[int]:
             losses[...] = np.nan
         return losses
 
-    monkeypatch.setattr(GPT2, "forward_backward", damaging)
+    monkeypatch.setattr(Model, "forward_backward", damaging)
     return numbers
 
 

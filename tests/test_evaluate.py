@@ -33,7 +33,7 @@ from gpu_gpt2.evaluate import (
 from gpu_gpt2.formats.multiple_choice import COMPLETIONS, Example, write_choices
 from gpu_gpt2.formats.tokens import write_tokens
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.model import Model
 from gpu_gpt2.models.weights import load_arena
 from gpu_gpt2.open_model import open_model
 from gpu_gpt2.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def torch_model(tmp_path_factory: pytest.TempPathFactory) -> GPT2LMHeadModel:
 
 def our_model(
     torch_model: GPT2LMHeadModel, B: int, device: str = "cpu", dtype: str = "fp32"
-) -> GPT2:
+) -> Model:
     source = open_model(torch_model.folder)
     model = new_model(source.config, device, dtype, B=B, T=T, training=False)
     model.load(load_arena(source))
@@ -92,7 +92,7 @@ def torch_losses(model: GPT2LMHeadModel, example: Example) -> list[float]:
     return found
 
 
-def single_losses(model: GPT2, batches: list[Batch]) -> np.ndarray:
+def single_losses(model: Model, batches: list[Batch]) -> np.ndarray:
     """The loss of every target in float64, from one batch at a time."""
     return np.concatenate([model.losses(batch) for batch in batches]).astype(np.float64)
 
@@ -177,9 +177,9 @@ def test_hellaswag_can_be_stopped(
 ) -> None:
     model = our_model(torch_model, 8)
     batches: list[Batch] = []
-    losses = GPT2.losses
+    losses = Model.losses
     monkeypatch.setattr(
-        GPT2, "losses", lambda self, batch: batches.append(batch) or losses(self, batch)
+        Model, "losses", lambda self, batch: batches.append(batch) or losses(self, batch)
     )
     done: list[int] = []
     examples = some_examples(23)

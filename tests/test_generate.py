@@ -4,24 +4,24 @@ import numpy as np
 import pytest
 from models import new_model
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import GPT2Config
 from gpu_gpt2.errors import CheckpointError, ConfigError
 from gpu_gpt2.generate import generate
-from gpu_gpt2.models.gpt2 import GPT2
 from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.models.model import Model
 
-CONFIG = ModelConfig(vocab_size=131, n_positions=8, n_embd=32, n_layer=2, n_head=2)
+CONFIG = GPT2Config(vocab_size=131, n_positions=8, n_embd=32, n_layer=2, n_head=2)
 PROMPT = np.array([5, 7, 9], np.int32)
 
 
 @pytest.fixture(scope="module")
-def model() -> GPT2:
+def model() -> Model:
     model = new_model(CONFIG, B=1, T=8, training=False)
     model.load(10 * initial_weights(CONFIG, 0))  # far from uniform
     return model
 
 
-def test_greedy_takes_the_likeliest_of_the_whole_forward(model: GPT2) -> None:
+def test_greedy_takes_the_likeliest_of_the_whole_forward(model: Model) -> None:
     context = PROMPT
     for token in generate(model, PROMPT, max_tokens=12, temperature=0):
         logits = model.forward(context[None, -8:])[-1, : CONFIG.vocab_size]
@@ -30,7 +30,7 @@ def test_greedy_takes_the_likeliest_of_the_whole_forward(model: GPT2) -> None:
     assert len(context) == 15
 
 
-def test_the_seed_decides(model: GPT2) -> None:
+def test_the_seed_decides(model: Model) -> None:
     first, again, other = (
         list(generate(model, PROMPT, max_tokens=20, seed=seed)) for seed in (1, 1, 2)
     )
@@ -38,7 +38,7 @@ def test_the_seed_decides(model: GPT2) -> None:
     assert first != other
 
 
-def test_top_k_draws_from_the_k_likeliest_only(model: GPT2) -> None:
+def test_top_k_draws_from_the_k_likeliest_only(model: Model) -> None:
     logits = model.forward(PROMPT[None])[-1, : CONFIG.vocab_size].copy()
     best = set(np.argsort(logits)[-3:])
     drawn = {
@@ -48,7 +48,7 @@ def test_top_k_draws_from_the_k_likeliest_only(model: GPT2) -> None:
     assert drawn == best
 
 
-def test_frequencies_follow_the_probabilities(model: GPT2) -> None:
+def test_frequencies_follow_the_probabilities(model: Model) -> None:
     logits = model.forward(PROMPT[None])[-1, : CONFIG.vocab_size].astype(np.float64)
     p = np.exp(logits - logits.max())
     p /= p.sum()
@@ -65,7 +65,7 @@ def test_frequencies_follow_the_probabilities(model: GPT2) -> None:
 @pytest.mark.parametrize(
     "settings", [{"temperature": -1.0}, {"temperature": float("nan")}, {"seed": -1}, {"top_k": -1}]
 )
-def test_impossible_settings_are_refused(model: GPT2, settings: dict[str, float]) -> None:
+def test_impossible_settings_are_refused(model: Model, settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="must"):
         next(generate(model, PROMPT, max_tokens=1, **settings))
 

@@ -14,7 +14,7 @@ from cupy_backends.cuda.libs import cublas as cupy_cublas
 from devices import every_device
 from models import TINY, new_model, noisy_weights, random_batch, training_step
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import GPT2Config, ModelConfig
 from gpu_gpt2.device import cublas, open_device
 from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
 from gpu_gpt2.device.cpu import CpuDevice
@@ -25,12 +25,12 @@ from gpu_gpt2.evaluate import completion_losses, validation_loss
 from gpu_gpt2.formats.multiple_choice import Example
 from gpu_gpt2.generate import generate
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2, SHAPES_KEPT
 from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.models.model import SHAPES_KEPT, Model
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.training.optimizer import AdamW
 
-LONG = ModelConfig(vocab_size=67, n_positions=140, n_embd=32, n_layer=2, n_head=2)
+LONG = GPT2Config(vocab_size=67, n_positions=140, n_embd=32, n_layer=2, n_head=2)
 B, T = 2, 11
 MICRO_STEPS = 3
 STEPS = 4
@@ -93,7 +93,7 @@ class GraphDevice(CpuDevice):
 
 def test_every_shape_of_batch_has_its_own_graphs_which_are_made_once() -> None:
     device = GraphDevice()
-    model = GPT2(TINY, ReferenceOps(device), max_batch=B, max_seq_len=T)
+    model = new_model(TINY, ReferenceOps(device), max_batch=B, max_seq_len=T)
     optimizer = AdamW(model)
     optimizer.load(initial_weights(TINY, 0))
     rng = np.random.default_rng(2)
@@ -111,10 +111,10 @@ def test_every_shape_of_batch_has_its_own_graphs_which_are_made_once() -> None:
     assert len(device.made) == 7
 
 
-def graph_model(config: ModelConfig, *, B: int, T: int) -> tuple[GPT2, GraphDevice]:
+def graph_model(config: ModelConfig, *, B: int, T: int) -> tuple[Model, GraphDevice]:
     """A model with random weights on a device with graphs."""
     device = GraphDevice()
-    model = GPT2(config, ReferenceOps(device), max_batch=B, max_seq_len=T)
+    model = new_model(config, ReferenceOps(device), max_batch=B, max_seq_len=T)
     model.load(noisy_weights(config, noise_seed=1))
     return model, device
 

@@ -25,10 +25,10 @@ from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import hf
 from gpu_gpt2.formats.safetensors import TensorWriter
-from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import Arena, FloatArray, Piece, Weights, load_arena, named
 
-CONFIG = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
+CONFIG = GPT2Config(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 EOT = 256
 HF_CONFIG = GPT2Config(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 QKV = "transformer.h.1.attn.c_attn.weight"
@@ -152,7 +152,7 @@ def test_we_open_what_transformers_saves(
     assert_same_weights(getattr(model, "transformer", model), CONFIG, load_arena(source))
 
 
-@pytest.mark.parametrize("config", [CONFIG, ModelConfig(vocab_size=128, n_embd=8, n_head=1)])
+@pytest.mark.parametrize("config", [CONFIG, GPT2Config(vocab_size=128, n_embd=8, n_head=1)])
 def test_round_trip_is_exact(config: ModelConfig, tmp_path: Path) -> None:
     arena = random_arena(config)
     arena[:3] = [-0.0, np.inf, np.nan]
@@ -575,7 +575,7 @@ def test_a_single_file_is_read_with_and_without_its_config(folder: Path, tmp_pat
 
 @pytest.mark.parametrize(("n_embd", "n_head"), [(768, 12), (1024, 16), (1280, 20), (1600, 25)])
 def test_published_sizes_need_no_config(n_embd: int, n_head: int, tmp_path: Path) -> None:
-    config = ModelConfig(
+    config = GPT2Config(
         vocab_size=301, n_positions=5, n_embd=n_embd, n_layer=11 if n_embd == 768 else 1,
         n_head=n_head,
     )  # fmt: skip

@@ -6,18 +6,18 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from gpu_gpt2.config import ModelConfig, model_config
+from gpu_gpt2.config import GPT2Config, ModelConfig, model_config
 from gpu_gpt2.formats.llmc_header import header_bytes
-from gpu_gpt2.models.gpt2 import parameter_count, parameters
+from gpu_gpt2.models.families import parameter_count, parameters
 from gpu_gpt2.models.init import InitialWeights, initial_weights
 from gpu_gpt2.models.weights import BFLOAT16, FloatArray, named, part_of, pieces
 from gpu_gpt2.rng.mersenne import MersenneTwister
 
-ODD = ModelConfig(vocab_size=257, n_positions=11, n_embd=12, n_layer=3, n_head=2)
+ODD = GPT2Config(vocab_size=257, n_positions=11, n_embd=12, n_layer=3, n_head=2)
 SIZES = {
     "vocabulary of 257": ODD,
-    "tensors below 16": ModelConfig(vocab_size=5, n_positions=3, n_embd=2, n_layer=2, n_head=1),
-    "no multiple of 16": ModelConfig(vocab_size=7, n_positions=5, n_embd=5, n_layer=2, n_head=5),
+    "tensors below 16": GPT2Config(vocab_size=5, n_positions=3, n_embd=2, n_layer=2, n_head=1),
+    "no multiple of 16": GPT2Config(vocab_size=7, n_positions=5, n_embd=5, n_layer=2, n_head=5),
 }
 FILE_ORDER = (
     "wte wpe ln1w ln1b qkvw qkvb attprojw attprojb ln2w ln2b fcw fcb fcprojw fcprojb lnfw lnfb"
@@ -90,7 +90,7 @@ def test_the_table_is_followed(name: str) -> None:
 
 
 def test_spread() -> None:
-    config = ModelConfig(vocab_size=257, n_positions=64, n_embd=96, n_layer=3, n_head=4)
+    config = GPT2Config(vocab_size=257, n_positions=64, n_embd=96, n_layer=3, n_head=4)
     tensors = named(config, initial_weights(config, 7))
     for name in ("wte", "wpe", "qkvw", "fcw"):
         values = tensors[name][: config.vocab_size] if name == "wte" else tensors[name]
@@ -141,7 +141,7 @@ def test_pieces_are_the_arena(name: str) -> None:
 
 
 def test_memory_is_one_piece() -> None:
-    config = ModelConfig(vocab_size=4096, n_positions=64, n_embd=256, n_layer=4, n_head=4)
+    config = GPT2Config(vocab_size=4096, n_positions=64, n_embd=256, n_layer=4, n_head=4)
     largest = 4 * config.vocab_size * config.n_embd
     tracemalloc.start()
     try:

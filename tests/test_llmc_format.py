@@ -15,14 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import GPT2Config, ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats import files, llmc
 from gpu_gpt2.formats.llmc_header import HEADER_BYTES, header_bytes
-from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import Arena, FloatArray, load_arena, named
 
-CONFIG = ModelConfig(vocab_size=301, n_positions=7, n_embd=24, n_layer=3, n_head=3)
+CONFIG = GPT2Config(vocab_size=301, n_positions=7, n_embd=24, n_layer=3, n_head=3)
 WORDS = (20240326, 3, 7, 301, 3, 3, 24, 384)
 
 # Where each tensor of d12 starts, in elements, and the shape of a layer: from the contract.
@@ -68,7 +68,7 @@ def edit(path: Path, index: int, word: int) -> None:
 
 
 def test_sizes_and_offsets_of_gpt2() -> None:
-    config = ModelConfig()
+    config = GPT2Config()
     starts, count = llmc._layout(config, 50304)
     assert starts == D12_OFFSETS
     assert HEADER_BYTES + 4 * count == 497_904_640
@@ -305,7 +305,7 @@ def test_any_header_is_refused_without_a_large_allocation(
 
 
 def test_the_smallest_model(tmp_path: Path) -> None:
-    config = ModelConfig(vocab_size=1, n_positions=1, n_embd=1, n_layer=1, n_head=1)
+    config = GPT2Config(vocab_size=1, n_positions=1, n_embd=1, n_layer=1, n_head=1)
     arena = random_arena(config)
     llmc.write_model(tmp_path / "a.bin", Arena(config, arena), "fp32")
     assert (tmp_path / "a.bin").stat().st_size == 1024 + 4 * (128 + 1 + 12 + 13 + 2)
@@ -344,7 +344,7 @@ def test_a_failure_leaves_what_was_there(
 
 def test_sizes_are_python_numbers() -> None:
     """No overflow at sizes whose bytes need more than 64 bits."""
-    config = ModelConfig(
+    config = GPT2Config(
         vocab_size=2**31 - 1, n_positions=2**31 - 1, n_embd=2**31 - 256, n_layer=2**31 - 1,
         n_head=2**31 - 256,
     )  # fmt: skip

@@ -15,8 +15,8 @@ from models import TINY, new_model, quiet, random_batch, train_settings, trainin
 from gpu_gpt2.config import TrainConfig
 from gpu_gpt2.errors import TrainingError
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2
 from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.models.model import Model
 from gpu_gpt2.train import train
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.optimizer import (
@@ -31,7 +31,7 @@ B, T = 2, 11
 FP16 = [param for param in KERNELS if param.values[0] == "fp16"]
 
 
-def built(device: str, dtype: str) -> tuple[GPT2, AdamW]:
+def built(device: str, dtype: str) -> tuple[Model, AdamW]:
     model = new_model(TINY, device, dtype, B=B, T=T)
     optimizer = AdamW(model)
     optimizer.load(initial_weights(TINY, 0))

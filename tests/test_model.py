@@ -10,15 +10,16 @@ import torch
 import transformers
 from models import mean_loss, new_model, noisy_weights, training_step
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import GPT2Config
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.arena import flat_views
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2, SHAPES_KEPT, parameters
+from gpu_gpt2.models.families import parameters
 from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.models.model import SHAPES_KEPT, Model
 from gpu_gpt2.training.optimizer import AdamW
 
-CONFIG = ModelConfig(vocab_size=1027, n_positions=40, n_embd=96, n_layer=3, n_head=4)
+CONFIG = GPT2Config(vocab_size=1027, n_positions=40, n_embd=96, n_layer=3, n_head=4)
 B, T = 3, 33
 TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}  # Hugging Face's Conv1D holds (in, out)
 LAYER_NAMES = {
@@ -43,7 +44,7 @@ def batch(seed: int = 0) -> Batch:
     return Batch.of(tokens, targets)
 
 
-def our_model(arena: np.ndarray) -> GPT2:
+def our_model(arena: np.ndarray) -> Model:
     model = new_model(CONFIG, B=B, T=T)
     model.load(arena)
     return model

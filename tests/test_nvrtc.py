@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gpu_gpt2.config import ModelConfig, model_config
+from gpu_gpt2.config import GPT2Config, model_config
 from gpu_gpt2.device.cuda import DEFAULT_SHARED_BYTES
 from gpu_gpt2.device.nvrtc import compile_for
 from gpu_gpt2.device.source import DTYPES, kernel_files, kernel_source
@@ -76,7 +76,7 @@ def test_the_table_has_a_line_for_each_kernel_head_size_and_dtype(
 
 @pytest.mark.parametrize(("C", "n_head"), [(15, 3), (1600, 25)])
 def test_kernels_with_compile_time_widths_compile_for_other_widths(C: int, n_head: int) -> None:
-    config = ModelConfig(vocab_size=300, n_positions=16, n_embd=C, n_layer=1, n_head=n_head)
+    config = GPT2Config(vocab_size=300, n_positions=16, n_embd=C, n_layer=1, n_head=n_head)
     by_width = {"layernorm.cu", "bias.cu", "embedding.cu", "gelu.cu", "classifier.cu"}
     sources = {s for s, _ in launches(config) if s.file in by_width and s.dtype != "fp16"}
     assert {source.file for source in sources} == by_width

@@ -14,12 +14,12 @@ import psutil
 import pytest
 from rich.console import Console
 
-from gpu_gpt2.config import MODELS, ModelConfig, TrainConfig, model_config
+from gpu_gpt2.config import MODELS, GPT2Config, TrainConfig, model_config
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.models.gpt2 import GPT2, activations
+from gpu_gpt2.models.families import activations, new_model
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.ops.table import WINDOW
 from gpu_gpt2.settings import _fitting, new_config
@@ -38,12 +38,12 @@ from gpu_gpt2.training.memory import (
 )
 from gpu_gpt2.training.optimizer import AdamW
 
-SMALL = ModelConfig(vocab_size=67, n_positions=16, n_embd=32, n_layer=3, n_head=2)
+SMALL = GPT2Config(vocab_size=67, n_positions=16, n_embd=32, n_layer=3, n_head=2)
 
 
 def test_bytes_counted_by_hand() -> None:
     """One layer, one channel: 18 bytes a parameter in bf16, 16 in fp32, and N Vp logits."""
-    config = ModelConfig(vocab_size=128, n_positions=2, n_embd=1, n_layer=1, n_head=1)
+    config = GPT2Config(vocab_size=128, n_positions=2, n_embd=1, n_layer=1, n_head=1)
     n = 128 + 2 + 12 + 13 + 2  # wte, wpe, matrices, vectors of the layer, last layernorm
     rows = dict(memory_plan(config, "bf16", 3, 2, 0).rows)
     assert rows["weights"] == 2 * n
@@ -70,7 +70,7 @@ def test_the_plan_is_what_is_allocated(
             return super().zeros(shape, dtype)
 
     ops = ops_for(Counting(), dtype)
-    AdamW(GPT2(SMALL, ops, max_batch=3, max_seq_len=16, recompute=recompute))
+    AdamW(new_model(SMALL, ops, max_batch=3, max_seq_len=16, recompute=recompute))
     planned = planned_bytes(SMALL, dtype, 3, 16, recompute)
     # Besides, the optimizer has the two windows of its spike detector and a few numbers.
     windows = 2 * WINDOW * FLOAT32.itemsize

@@ -9,11 +9,11 @@ import pytest
 from devices import CPU, KERNELS
 from models import TINY, new_model, noisy_weights, random_batch
 
-from gpu_gpt2.config import MAX_RECOMPUTE, ModelConfig
+from gpu_gpt2.config import MAX_RECOMPUTE, GPT2Config
 from gpu_gpt2.device.base import FLOAT32
 from gpu_gpt2.models.arena import bytes_of
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import activations
+from gpu_gpt2.models.families import activations
 from gpu_gpt2.models.init import initial_weights
 
 CONFIG = replace(TINY, n_layer=3)
@@ -72,7 +72,7 @@ def test_models_run_whose_biases_are_not_aligned_to_16_bytes(
     n_embd: int, n_positions: int, dtype: str, device: str
 ) -> None:
     """The 4 C elements of a bias take a multiple of 16 bytes, but do not begin at one here."""
-    config = ModelConfig(vocab_size=67, n_positions=n_positions, n_embd=n_embd, n_layer=2, n_head=1)
+    config = GPT2Config(vocab_size=67, n_positions=n_positions, n_embd=n_embd, n_layer=2, n_head=1)
     model = new_model(config, device, dtype, B=1, T=7)
     model.load(initial_weights(config, 0))
     tokens = np.arange(7, dtype=np.int32)[None]

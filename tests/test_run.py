@@ -18,7 +18,7 @@ from gpu_gpt2.device import open_device
 from gpu_gpt2.evaluate import hellaswag_accuracy, validation_loss
 from gpu_gpt2.formats.multiple_choice import Example, write_choices
 from gpu_gpt2.formats.tokens import write_tokens
-from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.families import new_model
 from gpu_gpt2.models.size import flops_per_token, parameter_groups
 from gpu_gpt2.models.weights import load_arena
 from gpu_gpt2.open_model import open_model
@@ -86,7 +86,7 @@ def test_validation_over_a_number_of_batches() -> None:
     val = of_run(state.train).val
     assert len(val) == 2 * 4 * 32 + 1 < len(of_run(replace(state.train, eval_batches=0)).val)
     assert len(tokens) > len(val)
-    model = GPT2(
+    model = new_model(
         state.model,
         ops_for(open_device("cpu"), "fp32"),
         max_batch=1,
@@ -161,7 +161,7 @@ def test_hellaswag_is_measured_when_it_is_due() -> None:
     found = records("hellaswag_acc_norm")
     assert list(found) == [3, 6, 7]
     state = checkpoint.load(outcome.checkpoint)
-    model = GPT2(
+    model = new_model(
         state.model, ops_for(open_device("cpu"), "fp32"), max_batch=4, max_seq_len=32,
         training=False,
     )  # fmt: skip

@@ -15,12 +15,12 @@ import pytest
 from devices import upload
 from models import train_settings
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import GPT2Config
 from gpu_gpt2.device import open_device
 from gpu_gpt2.device.base import FLOAT32
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.errors import CheckpointError
-from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import named
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.checkpoint import Retention, TrainingState
@@ -34,7 +34,7 @@ from gpu_gpt2.training.memory import (
 from gpu_gpt2.training.optimizer import UpdateState
 from gpu_gpt2.training.saver import CheckpointSaver
 
-MODEL = ModelConfig(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
+MODEL = GPT2Config(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 N = parameter_count(MODEL)
 TRAIN = train_settings(data="python-docs", seq_len=16, run_dir="run")
 NEWEST_TWO = Retention()

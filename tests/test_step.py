@@ -8,14 +8,15 @@ import pytest
 from devices import every_device, kernel_devices
 from models import new_model, noisy_weights, random_batch, training_step
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import GPT2Config
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.arena import flat_views
-from gpu_gpt2.models.gpt2 import GPT2, parameters
+from gpu_gpt2.models.families import parameters
+from gpu_gpt2.models.model import Model
 from gpu_gpt2.ops.table import WINDOW
 from gpu_gpt2.training.optimizer import AdamW, StepResult, UpdateState
 
-CONFIG = ModelConfig(vocab_size=131, n_positions=19, n_embd=48, n_layer=2, n_head=3)
+CONFIG = GPT2Config(vocab_size=131, n_positions=19, n_embd=48, n_layer=2, n_head=3)
 B, T = 2, 17
 MICRO_STEPS = 2
 # Each limit is about four times the error seen in the emulator (a loss happened to be exact). Of a
@@ -27,7 +28,7 @@ GRAD_LIMITS = {"fp32": 1.5e-6, "bf16": 2e-2, "fp16": 3e-3}
 WEIGHT_LIMITS = {"fp32": 1e-7, "bf16": 4e-4, "fp16": 1e-4}
 
 
-def two_micro_steps(model: GPT2, optimizer: AdamW, updates: int) -> list[float]:
+def two_micro_steps(model: Model, optimizer: AdamW, updates: int) -> list[float]:
     rng = np.random.default_rng(1)
     return [
         training_step(
@@ -44,7 +45,7 @@ def weights() -> np.ndarray:
 
 def built(
     device: str, dtype: str, weight_decay: float = 0.1, **settings: float
-) -> tuple[GPT2, AdamW]:
+) -> tuple[Model, AdamW]:
     model = new_model(CONFIG, device, dtype, B=B, T=T)
     optimizer = AdamW(model, weight_decay=weight_decay, **settings)
     optimizer.load(weights())
@@ -98,7 +99,7 @@ def state_of(optimizer: AdamW) -> list[bytes]:
     return [optimizer.model.ops.device.download(array).tobytes() for array in arrays]
 
 
-def spoil(model: GPT2, value: float) -> None:
+def spoil(model: Model, value: float) -> None:
     """Sets one weight of the model, but not its master weight."""
     weight = np.array([value]).astype(model.x_dtype)
     model.ops.device.upload(model.params.lnfb[:1], weight)

@@ -13,7 +13,7 @@ from models import TINY, new_model, noisy_weights, random_batch, training_step
 
 from gpu_gpt2.config import MAX_RECOMPUTE
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.model import Model
 from gpu_gpt2.training.optimizer import AdamW
 from gpu_gpt2.training.trace import BadTensor, first_bad_tensor
 
@@ -25,7 +25,7 @@ wide_devices = pytest.mark.parametrize(
 every_level = pytest.mark.parametrize("recompute", range(MAX_RECOMPUTE + 1))
 
 
-def built(device: str, dtype: str, recompute: int = 0) -> GPT2:
+def built(device: str, dtype: str, recompute: int = 0) -> Model:
     model = new_model(TINY, device, dtype, B=B, T=T, recompute=recompute)
     model.load(noisy_weights(TINY, noise_seed=0))
     return model
@@ -36,7 +36,7 @@ def batches(count: int = 1) -> list[Batch]:
     return [random_batch(TINY, rng, B, T) for _ in range(count)]
 
 
-def plant(model: GPT2, name: str, place: object, value: npt.ArrayLike) -> None:
+def plant(model: Model, name: str, place: object, value: npt.ArrayLike) -> None:
     """Sets elements of a weight."""
     device, tensor = model.ops.device, getattr(model.params, name)
     values = device.download(tensor)
@@ -44,12 +44,12 @@ def plant(model: GPT2, name: str, place: object, value: npt.ArrayLike) -> None:
     device.upload(tensor, values)
 
 
-def largest_number(model: GPT2) -> float:
+def largest_number(model: Model) -> float:
     """The largest finite number of the model's dtype."""
     return float(ml_dtypes.finfo(model.x_dtype).max)
 
 
-def found(model: GPT2, micro_steps: int = 1, loss_scale: float = 1.0) -> BadTensor | None:
+def found(model: Model, micro_steps: int = 1, loss_scale: float = 1.0) -> BadTensor | None:
     """Returns the first bad tensor, and checks that the search leaves weights and ops unchanged."""
     ops, before = model.ops, model.ops.device.download(model.param_arena).tobytes()
     bad = first_bad_tensor(

@@ -23,7 +23,8 @@ from gpu_gpt2.config import TrainConfig
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.errors import ConfigError, TrainingError
 from gpu_gpt2.formats.tokens import write_tokens
-from gpu_gpt2.models.gpt2 import GPT2, parameter_count
+from gpu_gpt2.models.families import parameter_count
+from gpu_gpt2.models.model import Model
 from gpu_gpt2.models.weights import load_arena
 from gpu_gpt2.open_model import open_model
 from gpu_gpt2.train import Run, train
@@ -222,14 +223,14 @@ def test_a_state_beyond_the_last_step_is_not_trained_on() -> None:
 def test_an_interrupted_run_reads_every_step_then_saves_and_does_no_more(
     events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward_backward = GPT2.forward_backward
+    forward_backward = Model.forward_backward
 
-    def fourth_interrupts(self: GPT2, *args: Any, **kwargs: Any) -> Any:
+    def fourth_interrupts(self: Model, *args: Any, **kwargs: Any) -> Any:
         if events and events[-1] == "read 2":
             signal.raise_signal(signal.SIGINT)
         return forward_backward(self, *args, **kwargs)
 
-    monkeypatch.setattr(GPT2, "forward_backward", fourth_interrupts)
+    monkeypatch.setattr(Model, "forward_backward", fourth_interrupts)
     outcome = train(settings(total_batch_tokens=128), quiet())
     assert (outcome.step, outcome.interrupted) == (4, True)
     assert events[-4:] == ["enqueue 4", "read 3", "read 4", "save"]
@@ -237,7 +238,7 @@ def test_an_interrupted_run_reads_every_step_then_saves_and_does_no_more(
 
 
 def test_a_second_interrupt_does_not_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    write, forward_backward = checkpoint._write, GPT2.forward_backward
+    write, forward_backward = checkpoint._write, Model.forward_backward
     writing, go_on = threading.Event(), threading.Event()
 
     def slow(*args: Any) -> None:
@@ -245,14 +246,14 @@ def test_a_second_interrupt_does_not_wait_for_the_disk(monkeypatch: pytest.Monke
         go_on.wait()
         write(*args)
 
-    def interrupted(self: GPT2, *args: Any, **kwargs: Any) -> Any:
+    def interrupted(self: Model, *args: Any, **kwargs: Any) -> Any:
         if writing.is_set():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
         return forward_backward(self, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "_write", slow)
-    monkeypatch.setattr(GPT2, "forward_backward", interrupted)
+    monkeypatch.setattr(Model, "forward_backward", interrupted)
     late = threading.Timer(10, go_on.set)
     late.start()
     with pytest.raises(KeyboardInterrupt):
@@ -288,11 +289,11 @@ def test_an_interrupt_in_a_pause_does_not_save_twice(
 def test_a_signal_ends_a_validation_early_and_resuming_makes_up_for_it(
     number: signal.Signals, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses, validate = GPT2.add_losses, Run.validate
+    losses, validate = Model.add_losses, Run.validate
     before = signal.getsignal(number)
     batches = 0
 
-    def signalled(self: GPT2, *args: Any, **kwargs: Any) -> Any:
+    def signalled(self: Model, *args: Any, **kwargs: Any) -> Any:
         nonlocal batches
         batches += 1
         signal.raise_signal(number)
@@ -300,7 +301,7 @@ def test_a_signal_ends_a_validation_early_and_resuming_makes_up_for_it(
 
     def validating(self: Run) -> None:
         if self.step == step:
-            patched.setattr(GPT2, "add_losses", signalled)
+            patched.setattr(Model, "add_losses", signalled)
         validate(self)
 
     with monkeypatch.context() as patched:

@@ -11,7 +11,7 @@ from devices import kernel_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import GPT2Config
 from gpu_gpt2.device import open_device
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import llmc
@@ -36,7 +36,7 @@ from gpu_gpt2.training import checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
 
-CONFIG = ModelConfig(vocab_size=301, n_positions=24, n_embd=48, n_layer=2, n_head=3)
+CONFIG = GPT2Config(vocab_size=301, n_positions=24, n_embd=48, n_layer=2, n_head=3)
 B, T = 2, 17
 
 
@@ -187,7 +187,7 @@ def test_the_losses_of_llmcs_starter_pack_are_known_without_a_file(tmp_path: Pat
         logits=np.zeros((0, 0), np.float32), loss=5.27001, grads={},
     )  # fmt: skip
     path = tmp_path / "gpt2_124M_debug_state.bin"
-    assert expected_losses(path, ModelConfig(), state) == STARTER_PACK_LOSSES
+    assert expected_losses(path, GPT2Config(), state) == STARTER_PACK_LOSSES
     assert expected_losses(path, CONFIG, state) == ()
 
 
@@ -234,11 +234,11 @@ def test_the_debug_state_of_gpt2_has_the_size_of_llmcs_file(tmp_path: Path) -> N
     path = tmp_path / "header_only.bin"
     header.tofile(path)
     with pytest.raises(DataError, match=" 549369860 bytes"):
-        read_debug_state(path, ModelConfig())
+        read_debug_state(path, GPT2Config())
 
 
 def test_a_debug_state_of_another_model_size_is_refused(debug_files: Path) -> None:
-    other = ModelConfig(vocab_size=301, n_positions=24, n_embd=48, n_layer=3, n_head=3)
+    other = GPT2Config(vocab_size=301, n_positions=24, n_embd=48, n_layer=3, n_head=3)
     with pytest.raises(DataError, match=r"small_debug_state.bin.*3 layers of 48.* bytes"):
         read_debug_state(debug_files / "small_debug_state.bin", other)
 

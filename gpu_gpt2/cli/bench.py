@@ -14,7 +14,7 @@ from gpu_gpt2.cli.common import (
     BatchSize,
     Device,
     Dtype,
-    Model,
+    ModelName,
     Recompute,
     SeqLen,
     console,
@@ -43,7 +43,7 @@ Json = Annotated[
 def bench_kernels(
     device_name: Device = AUTO,
     dtype: Dtype = AUTO,
-    model: Model = "d12",
+    model: ModelName = "d12",
     batch_size: BatchSize = 32,
     seq_len: SeqLen = 1024,
     repeat: Annotated[
@@ -91,7 +91,7 @@ def bench_kernels(
 def bench_step(
     device_name: Device = AUTO,
     dtype: Dtype = AUTO,
-    model: Model = "d12",
+    model: ModelName = "d12",
     batch_size: BatchSize = 4,
     seq_len: SeqLen = 64,
     steps: Steps = 5,
@@ -160,7 +160,7 @@ def bench_peers(
 def bench_overhead(
     device_name: Device = AUTO,
     dtype: Dtype = AUTO,
-    model: Model = "d12",
+    model: ModelName = "d12",
     batch_size: BatchSize = 4,
     seq_len: SeqLen = 64,
     steps: Steps = 10,

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from gpu_gpt2.config import AUTO, OPTIONS, Option
 from gpu_gpt2.device import choose_dtype, open_device
-from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.families import new_model
+from gpu_gpt2.models.model import Model
 from gpu_gpt2.models.weights import WeightSource, load_arena
 from gpu_gpt2.ops import ops_for
 
@@ -63,7 +64,7 @@ def _reader(option: Option, *, takes_auto: bool) -> Callable[[Any], Any]:
 # Options of several commands, which mean the same as in `gpu-gpt2 train`.
 Device = Annotated[str, shared_option("device", auto=OPTIONS["device"].auto)]
 Dtype = Annotated[str, shared_option("dtype", auto=OPTIONS["dtype"].auto)]
-Model = Annotated[str, shared_option("model")]
+ModelName = Annotated[str, shared_option("model")]
 BatchSize = Annotated[int, shared_option("batch_size")]
 SeqLen = Annotated[int, shared_option("seq_len")]
 Recompute = Annotated[int, shared_option("recompute")]
@@ -90,11 +91,11 @@ def show_table(table: Table) -> None:
     Console(width=max(console.width, WIDE)).print(table)
 
 
-def model_on_device(source: WeightSource, device_name: str, dtype: str, B: int, T: int) -> GPT2:
+def model_on_device(source: WeightSource, device_name: str, dtype: str, B: int, T: int) -> Model:
     """A loaded model for inference on batches of up to (B, T) tokens."""
     device = open_device(device_name)
     dtype = choose_dtype(dtype, device)
-    gpt2 = GPT2(
+    gpt2 = new_model(
         source.config,
         ops_for(device, dtype),
         max_batch=B,

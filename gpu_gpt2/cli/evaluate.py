@@ -21,7 +21,7 @@ from gpu_gpt2.evaluate import check_examples, hellaswag_accuracy, mean_loss, row
 from gpu_gpt2.formats.multiple_choice import Example, read_choices
 from gpu_gpt2.formats.tokens import Tokens, check_tokens, is_token_file, read_tokens
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2, check_seq_len
+from gpu_gpt2.models.model import Model, check_seq_len
 from gpu_gpt2.models.weights import WeightSource
 from gpu_gpt2.open_model import open_model, tokenizer_of
 from gpu_gpt2.settings import with_own_tokenizer
@@ -132,7 +132,7 @@ def _given_data(data: str, source: WeightSource) -> tuple[Tokenizer | None, Sequ
 
 
 def _print_loss(
-    gpt2: GPT2, texts: Sequence[Tokens], tokenizer: Tokenizer | None, B: int, T: int
+    gpt2: Model, texts: Sequence[Tokens], tokenizer: Tokenizer | None, B: int, T: int
 ) -> None:
     count = sum(len(tokens) - 1 for tokens in texts)
     lengths = None if tokenizer is None else tokenizer.token_bytes()
@@ -160,7 +160,7 @@ def _print_loss(
     say(f"loss {loss:.4f}  perplexity {perplexity:.2f}{per_byte}  over {count:,} tokens")
 
 
-def _print_score(gpt2: GPT2, examples: Sequence[Example]) -> None:
+def _print_score(gpt2: Model, examples: Sequence[Example]) -> None:
     with progress() as bar:
         task = bar.add_task("examples", total=len(examples))
         score = hellaswag_accuracy(

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from gpu_gpt2.cli.common import Model, console, say, shared_option
+from gpu_gpt2.cli.common import ModelName, console, say, shared_option
 from gpu_gpt2.config import model_config
-from gpu_gpt2.models.gpt2 import check_seq_len
+from gpu_gpt2.models.model import check_seq_len
 from gpu_gpt2.training.memory import (
     CUDA_OVERHEAD,
     RECOMPUTE_LEVELS,
@@ -28,7 +28,7 @@ def show_plan(
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory of the GPU, such as 8GB or 24GiB.")
     ] = "80GB",
-    model: Model = "gpt2",
+    model: ModelName = "gpt2",
     n_layer: Annotated[int, shared_option("n_layer")] = 0,
     n_head: Annotated[int, shared_option("n_head")] = 0,
     n_embd: Annotated[int, shared_option("n_embd")] = 0,

@@ -1,16 +1,15 @@
 """Sizes of models and settings of training runs, and their defaults and presets."""
 
-from gpu_gpt2.config.model import (
+from gpu_gpt2.config.gpt2 import (
     GPT2_SIZES,
     GPT2_VOCAB_SIZE,
     HF_SIZES,
     LAYER_NORM_EPSILON,
-    MAX_HEAD_SIZE,
-    MODELS,
-    VOCAB_PADDING,
-    ModelConfig,
-    model_config,
+    GPT2Config,
 )
+from gpu_gpt2.config.llama import RMS_NORM_EPS, ROPE_THETA, LlamaConfig
+from gpu_gpt2.config.model import MAX_HEAD_SIZE, VOCAB_PADDING, ModelConfig
+from gpu_gpt2.config.named_models import MODELS, model_config
 from gpu_gpt2.config.option import AUTO, EPOCHS, Option
 from gpu_gpt2.config.presets import (
     PRESETS_DIR,
@@ -44,8 +43,12 @@ __all__ = [
     "MODELS",
     "OPTIONS",
     "PRESETS_DIR",
+    "RMS_NORM_EPS",
+    "ROPE_THETA",
     "TOKENS_PER_PARAM",
     "VOCAB_PADDING",
+    "GPT2Config",
+    "LlamaConfig",
     "ModelConfig",
     "Option",
     "TrainConfig",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Final
 
-from gpu_gpt2.config.model import MODEL_NAMES
+from gpu_gpt2.config.named_models import MODEL_NAMES
 from gpu_gpt2.config.option import Option, declare
 from gpu_gpt2.errors import ConfigError
 

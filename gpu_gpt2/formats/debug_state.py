@@ -28,7 +28,7 @@ from gpu_gpt2.formats.llmc_header import (
     header_bytes,
     read_header,
 )
-from gpu_gpt2.models.gpt2 import parameters
+from gpu_gpt2.models.families import parameters
 from gpu_gpt2.models.weights import FloatArray
 
 VERSION: Final = 2  # version 1 had the gradient of wte without padding rows

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gpu_gpt2.config import GPT2_VOCAB_SIZE, LAYER_NORM_EPSILON, ModelConfig
+from gpu_gpt2.config import GPT2_VOCAB_SIZE, LAYER_NORM_EPSILON, GPT2Config, ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats.files import BLOCK_BYTES
 from gpu_gpt2.formats.safetensors import TensorFile, TensorWriter
@@ -314,7 +314,7 @@ def _config_of_settings(path: Path, values: dict[str, Any]) -> ModelConfig:
     if missing := [name for name, value in sizes.items() if value is None]:
         raise DataError(f"{path}: {', '.join(missing)} missing")
     try:
-        config = ModelConfig(**sizes)  # type: ignore[arg-type]  # it checks its arguments
+        config = GPT2Config(**sizes)  # type: ignore[arg-type]  # it checks its arguments
     except ConfigError as error:
         raise DataError(f"{path}: {error}") from error
     if values.get("n_inner") not in (None, 4 * config.n_embd):
@@ -345,7 +345,7 @@ def _config_of_shapes(where: Path, files: Mapping[str, TensorFile], prefix: str)
         )
     layers = {match[1] for name in files if (match := re.match(rf"{prefix}h\.(\d+)\.", name))}
     try:
-        return ModelConfig(
+        return GPT2Config(
             vocab_size=vocab_size,
             n_positions=n_positions,
             n_embd=n_embd,

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from gpu_gpt2.config import LAYER_NORM_EPSILON, ModelConfig
+from gpu_gpt2.config import LAYER_NORM_EPSILON, GPT2Config, ModelConfig
 from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats import tokenizer_bin
 from gpu_gpt2.formats.files import BLOCK_BYTES, read_array, whole, write_array
@@ -28,7 +28,7 @@ from gpu_gpt2.formats.llmc_header import (
     other_kind,
     read_header,
 )
-from gpu_gpt2.models.gpt2 import parameters
+from gpu_gpt2.models.families import parameters
 from gpu_gpt2.models.weights import BFLOAT16, Piece, Weights, WeightSource, gpt2_eot, pieces
 
 TENSORS: Final = (
@@ -98,7 +98,7 @@ def open_model(path: Path) -> LlmcModel:
     padded = (0,) if version == _UNPADDED_VERSION else range(vocab_size, INT32_MAX + 1)
     rows = header.expect(7, "padded vocabulary size", padded) or vocab_size
     try:
-        config = ModelConfig(**sizes)
+        config = GPT2Config(**sizes)
     except ConfigError as e:
         raise DataError(f"{path}: {e}; the file is damaged or of another kind") from e
     starts, count = _layout(config, rows)
@@ -124,6 +124,8 @@ def write_model(
     watch: called with each piece that has been written. ConfigError for a model that differs from
     GPT-2 in a way that the file cannot say.
     """
+    if not isinstance(source.config, GPT2Config):
+        raise ConfigError("llm.c's files hold GPT-2 only, and this model is a Llama; convert to hf")
     if source.config.layer_norm_epsilon != LAYER_NORM_EPSILON:
         raise ConfigError(
             f"layer_norm_epsilon is {source.config.layer_norm_epsilon}, and llm.c's files have no "

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.models.gpt2 import parameters
+from gpu_gpt2.models.families import parameters
 from gpu_gpt2.models.weights import FloatArray, Piece, gpt2_eot, load_arena, pieces
 from gpu_gpt2.rng.mersenne import MersenneTwister
 

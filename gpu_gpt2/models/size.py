@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.models.gpt2 import parameter_count, parameters
+from gpu_gpt2.models.families import parameter_count, parameters
 
 _GROUPS = {
     "embeddings": ("wte", "wpe"),

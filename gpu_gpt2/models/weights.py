@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig
 from gpu_gpt2.models.arena import flat_views
-from gpu_gpt2.models.gpt2 import parameter_count, parameters
+from gpu_gpt2.models.families import parameter_count, parameters
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 Weights: TypeAlias = npt.NDArray[Any]  # float32, float16 or ml_dtypes.bfloat16

@@ -26,7 +26,7 @@ from gpu_gpt2.formats.llmc_header import (
     Header,
     read_header,
 )
-from gpu_gpt2.models.gpt2 import parameters
+from gpu_gpt2.models.families import parameters
 from gpu_gpt2.tokenizer import Tokenizer
 
 SHOWN_TOKENS: Final = 64  # about five lines of text

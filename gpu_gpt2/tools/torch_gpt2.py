@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gpu_gpt2.config import DEFAULTS, ModelConfig
+from gpu_gpt2.config import DEFAULTS, GPT2Config
 from gpu_gpt2.device.cuda import FLUSH_BYTES
-from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import FloatArray, Piece, named, part_of, pieces
 
 WARM_UP: Final = 3  # untimed runs of attention: PyTorch loads kernels and grows its memory pool
@@ -25,7 +25,7 @@ WARM_UP: Final = 3  # untimed runs of attention: PyTorch loads kernels and grows
 class Block(nn.Module):  # type: ignore[misc]
     """One transformer layer: x + attention(layernorm(x)), then x + MLP(layernorm(x))."""
 
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c: GPT2Config) -> None:
         super().__init__()
         self.heads = c.n_head
         self.ln1, self.ln2 = (nn.LayerNorm(c.n_embd, c.layer_norm_epsilon) for _ in range(2))
@@ -51,7 +51,7 @@ class TorchGPT2(nn.Module):  # type: ignore[misc]
     step is timed, as in our model.
     """
 
-    def __init__(self, c: ModelConfig, vocab_rows: int) -> None:
+    def __init__(self, c: GPT2Config, vocab_rows: int) -> None:
         super().__init__()
         self.config = c
         self.wte = nn.Embedding(vocab_rows, c.n_embd)
@@ -94,7 +94,7 @@ class TorchGPT2(nn.Module):  # type: ignore[misc]
 
 
 def torch_step(
-    config: ModelConfig,
+    config: GPT2Config,
     device: str,
     dtype: str,
     tokens: npt.NDArray[np.int32],

@@ -29,7 +29,7 @@ from gpu_gpt2.formats import hf
 from gpu_gpt2.formats.files import sync
 from gpu_gpt2.formats.hf import CONFIG_FILE, MODEL_FILE, read_json
 from gpu_gpt2.formats.safetensors import TensorFile, TensorWriter
-from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import Arena, FloatArray, load_arena, named
 from gpu_gpt2.training import manifest
 from gpu_gpt2.training.manifest import MANIFEST_FILE, Digests

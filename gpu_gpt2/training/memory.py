@@ -13,7 +13,7 @@ from gpu_gpt2.config import MAX_BATCH_TOKENS, MAX_RECOMPUTE, ModelConfig
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.arena import bytes_of
-from gpu_gpt2.models.gpt2 import activations, parameter_count
+from gpu_gpt2.models.families import activations, parameter_count
 from gpu_gpt2.ops.kernels import SCRATCH_FLOATS
 
 # Bytes that a process takes on a GPU beside its tensors: the CUDA context, cuBLAS with its

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from gpu_gpt2.config import DEFAULTS
 from gpu_gpt2.device.base import FLOAT16, FLOAT32, Array, AsyncRead
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.models.gpt2 import GPT2, decayed_count, parameter_count
+from gpu_gpt2.models.families import parameter_count
+from gpu_gpt2.models.model import Model
 from gpu_gpt2.ops.table import (
     MIN_LOSS_SCALE,
     SKIPPED,
@@ -128,7 +129,7 @@ class AdamW:
 
     def __init__(
         self,
-        model: GPT2,
+        model: Model,
         *,
         beta1: float = DEFAULTS["beta1"],
         beta2: float = DEFAULTS["beta2"],
@@ -159,7 +160,7 @@ class AdamW:
             self.master: Array = model.param_arena
         else:
             self.master = device.zeros((n,), FLOAT32)
-        self.decayed = decayed_count(model.config)
+        self.decayed = model.decayed
         self.loss_scale = device.zeros((1,), FLOAT32)
         self._grad_sq = device.zeros((1,), FLOAT32)
         self._lr = device.zeros((1,), FLOAT32)
@@ -220,7 +221,7 @@ class AdamW:
         """Enqueues an update of the model's weights with its gradients.
 
         `losses` (B * T,) float32 is what the last of `micro_steps` calls of
-        GPT2.forward_backward returned. On a GPU the update is a CUDA graph.
+        Model.forward_backward returned. On a GPU the update is a CUDA graph.
         """
         device = self.model.ops.device
         key = (device.address(losses), losses.size, micro_steps)

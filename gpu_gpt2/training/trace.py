@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from gpu_gpt2.device.base import FLOAT32, Array
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2, parameters
+from gpu_gpt2.models.families import parameters
+from gpu_gpt2.models.model import Model
 from gpu_gpt2.ops.table import TABLE, Ops, OpTensor
 
 NDArray = npt.NDArray[Any]
@@ -76,7 +77,7 @@ class BadTensor:
 
 
 def first_bad_tensor(
-    model: GPT2, batches: Sequence[Batch], *, micro_steps: int, loss_scale: float
+    model: Model, batches: Sequence[Batch], *, micro_steps: int, loss_scale: float
 ) -> BadTensor | None:
     """Repeats the micro-steps of a step and returns the first tensor that is not finite, or None.
 
@@ -149,7 +150,7 @@ class _Examiner:
     attention, belongs to the layer of the op before it.
     """
 
-    def __init__(self, model: GPT2, batch: Batch, *, micro_step: int, micro_steps: int) -> None:
+    def __init__(self, model: Model, batch: Batch, *, micro_step: int, micro_steps: int) -> None:
         self._device = model.ops.device
         self._tokens = batch.tokens
         self._micro_step, self._micro_steps = micro_step, micro_steps
@@ -158,8 +159,8 @@ class _Examiner:
         for place, array in (*_of_parameters(model, "weight"), *_of_parameters(model, "gradient")):
             self._places[self._key(array)].append(place)
         B, T = batch.tokens.shape
-        a = model._activations(B, T)
-        for spec in model._act_specs(B, T):
+        a = model.views_of(B, T)
+        for spec in model.act_specs(B, T):
             if not spec.stacked:
                 key = self._key(getattr(a, spec.name))
                 self._places[key].append(_Place("activation", spec.name, None))
@@ -211,11 +212,11 @@ class _Examiner:
 
 
 def _run_micro_step(
-    model: GPT2, batch: Batch, scale: Array, *, first: bool, micro_steps: int
+    model: Model, batch: Batch, scale: Array, *, first: bool, micro_steps: int
 ) -> None:
-    """Runs a micro-step as GPT2.forward_backward does, but never as a captured graph."""
+    """Runs a micro-step as Model.forward_backward does, but never as a captured graph."""
     device = model.ops.device
-    a: SimpleNamespace = model._activations(*batch.tokens.shape)
+    a: SimpleNamespace = model.views_of(*batch.tokens.shape)
     device.upload(a.tokens, batch.tokens)
     device.upload(a.targets, batch.targets.reshape(-1))
     device.upload(a.order, batch.order)
@@ -224,7 +225,7 @@ def _run_micro_step(
     device.graph(lambda: model._micro_step(a, scale, first=first, micro_steps=micro_steps))()
 
 
-def _check_weights(model: GPT2) -> None:
+def _check_weights(model: Model) -> None:
     """Raises _Found if a weight is not finite."""
     for place, array in _of_parameters(model, "weight"):
         values = model.ops.device.download_view(array)
@@ -232,7 +233,7 @@ def _check_weights(model: GPT2) -> None:
             raise _Found(_bad_tensor("", place, _rows(values)))
 
 
-def _check_norm(model: GPT2) -> None:
+def _check_norm(model: Model) -> None:
     """Raises _Found with the largest gradient if the sum of squared gradients is not finite."""
     device = model.ops.device
     grad_sq = device.empty((1,), FLOAT32)
@@ -250,7 +251,7 @@ def _check_norm(model: GPT2) -> None:
 
 
 def _of_parameters(
-    model: GPT2, kind: Literal["weight", "gradient"]
+    model: Model, kind: Literal["weight", "gradient"]
 ) -> Iterator[tuple[_Place, Array]]:
     """Yields all weights, or all gradients; tensors of the layers one layer at a time."""
     named = model.params if kind == "weight" else model.grads

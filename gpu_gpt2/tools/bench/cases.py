@@ -10,10 +10,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.config import DEFAULTS, ModelConfig
+from gpu_gpt2.config import DEFAULTS, LAYER_NORM_EPSILON, ModelConfig
 from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import parameter_count
+from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.ops.table import TABLE, AdamWSettings, Ops
 
 BLOCK: Final = 1 << 20  # random numbers made for an array, which repeats them
@@ -146,7 +146,7 @@ def _layernorm(ops: Ops, c: ModelConfig, N: int) -> Iterator[BenchCase]:
     w, b, bias = new(C), new(C), new(C)
     mean, rstd = new.float32(N), new.positive(N)
     dw, db = new.float32(C), new.float32(C)
-    eps = c.layer_norm_epsilon
+    eps = LAYER_NORM_EPSILON
     yield _case(ops, "residual_layernorm_fwd", r, y, mean, rstd, x, x2, bias, w, b, eps)
     yield _case(ops, "layernorm_fwd", y, mean, rstd, x, w, b, eps)
     yield _case(ops, "layernorm_bwd", r, dw, db, y, x, w, mean, rstd)

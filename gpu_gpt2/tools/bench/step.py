@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from gpu_gpt2.config import GPT2_VOCAB_SIZE, ModelConfig, model_config
+from gpu_gpt2.config import GPT2_VOCAB_SIZE, GPT2Config, ModelConfig, model_config
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.errors import ConfigError, DeviceError
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2, check_seq_len
+from gpu_gpt2.models.families import new_model
 from gpu_gpt2.models.init import initial_weights
+from gpu_gpt2.models.model import check_seq_len
 from gpu_gpt2.models.size import flops_per_token
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.tools.bench.kernels import large_matmul_tflops
@@ -124,7 +125,7 @@ def measure_ours(
     config, tokens, targets = _inputs(size)
     memory = memory_plan(config, dtype, size.batch_size, size.seq_len, recompute)
     check_fits(memory, device.free_memory)
-    model = GPT2(
+    model = new_model(
         config,
         ops_for(device, dtype),
         max_batch=size.batch_size,
@@ -171,6 +172,7 @@ def measure_peer(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     compiled = name == "torch.compile"
+    assert isinstance(config, GPT2Config)
     step = torch_step(config, device.name, dtype, tokens, targets, lr=LR, compiled=compiled)
     times = _timed(step, steps)
     peak = int(torch.cuda.max_memory_allocated()) if on_gpu else 0

@@ -20,12 +20,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.config import ModelConfig, TrainConfig
+from gpu_gpt2.config import GPT2Config, ModelConfig, TrainConfig
 from gpu_gpt2.device.base import FLOAT32, Device
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.debug_state import DebugState
 from gpu_gpt2.models.batch import Batch
-from gpu_gpt2.models.gpt2 import GPT2
+from gpu_gpt2.models.families import new_model
 from gpu_gpt2.models.weights import FloatArray, WeightSource, load_arena, named
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.training import checkpoint
@@ -137,7 +137,7 @@ def expected_losses(path: Path, config: ModelConfig, state: DebugState) -> tuple
             raise DataError(f"{beside}: expected {STEPS} losses, found {losses}")
         return losses
     starter_pack = (
-        config == ModelConfig()
+        config == GPT2Config()
         and state.tokens.shape == (4, 64)
         and abs(state.loss - STARTER_PACK_LOSSES[0]) < 1e-4
     )
@@ -154,7 +154,7 @@ class _Trainer:
 
     def __init__(self, config: ModelConfig, state: DebugState, device: Device, dtype: str) -> None:
         B, T = state.tokens.shape
-        self.model = GPT2(config, ops_for(device, dtype), max_batch=B, max_seq_len=T)
+        self.model = new_model(config, ops_for(device, dtype), max_batch=B, max_seq_len=T)
         settings = dict(OPTIMIZER_SETTINGS)
         self._lr = settings.pop("lr")
         self.optimizer = AdamW(self.model, **settings)

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import GPT2Config, ModelConfig
 from gpu_gpt2.formats import llmc
 from gpu_gpt2.formats.debug_state import DebugState, write_debug_state
-from gpu_gpt2.models.gpt2 import decayed_count
+from gpu_gpt2.models.families import decayed_count
 from gpu_gpt2.models.weights import Arena, FloatArray, named
 from gpu_gpt2.tools.torch_gpt2 import TorchGPT2
 from gpu_gpt2.tools.verify.compare import OPTIMIZER_SETTINGS, STEPS, losses_path
@@ -53,6 +53,7 @@ def write_debug_files(
         path = folder / f"{name}{suffix}.bin"
         llmc.write_model(path, Arena(config, weights), dtype)
         yield path
+    assert isinstance(config, GPT2Config)
     model = TorchGPT2(config, config.vocab_size)
     model.load(weights)
     x, y = (torch.from_numpy(a).long() for a in (tokens, targets))
