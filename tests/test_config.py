@@ -20,6 +20,7 @@ from gpu_gpt2.config import (
     device_defaults,
     model_config,
 )
+from gpu_gpt2.config.gpt2 import GPT2_MODELS
 from gpu_gpt2.device import DEVICES
 from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.errors import ConfigError
@@ -63,7 +64,7 @@ def test_published_sizes(name: str) -> None:
 
 def test_llmc_s_short_names() -> None:
     short = {name.removeprefix("gpt2:") for name in PUBLISHED if name.startswith("gpt2:")}
-    assert MODELS.keys() == PUBLISHED.keys() | short | HF_SIZES.keys() | {"mini", "nano"}
+    assert GPT2_MODELS.keys() == PUBLISHED.keys() | short | HF_SIZES.keys() | {"mini", "nano"}
     assert [MODELS[name] for name in HF_SIZES] == [MODELS[f"d{n}"] for n in (12, 24, 36, 48)]
     for name in short:
         assert MODELS[name] == MODELS[f"gpt2:{name}"]
@@ -162,7 +163,8 @@ def test_unknown_model(name: str) -> None:
     assert str(error.value) == (
         f"unknown model {name!r}; choose one of dN or gpt2:dN with N = 6, 12, 24, 36, 48, 60, 72, "
         f"84; gpt3:cN with N = 384, 768, 1024, 1536, 2048, 2560, 4096, 12288; gpt2, "
-        f"gpt2-medium, gpt2-large, gpt2-xl; mini; nano"
+        f"gpt2-medium, gpt2-large, gpt2-xl; mini; nano; "
+        f"llama:260k, llama:15m, llama:42m, llama:110m, smollm-135m, llama:mini, llama:nano"
     )
 
 

@@ -14,14 +14,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import new_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import GPT2LMHeadModel, GPT2Model
 
-from gpu_gpt2.config import ModelConfig
+from gpu_gpt2.config import GPT2Config, ModelConfig
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import hf
 from gpu_gpt2.formats.safetensors import TensorWriter
@@ -30,7 +31,7 @@ from gpu_gpt2.models.weights import Arena, FloatArray, Piece, Weights, load_aren
 
 CONFIG = GPT2Config(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 EOT = 256
-HF_CONFIG = GPT2Config(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
+HF_CONFIG = transformers.GPT2Config(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 QKV = "transformer.h.1.attn.c_attn.weight"
 
 
@@ -665,7 +666,7 @@ def test_the_command_for_a_pickle_works(saved: Path, tmp_path: Path) -> None:
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
         max_leaves=5,
     ),
-    name=st.sampled_from([*json.loads(GPT2Config().to_json_string()), "vocab_size"]),
+    name=st.sampled_from([*json.loads(transformers.GPT2Config().to_json_string()), "vocab_size"]),
 )
 def test_any_value_of_any_setting_is_refused_or_harmless(
     name: str, value: Any, saved: Path, folder: Path

@@ -309,7 +309,7 @@ def _config_of_settings(path: Path, values: dict[str, Any]) -> ModelConfig:
         if (value := values.get(name, supported[0])) not in supported:
             allowed = " or ".join(repr(s) for s in supported)
             raise DataError(f"{path}: {name} is {value!r}; only {allowed} is supported")
-    sizes = {field.name: values.get(field.name) for field in fields(ModelConfig)}
+    sizes = {field.name: values.get(field.name) for field in fields(GPT2Config)}
     sizes["layer_norm_epsilon"] = values.get("layer_norm_epsilon", LAYER_NORM_EPSILON)
     if missing := [name for name, value in sizes.items() if value is None]:
         raise DataError(f"{path}: {', '.join(missing)} missing")
