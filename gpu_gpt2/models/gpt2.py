@@ -67,7 +67,7 @@ class GPT2(Model):
             stacked("ln1", 2, N, C),
             stacked("ln1_mean", 2, N, dtype="float32"),
             stacked("ln1_rstd", 2, N, dtype="float32"),
-            stacked("qkv", 3, B, T, 3, H, D),
+            stacked("qkv", 3, B, T, 3 * H, D),
             stacked("lse", 3, B, H, T, dtype="float32"),
             stacked("att", 3, B, T, H, D),
             stacked("res_att", 3, N, C),  # residual stream after attention
@@ -94,7 +94,7 @@ class GPT2(Model):
         backward = (
             TensorSpec("dres", (N, C)),  # gradient of the residual stream
             TensorSpec("dfc", (N, 4 * C)),
-            TensorSpec("dqkv", (B, T, 3, H, D), shares="dfc"),
+            TensorSpec("dqkv", (B, T, 3 * H, D), shares="dfc"),
             TensorSpec("delta", (B, H, T), "float32"),
             TensorSpec("order", (N,), "int32"),
         )

@@ -17,7 +17,16 @@ from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array, Device
 from gpu_gpt2.device.launch import ELEMENT_DTYPES, MAX_GRID, MAX_THREADS, Dim3
 from gpu_gpt2.device.source import DTYPES, KernelSource, kernel_files, kernel_source
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.ops.table import GROWTH_INTERVAL, MAX_SIZE, AdamWSettings, Ops, at_most, sizes
+from gpu_gpt2.ops.table import (
+    GROWTH_INTERVAL,
+    MAX_SIZE,
+    AdamWSettings,
+    Ops,
+    at_most,
+    check_heads,
+    kv_heads,
+    sizes,
+)
 
 WARP: Final = 32  # threads of a warp
 THREADS: Final = 256  # threads of a block, unless the op needs another number
@@ -180,27 +189,37 @@ class KernelOps(Ops):
     # --- attention ---
 
     def attention_fwd(self, y: Array, lse: Array, qkv: Array) -> None:
-        B, T, H, D = self._sizes("attention_fwd", "B T H D", y, lse, qkv)
+        B, T, H, D, R = self._sizes("attention_fwd", "B T H D R", y, lse, qkv)
+        heads = H, kv_heads("attention_fwd", R, H)
         if self._is_flash(D):
-            self._launch_flash("flash_attention_fwd", (B, T, H, D), (y, lse, qkv))
+            self._launch_flash("flash_attention_fwd", (B, T, *heads, D), (y, lse, qkv))
         else:
-            self._launch_attention("attention_fwd", (B, T, H, D), (y, lse, qkv))
+            self._launch_attention("attention_fwd", (B, T, *heads, D), (y, lse, qkv))
 
     def attention_bwd(
         self, dqkv: Array, delta: Array, dy: Array, qkv: Array, y: Array, lse: Array
     ) -> None:
-        B, T, H, D = self._sizes("attention_bwd", "B T H D", dqkv, delta, dy, qkv, y, lse)
+        tensors = (dqkv, delta, dy, qkv, y, lse)
+        B, T, H, D, R = self._sizes("attention_bwd", "B T H D R", *tensors)
+        sizes = (B, T, H, kv_heads("attention_bwd", R, H), D)
+        args = (dqkv, delta, dy, qkv, lse)
         if self._is_flash(D):
-            dq_args = (dqkv, delta, dy, qkv, y, lse)
-            self._launch_flash("flash_attention_bwd_dq", (B, T, H, D), dq_args)
-            self._launch_flash("flash_attention_bwd_dkv", (B, T, H, D), (dqkv, delta, dy, qkv, lse))
+            self._launch_flash("flash_attention_bwd_dq", sizes, tensors)
+            self._launch_flash("flash_attention_bwd_dkv", sizes, args)
             return
         rows = at_most("attention_bwd", "B * T * H", B * T * H, MAX_SIZE)
         defines = attention_defines(D)
         self._launch_by_warps("attention_delta", rows, (delta, dy, y, B, T, H), **defines)
-        args = (dqkv, delta, dy, qkv, lse)
-        self._launch_attention("attention_bwd_dq", (B, T, H, D), args)
-        self._launch_attention("attention_bwd_dkv", (B, T, H, D), args)
+        self._launch_attention("attention_bwd_dq", sizes, args)
+        self._launch_attention("attention_bwd_dkv", sizes, args)
+
+    # --- decoding with a KV cache ---
+
+    def kv_append(self, k: Array, v: Array, qkv: Array, starts: Array) -> None:
+        raise NotImplementedError
+
+    def attention_decode(self, y: Array, qkv: Array, k: Array, v: Array, starts: Array) -> None:
+        raise NotImplementedError
 
     # --- softmax ---
 
@@ -372,16 +391,16 @@ class KernelOps(Ops):
         self._launch(name, (_blocks(rows, THREADS // WARP),), (THREADS,), args, **defines)
 
     def _launch_attention(
-        self, name: str, sizes: tuple[int, int, int, int], tensors: tuple[Array, ...]
+        self, name: str, sizes: tuple[int, int, int, int, int], tensors: tuple[Array, ...]
     ) -> None:
         """One group of LANES threads per query or key: see kernels/attention.cu."""
-        B, T, H, D = sizes
+        B, T, H, G, D = sizes
         defines = attention_defines(D)
         rows = defines["THREADS"] // defines["LANES"]
         at_most(name, "B * T * H", B * T * H, MAX_SIZE)
         at_most(name, "T", T, MAX_GRID[1] * rows)
-        grid = (B * H, _blocks(T, rows))
-        self._launch(name, grid, (defines["THREADS"],), (*tensors, T, H), **defines)
+        grid = (B * (G if name.endswith("_dkv") else H), _blocks(T, rows))
+        self._launch(name, grid, (defines["THREADS"],), (*tensors, T, H, G), **defines)
 
     def _is_flash(self, head_size: int) -> bool:
         """True if kernels/flash_attention.cu takes this head size here, on tensor cores.
@@ -392,16 +411,16 @@ class KernelOps(Ops):
         return fits and self.device.has_tensor_cores
 
     def _launch_flash(
-        self, name: str, sizes: tuple[int, int, int, int], tensors: tuple[Array, ...]
+        self, name: str, sizes: tuple[int, int, int, int, int], tensors: tuple[Array, ...]
     ) -> None:
         """One tile of queries or keys per block: see kernels/flash_attention.cu."""
-        B, T, H, D = sizes
+        B, T, H, G, D = sizes
         defines = flash_attention_defines(D)
-        at_most(name, "B * H", B * H, MAX_GRID[1])
-        tiles = 1 if name == "flash_attention_bwd_dkv" else defines["QUERY_TILES"]
-        rows = 16 * tiles * defines["WARPS"]
-        grid = (_blocks(T, rows), B * H)
-        self._launch(name, grid, (defines["WARPS"] * WARP,), (*tensors, T, H), **defines)
+        of_keys = name.endswith("_dkv")
+        heads = at_most(name, "B * heads", B * (G if of_keys else H), MAX_GRID[1])
+        rows = 16 * (1 if of_keys else defines["QUERY_TILES"]) * defines["WARPS"]
+        grid = (_blocks(T, rows), heads)
+        self._launch(name, grid, (defines["WARPS"] * WARP,), (*tensors, T, H, G), **defines)
 
     def _launch_classifier(
         self, op: str, tensors: tuple[Array, ...], vocab_size: int, *scalars: float

@@ -32,6 +32,8 @@ from gpu_gpt2.ops.table import (
     Factors,
     Ops,
     Report,
+    check_heads,
+    kv_heads,
 )
 
 NDArray = npt.NDArray[Any]
@@ -214,43 +216,77 @@ class ReferenceOps(Ops):
     # --- attention ---
 
     def attention_fwd(self, y: NDArray, lse: NDArray, qkv: NDArray) -> None:
-        q, k, v = _heads(qkv)
-        y_heads = y.transpose(0, 2, 1, 3)  # (B, H, T, D)
+        q, k, v = _heads("attention_fwd", qkv, y.shape[2])
+        heads = list(zip(q, _by_group(y, len(q)), _lse_by_group(lse, len(q)), strict=True))
 
         def work(part: tuple[slice, slice]) -> None:
-            p = _scores(q[part], k[part])
-            largest = p.max(axis=-1, keepdims=True)
-            p -= largest
-            np.exp(p, out=p)
-            total = p.sum(axis=-1, keepdims=True)
-            lse[part] = (largest + np.log(total))[..., 0]
-            p /= total
-            np.matmul(p, v[part], out=y_heads[part])
+            for q_i, y_i, lse_i in heads:
+                p = _scores(q_i[part], k[part])
+                largest = p.max(axis=-1, keepdims=True)
+                p -= largest
+                np.exp(p, out=p)
+                total = p.sum(axis=-1, keepdims=True)
+                lse_i[part] = (largest + np.log(total))[..., 0]
+                p /= total
+                np.matmul(p, v[part], out=y_i[part])
 
-        _by_heads(q.shape, work)
+        _by_heads(k.shape, work)
 
     def attention_bwd(
         self, dqkv: NDArray, delta: NDArray, dy: NDArray, qkv: NDArray, y: NDArray, lse: NDArray
     ) -> None:
-        q, k, v = _heads(qkv)
-        dq, dk, dv = _heads(dqkv)
-        dy_heads = dy.transpose(0, 2, 1, 3)
+        q, k, v = _heads("attention_bwd", qkv, y.shape[2])
+        dq, dk, dv = _heads("attention_bwd", dqkv, y.shape[2])
         delta[...] = np.einsum("bthd,bthd->bht", dy, y)
+        m = len(q)
+        statistics = _lse_by_group(lse, m), _lse_by_group(delta, m)
+        heads = list(zip(q, dq, _by_group(dy, m), *statistics, strict=True))
         scale = 1.0 / math.sqrt(q.shape[-1])
 
         def work(part: tuple[slice, slice]) -> None:
-            p = _scores(q[part], k[part])
-            p -= lse[part][..., None]
-            np.exp(p, out=p)
-            np.matmul(p.swapaxes(-1, -2), dy_heads[part], out=dv[part])
-            dp = dy_heads[part] @ v[part].swapaxes(-1, -2)
-            dp -= delta[part][..., None]
-            dp *= p
-            dp *= scale
-            np.matmul(dp, k[part], out=dq[part])
-            np.matmul(dp.swapaxes(-1, -2), q[part], out=dk[part])
+            for i, (q_i, dq_i, dy_i, lse_i, delta_i) in enumerate(heads):
+                p = _scores(q_i[part], k[part])
+                p -= lse_i[part][..., None]
+                np.exp(p, out=p)
+                _matmul(dv[part], p.swapaxes(-1, -2), dy_i[part], accumulate=i > 0)
+                dp = dy_i[part] @ v[part].swapaxes(-1, -2)
+                dp -= delta_i[part][..., None]
+                dp *= p
+                dp *= scale
+                np.matmul(dp, k[part], out=dq_i[part])
+                _matmul(dk[part], dp.swapaxes(-1, -2), q_i[part], accumulate=i > 0)
 
-        _by_heads(q.shape, work)
+        _by_heads(k.shape, work)
+
+    # --- decoding with a KV cache ---
+
+    def kv_append(self, k: NDArray, v: NDArray, qkv: NDArray, starts: NDArray) -> None:
+        (_, G, S, _), (_, T, R, _) = k.shape, qkv.shape
+        check_heads("kv_append", R, R - 2 * G, G)
+        for b, start in enumerate(starts.tolist()):
+            T_kept = min(T, S - start)
+            if T_kept > 0:
+                rows = qkv[b, :T_kept].swapaxes(0, 1)  # (R, T_kept, D)
+                k[b, :, start : start + T_kept] = rows[R - 2 * G : R - G]
+                v[b, :, start : start + T_kept] = rows[R - G :]
+
+    def attention_decode(
+        self, y: NDArray, qkv: NDArray, k: NDArray, v: NDArray, starts: NDArray
+    ) -> None:
+        (_, _, H, D), (B, G, S, _) = y.shape, k.shape
+        check_heads("attention_decode", qkv.shape[2], H, G)
+        q = qkv[:, 0, :H].reshape(B, G, H // G, D) * qkv.dtype.type(1.0 / math.sqrt(D))
+        y_heads = y.reshape(B, G, H // G, D)
+        counts = np.minimum(starts + 1, S).tolist()
+
+        def work(b: int) -> None:
+            p = q[b] @ k[b, :, : counts[b]].swapaxes(-1, -2)  # (G, H / G, count)
+            p -= p.max(axis=-1, keepdims=True)
+            np.exp(p, out=p)
+            np.matmul(p, v[b, :, : counts[b]], out=y_heads[b])
+            y_heads[b] /= p.sum(axis=-1, keepdims=True)
+
+        _in_parallel(list(range(B)), work)
 
     # --- softmax ---
 
@@ -465,24 +501,48 @@ class ReferenceOps(Ops):
             y[...] = x
 
 
-def _heads(qkv: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Returns q, k and v as (B, H, T, D) views of qkv (B, T, 3, H, D)."""
-    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-    return q, k, v
+def _heads(op: str, qkv: NDArray, H: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Returns views of qkv (B, T, R, D): q (H / G, B, G, T, D), k and v (B, G, T, D).
+
+    q[i, :, g] is query head i of those that use head g of k and v.
+    """
+    G = kv_heads(op, qkv.shape[2], H)
+    k, v = qkv[:, :, H : H + G], qkv[:, :, H + G :]
+    return _by_group(qkv[:, :, :H], H // G), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def _by_group(x: NDArray, m: int) -> NDArray:
+    """Returns x (B, T, H, D) as a view (m, B, H / m, T, D)."""
+    B, T, H, D = x.shape
+    return x.reshape(B, T, H // m, m, D).transpose(3, 0, 2, 1, 4)
+
+
+def _lse_by_group(lse: NDArray, m: int) -> NDArray:
+    """Returns lse or delta (B, H, T) as a view (m, B, H / m, T)."""
+    B, H, T = lse.shape
+    return lse.reshape(B, H // m, m, T).transpose(2, 0, 1, 3)
+
+
+def _matmul(out: NDArray, a: NDArray, b: NDArray, *, accumulate: bool) -> None:
+    """out = a @ b, or += with `accumulate`."""
+    if accumulate:
+        out += a @ b
+    else:
+        np.matmul(a, b, out=out)
 
 
 def _by_heads(shape: tuple[int, ...], work: Callable[[tuple[slice, slice]], None]) -> None:
     """Calls work((batches, heads)) in parallel, on parts of at most SCORE_ELEMENTS scores.
 
-    `shape` is (B, H, T, D). A part is at least one head, whatever its size.
+    `shape` is (B, G, T, D). A part is at least one head, whatever its size.
     """
-    B, H, T, _ = shape
-    heads = min(H, max(1, SCORE_ELEMENTS // (T * T)))
-    batches = max(1, min(B, SCORE_ELEMENTS // (T * T * H)))
+    B, G, T, _ = shape
+    heads = min(G, max(1, SCORE_ELEMENTS // (T * T)))
+    batches = max(1, min(B, SCORE_ELEMENTS // (T * T * G)))
     parts = [
-        (slice(b, b + batches), slice(h, h + heads))
+        (slice(b, b + batches), slice(g, g + heads))
         for b in range(0, B, batches)
-        for h in range(0, H, heads)
+        for g in range(0, G, heads)
     ]
     _in_parallel(parts, work)
 

@@ -8,7 +8,8 @@ role. "mean, rstd (N) float32 =" stands for two tensors.
   micro-batches accumulate.
 - Order: outputs, inputs, saved statistics, then scalars, which are not in the row. Sizes come from
   the shapes.
-- Shape: B batch, T time, C channels, O columns of a linear layer's output, H heads, D = C / H,
+- Shape: B batch, T time, C channels, O columns of a linear layer's output, H query heads, D head
+  size, G key/value heads, R = H + 2 G heads of a row of q, k and v, S positions of a KV cache,
   V vocabulary, Vp padded vocabulary, N = B * T rows, n elements of a flat array. A letter has one
   value in all tensors of a call; `>= T` is any size from T on, and `B * T` a product.
 - dtype: X is that of activations and weights: float32, bfloat16 or float16. Saved statistics,
@@ -136,6 +137,22 @@ def at_most(op: str, name: str, size: int, limit: int) -> int:
     if not 1 <= size <= limit:
         raise ConfigError(f"{op}: {name} = {size} must be 1 to {limit}")
     return size
+
+
+def kv_heads(op: str, R: int, H: int) -> int:
+    """Returns G, the key/value heads of rows of R = H + 2 G heads. Raises as `check_heads` does."""
+    G = (R - H) // 2
+    check_heads(op, R, H, G)
+    return G
+
+
+def check_heads(op: str, R: int, H: int, G: int) -> None:
+    """Raises ConfigError unless R = H + 2 G, and each of G key/value heads serves H / G queries."""
+    if min(H, G) < 1 or R != H + 2 * G or H % G:
+        raise ConfigError(
+            f"{op}: R = {R} heads in a row of q, k and v do not fit H = {H} query heads and G = {G} "
+            f"key/value heads; R must be H + 2 G, and H a multiple of G"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,19 +283,21 @@ class Ops(ABC):
 
     # --- causal self-attention: kernels/attention.cu, kernels/flash_attention.cu ---
 
-    @tensors("y (B, T, H, D) X =", "lse (B, H, T) float32 =", "qkv (B, T, 3, H, D) X")
+    @tensors("y (B, T, H, D) X =", "lse (B, H, T) float32 =", "qkv (B, T, R, D) X")
     @abstractmethod
     def attention_fwd(self, y: Array, lse: Array, qkv: Array) -> None:
         """y = softmax(q k^T / sqrt(D), over t2 <= t) v (Dao 2023, algorithm 1).
 
-        lse = log of the sum of exponentials of the scaled scores; qkv holds q, k and v.
+        lse = log of the sum of exponentials of the scaled scores. A row of qkv has R = H + 2 G
+        heads: H of q, then G of k, then G of v. Query head h uses head h / (H / G) of k and v
+        (Ainslie et al. 2023). ConfigError if there is no such G, or if it does not divide H.
         """
 
     @tensors(
-        "dqkv (B, T, 3, H, D) X =",
+        "dqkv (B, T, R, D) X =",
         "delta (B, H, T) float32 =",
         "dy (B, T, H, D) X",
-        "qkv (B, T, 3, H, D) X",
+        "qkv (B, T, R, D) X",
         "y (B, T, H, D) X",
         "lse (B, H, T) float32",
     )
@@ -288,7 +307,34 @@ class Ops(ABC):
     ) -> None:
         """dqkv = the gradients of q, k and v (Dao 2023, algorithm 2); delta = sum over D of dy * y.
 
-        y and lse are the outputs of `attention_fwd`.
+        y and lse are the outputs of `attention_fwd`. The gradients of a head of k and v are sums
+        over the query heads that use it.
+        """
+
+    # --- decoding with a KV cache: kernels/kv_cache.cu, kernels/attention_decode.cu ---
+
+    @tensors("k, v (B, G, S, D) X +=", "qkv (B, T, R, D) X", "starts (B) int32")
+    @abstractmethod
+    def kv_append(self, k: Array, v: Array, qkv: Array, starts: Array) -> None:
+        """Copies the keys and values of qkv into a cache, from position starts[b] >= 0 on.
+
+        k[b, g, starts[b] + t] = qkv[b, t, R - 2 G + g], v[b, g, starts[b] + t] = qkv[b, t, R - G +
+        g]. Positions from S on are dropped, and all other positions of the cache are unchanged.
+        """
+
+    @tensors(
+        "y (B, 1, H, D) X =",
+        "qkv (B, 1, R, D) X",
+        "k, v (B, G, S, D) X",
+        "starts (B) int32",
+    )
+    @abstractmethod
+    def attention_decode(self, y: Array, qkv: Array, k: Array, v: Array, starts: Array) -> None:
+        """y = softmax(q k^T / sqrt(D), over positions 0 ... starts[b] of the cache) v.
+
+        The query of sequence b is at position starts[b], from 0 to S - 1 (a larger one sees all S
+        positions). Its own key and value are read from the cache: `kv_append` comes first. Of qkv
+        only q is read, and of the cache nothing behind starts[b].
         """
 
     # --- softmax: kernels/softmax.cu ---

@@ -156,10 +156,10 @@ def _attention(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     """The backward pass need not move delta, which only its own kernels read."""
     new = Tensors(ops)
     H, D = c.n_head, c.head_size
-    qkv, y, lse = new(B, T, 3, H, D), new(B, T, H, D), new.float32(B, H, T)
+    qkv, y, lse = new(B, T, 3 * H, D), new(B, T, H, D), new.float32(B, H, T)
     one_matmul = B * H * D * T * (T + 1)
     yield _case(ops, "attention_fwd", y, lse, qkv, flops=2 * one_matmul)
-    dqkv, delta, dy = new(B, T, 3, H, D), new.float32(B, H, T), new(B, T, H, D)
+    dqkv, delta, dy = new(B, T, 3 * H, D), new.float32(B, H, T), new(B, T, H, D)
     ops.attention_fwd(y, lse, qkv)
     args = dqkv, delta, dy, qkv, y, lse
     yield _case(ops, "attention_bwd", *args, touched={"delta": 0}, flops=5 * one_matmul)
