@@ -1,53 +1,65 @@
-"""Generates text with a model, token by token."""
+"""Generates text with a model: a batch of prompts is continued token by token."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.errors import CheckpointError, ConfigError
-from gpu_gpt2.models.model import Model
+from gpu_gpt2.models.decoder import Decoder, Sampling
+
+Int32 = npt.NDArray[np.int32]
+
+
+class HostSampler(Protocol):
+    """Chooses the tokens of one sequence on the host, as another program does."""
+
+    def choose(self, logits: npt.NDArray[np.float32]) -> int:
+        """Returns the next token, given logits (V,) float32."""
+        ...
 
 
 def generate(
-    model: Model,
-    prompt: npt.NDArray[np.int32],
+    decoder: Decoder,
+    prompts: Sequence[Int32],
     *,
     max_tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 40,
-    seed: int = 0,
-) -> Iterator[int]:
-    """Yields `max_tokens` tokens that continue prompt (n,) int32, n >= 1.
+    sampling: Sampling | Sequence[HostSampler],
+    stop: frozenset[int] = frozenset(),
+) -> Iterator[list[int | None]]:
+    """Yields the next token of each sequence, up to `max_tokens` times.
 
-    Each is drawn from the `top_k` likeliest (0 = from all) with logits divided by `temperature`
-    (0 = always the likeliest). The model sees as much of the end of the text as it was made for.
+    `prompts` are token ids (n,) int32, 1 <= n <= decoder.length, one for each sequence of the
+    decoder. A token of `stop` is the last of its sequence: later items have None there, and the
+    last item is the one in which all sequences have ended. `sampling` draws on the device, or on
+    the host with one sampler for each sequence.
+
+    When the longest sequence has filled the cache, the window slides: the decoder reads the last
+    half of the cache's length of each sequence again, and continues from there.
+
+    Raises ConfigError for an impossible prompt, and CheckpointError if the logits are not numbers.
     """
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ConfigError(f"temperature must be a finite number >= 0, not {temperature}")
-    if min(top_k, max_tokens, seed) < 0:
-        raise ConfigError("top_k, max_tokens and seed must not be negative")
-    rng = np.random.default_rng(seed)
-    context = prompt[-model.max_seq_len :]
-    for _ in range(max_tokens):
-        logits = model.forward(context[None])
-        last = model.ops.device.download(logits)[-1, : model.config.vocab_size]
-        token = _draw(last.astype(np.float64), temperature, top_k, rng)
-        yield token
-        context = np.append(context, np.int32(token))[-model.max_seq_len :]
-
-
-def _draw(
-    logits: npt.NDArray[np.float64], temperature: float, top_k: int, rng: np.random.Generator
-) -> int:
-    if not np.isfinite(logits).all():
-        raise CheckpointError("the model's weights are damaged: its logits are not finite numbers")
-    if temperature == 0:
-        return int(logits.argmax())
-    if 0 < top_k < logits.size:
-        logits = np.where(logits >= np.partition(logits, -top_k)[-top_k], logits, -np.inf)
-    p = np.exp((logits - logits.max()) / temperature)
-    return int(rng.choice(p.size, p=p / p.sum()))
+    for i, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= decoder.length:
+            raise ConfigError(
+                f"prompt {i} has {len(prompt)} tokens, expected 1 to {decoder.length}, the context"
+            )
+    if max_tokens <= 0:
+        return
+    draw = _on_device if isinstance(sampling, Sampling) else _on_host
+    texts = [np.asarray(prompt, np.int32) for prompt in prompts]
+    ended = [False] * len(texts)
+    decoder.prefill(texts)
+    for tokens in draw(decoder, sampling, max_tokens, lambda: _tails(texts, decoder.length // 2)):
+        if (tokens < 0).any():
+            raise CheckpointError(
+                "the model's weights are damaged: its logits are not finite numbers"
+            )
+        texts = [np.append(text, token) for text, token in zip(texts, tokens, strict=True)]
+        yield [None if end else int(t) for end, t in zip(ended, tokens, strict=True)]
+        ended = [end or int(t) in stop for end, t in zip(ended, tokens, strict=True)]
+        if all(ended):
+            return
