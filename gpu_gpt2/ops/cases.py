@@ -171,15 +171,37 @@ def layernorm_bwd(g: Maker, N: int, C: int) -> Call:
     return g.call(x=x, mean=mean, rstd=rstd)
 
 
-def attention_fwd(g: Maker, B: int, T: int, H: int, D: int) -> Call:
-    return g.call(qkv=g.normal(B, T, 3, H, D, scale=2.0))
+def attention_fwd(g: Maker, B: int, T: int, H: int, R: int, D: int) -> Call:
+    return g.call(qkv=g.normal(B, T, R, D, scale=2.0))
 
 
-def attention_bwd(g: Maker, B: int, T: int, H: int, D: int) -> Call:
-    qkv = g.normal_x(B, T, 3, H, D, scale=2.0)
+def attention_bwd(g: Maker, B: int, T: int, H: int, R: int, D: int) -> Call:
+    qkv = g.normal_x(B, T, R, D, scale=2.0)
     y, lse = np.empty((B, T, H, D)), np.empty((B, H, T))
     ReferenceOps().attention_fwd(y, lse, qkv)
     return g.call(qkv=qkv, y=y, lse=lse)
+
+
+def kv_append(g: Maker, B: int, T: int, R: int, G: int, S: int, D: int) -> Call:
+    """The last sequence fills the cache, and has one position too many where T > 1."""
+    starts = g.rng.integers(0, S, B)
+    starts[-1] = S - max(1, T - 1)
+    return g.call(starts=starts, exact=True)
+
+
+def attention_decode(g: Maker, B: int, H: int, R: int, G: int, S: int, D: int) -> Call:
+    """Sequences at positions of their own, the last at the end of the cache.
+
+    The cache is NaN behind each position, and so are the keys and values of qkv: nobody may read
+    them.
+    """
+    starts = g.rng.integers(0, S, B)
+    starts[-1] = S - 1
+    qkv, k, v = g.normal(B, 1, R, D, scale=2.0), g.normal(B, G, S, D), g.normal(B, G, S, D)
+    qkv[:, :, H:] = np.nan
+    for b, start in enumerate(starts):
+        k[b, :, start + 1 :] = v[b, :, start + 1 :] = np.nan
+    return g.call(qkv=qkv, k=k, v=v, starts=starts)
 
 
 def softmax_fwd(g: Maker, N: int, V: int, offset: int, inplace: int) -> Call:
@@ -348,19 +370,44 @@ SOFTMAX_FWD_SIZES: Final = (
 VOCABULARIES: Final = ((1, 1, 1), (7, 31, 32), (33, 127, 128), (5, 257, 384), (3, 1030, 1152))
 FULL_VOCABULARIES: Final = ((2, 50257, 50304), (1, 50259, 50304))
 ATTENTION_SIZES: Final = (
-    (1, 1, 1, 1),
-    (2, 7, 3, 1),
-    (2, 31, 2, 3),
-    (1, 129, 1, 16),
-    (1, 150, 2, 33),
-    (2, 33, 2, 64),
-    (1, 65, 1, 80),
-    (1, 40, 2, 128),
-    (1, 33, 1, 256),
-    (2, 129, 2, 64),
-    (1, 200, 1, 80),
-    (1, 130, 1, 96),
-    (1, 70, 2, 128),
+    (1, 1, 1, 3, 1),
+    (2, 7, 3, 9, 1),
+    (2, 31, 2, 6, 3),
+    (1, 129, 1, 3, 16),
+    (1, 150, 2, 6, 33),
+    (2, 33, 2, 6, 64),
+    (1, 65, 1, 3, 80),
+    (1, 40, 2, 6, 128),
+    (1, 33, 1, 3, 256),
+    (2, 129, 2, 6, 64),
+    (1, 200, 1, 3, 80),
+    (1, 130, 1, 3, 96),
+    (1, 70, 2, 6, 128),
+    # Groups of 2, 3, 8 and 2 query heads for each key/value head.
+    (2, 31, 4, 8, 3),
+    (2, 70, 6, 10, 64),
+    (1, 33, 8, 10, 128),
+    (1, 129, 4, 8, 33),
+)
+# Decoding with 1, 1, 2, 3, 8, 9, 1, 12 and 4 query heads for each key/value head.
+DECODE_SIZES: Final = (
+    (1, 1, 3, 1, 1, 1),
+    (3, 2, 6, 2, 7, 33),
+    (2, 4, 8, 2, 129, 64),
+    (2, 6, 10, 2, 31, 7),
+    (1, 8, 10, 1, 257, 128),
+    (2, 9, 11, 1, 127, 80),
+    (2, 1, 3, 1, 65, 256),
+    (1, 12, 14, 1, 33, 255),
+    (3, 4, 6, 1, 700, 16),
+)
+KV_APPEND_SIZES: Final = (
+    (1, 1, 3, 1, 1, 1),
+    (2, 7, 9, 3, 31, 7),
+    (3, 1, 6, 1, 33, 64),
+    (2, 31, 8, 2, 129, 33),
+    (1, 33, 3, 1, 40, 256),
+    (2, 5, 10, 1, 7, 128),
 )
 LONG_ROW: Final = (2, 8200)  # several 16-byte vectors per thread
 LENGTHS: Final = ((1,), (31,), (257,), (1000,))
@@ -370,8 +417,10 @@ CASES: Final[tuple[Case, ...]] = (
     *_cases(layernorm_fwd, "N C offset", *((*size, 3) for size in ROWS), (33, 127, 30)),
     *_cases(residual_layernorm_fwd, "N C", *ROWS),
     *_cases(layernorm_bwd, "N C", *ROWS),
-    *_cases(attention_fwd, "B T H D", *ATTENTION_SIZES),
-    *_cases(attention_bwd, "B T H D", *ATTENTION_SIZES),
+    *_cases(attention_fwd, "B T H R D", *ATTENTION_SIZES),
+    *_cases(attention_bwd, "B T H R D", *ATTENTION_SIZES),
+    *_cases(kv_append, "B T R G S D", *KV_APPEND_SIZES),
+    *_cases(attention_decode, "B H R G S D", *DECODE_SIZES),
     *_cases(softmax_fwd, "N V offset inplace", *SOFTMAX_FWD_SIZES),
     *_cases(softmax_bwd, "N V inplace", *SOFTMAX_SIZES),
     *_cases(gelu_fwd, "N O", *ROWS, LONG_ROW),
@@ -393,6 +442,10 @@ CASES: Final[tuple[Case, ...]] = (
     *_cases(cast_copy, "n", (31,)),
     *_cases(matmul, "M K N accumulate", (1, 1, 1, 0), (7, 31, 33, 0), (33, 129, 127, 1)),
 )
+LARGE_ATTENTION_SIZES: Final = (
+    *((2, 1024, 3, 9, 64), (1, 1000, 2, 6, 80), (1, 777, 2, 6, 128)),
+    *((1, 1000, 8, 12, 64), (1, 777, 8, 10, 128)),  # groups of 4 and of 8 query heads
+)
 # Sizes of real models, for GPUs: too slow for the emulator.
 LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases(embedding_fwd, "B T C V", (4, 1024, 768, 50257)),
@@ -400,8 +453,13 @@ LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases(layernorm_fwd, "N C offset", (4096, 768, 3), (1000, 1601, 30)),
     *_cases(residual_layernorm_fwd, "N C", (4096, 768), (1000, 1601)),
     *_cases(layernorm_bwd, "N C", (4096, 768), (1000, 1601)),
-    *_cases(attention_fwd, "B T H D", (2, 1024, 3, 64), (1, 1000, 2, 80), (1, 777, 2, 128)),
-    *_cases(attention_bwd, "B T H D", (2, 1024, 3, 64), (1, 1000, 2, 80), (1, 777, 2, 128)),
+    *_cases(attention_fwd, "B T H R D", *LARGE_ATTENTION_SIZES),
+    *_cases(attention_bwd, "B T H R D", *LARGE_ATTENTION_SIZES),
+    *_cases(kv_append, "B T R G S D", (4, 777, 36, 12, 1024, 64), (2, 100, 48, 8, 2048, 128)),
+    *_cases(
+        *(attention_decode, "B H R G S D"),
+        *((4, 12, 36, 12, 1024, 64), (1, 32, 48, 8, 8192, 128), (3, 8, 10, 1, 4001, 80)),
+    ),
     *_cases(softmax_fwd, "N V offset inplace", (64, 50257, 0, 0)),
     *_cases(softmax_bwd, "N V inplace", (64, 50257, 1)),
     *_cases(gelu_fwd, "N O", (4096, 3072)),

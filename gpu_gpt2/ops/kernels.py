@@ -91,6 +91,36 @@ def flash_attention_defines(head_size: int) -> dict[str, int]:
     }
 
 
+# Decoding (kernels/attention_decode.cu). A block has registers for up to MAX_QUERY_HEADS query heads.
+# A split of at least MIN_SPLIT positions moves several times the bytes of its partial results, and
+# 64 give 192 blocks to one sequence of GPT-2 124M. More than DECODE_BLOCKS blocks, about two for
+# each that a large GPU holds at once, would only add partial results.
+DECODE_THREADS: Final = 128
+MAX_QUERY_HEADS: Final = 8
+MIN_SPLIT: Final = 64
+DECODE_BLOCKS: Final = 2048
+DECODE_TOTAL_WARPS: Final = 8
+
+
+def attention_decode_defines(head_size: int, group: int, width: int) -> dict[str, int]:
+    """The compile-time names of kernels/attention_decode.cu, WIDTH included.
+
+    `group` is the number of query heads that share a key/value head.
+    """
+    at_most("attention_decode", "D", head_size, MAX_HEAD_SIZE)
+    lanes = 1
+    while lanes < WARP and lanes * width < head_size:
+        lanes *= 2
+    return {
+        "HEAD_SIZE": head_size,
+        "WIDTH": width,
+        "LANES": lanes,
+        "QUERY_HEADS": _blocks(group, _blocks(group, MAX_QUERY_HEADS)),
+        "THREADS": DECODE_THREADS,
+        "TOTAL_WARPS": DECODE_TOTAL_WARPS,
+    }
+
+
 def layernorm_defines(C: int, width: int) -> dict[str, int]:
     """The compile-time names of kernels/layernorm.cu for rows of C channels, WIDTH included."""
     threads_per_row = WARP
@@ -216,10 +246,37 @@ class KernelOps(Ops):
     # --- decoding with a KV cache ---
 
     def kv_append(self, k: Array, v: Array, qkv: Array, starts: Array) -> None:
-        raise NotImplementedError
+        letters = "B T G S D R"
+        B, T, G, S, D, R = self._sizes("kv_append", letters, k, v, qkv, starts)
+        check_heads("kv_append", R, R - 2 * G, G)
+        rows = at_most("kv_append", "B * T", B * T, MAX_SIZE)
+        elements = at_most("kv_append", "2 * G * D", 2 * G * D, MAX_SIZE)
+        width = self._width(D)
+        threads = _row_threads(elements // width, THREADS)
+        args = (k, v, qkv, starts, T, R - 2 * G, G, D, S)
+        self._launch("kv_append", (rows,), (threads,), args, WIDTH=width)
 
     def attention_decode(self, y: Array, qkv: Array, k: Array, v: Array, starts: Array) -> None:
-        raise NotImplementedError
+        """The splits of the cache are as short as MIN_SPLIT and DECODE_BLOCKS allow.
+
+        Their partial results must also fit into scratch memory. All of this follows from sizes.
+        """
+        op = "attention_decode"
+        B, H, D, R, G, S = self._sizes(op, "B H D R G S", y, qkv, k, v, starts)
+        check_heads(op, R, H, G)
+        defines = attention_decode_defines(D, H // G, self._width(D))
+        blocks = B * G * _blocks(H // G, defines["QUERY_HEADS"])  # of one split
+        floats = at_most(op, "B * H * (D + 2)", B * H * (D + 2), SCRATCH_FLOATS)  # of one split
+        most = min(max(1, DECODE_BLOCKS // blocks), SCRATCH_FLOATS // floats)
+        length = max(MIN_SPLIT, _blocks(S, most))
+        splits = _blocks(S, length)
+        partial = self._scratch[: splits * floats]
+        launch = functools.partial(self._launch, **defines)
+        args = (partial, qkv, k, v, starts, H, G, S, length)
+        launch("attention_decode_partial", (blocks, splits), (defines["THREADS"],), args)
+        grid = (B * H, _blocks(D, WARP))
+        total_args = (y, partial, starts, H, S, splits, length)
+        launch("attention_decode_total", grid, (WARP, DECODE_TOTAL_WARPS), total_args)
 
     # --- softmax ---
 

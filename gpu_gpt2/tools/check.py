@@ -235,7 +235,8 @@ def _extra(case: Case, dtype: str, output_dtype: np.dtype[Any]) -> float:
     with the square root of K), and tensor cores truncate instead of rounding after every few
     (errors grow with K). Attention on tensor cores rounds p and ds to X before a matmul.
     """
-    if case.op.startswith("attention") and dtype != "fp32" and output_dtype == X_DTYPES[dtype]:
+    flash = case.op in ("attention_fwd", "attention_bwd")
+    if flash and dtype != "fp32" and output_dtype == X_DTYPES[dtype]:
         return float(ml_dtypes.finfo(output_dtype).eps) / 2
     if case.op != "matmul":
         return 0.0
