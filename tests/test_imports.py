@@ -30,7 +30,7 @@ LAYERS = [
     "models.size",
     "models.weights",
     "models.gpt2",
-    "models.arena models.batch",
+    "models.arena models.batch models.rope",
     "ops.cases",
     "ops.__init__",
     "ops.reference ops.kernels",

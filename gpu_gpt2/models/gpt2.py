@@ -114,6 +114,7 @@ def activations(
         # pass the gradient of the output of a layernorm or of attention.
         TensorSpec("proj", (N, C)),
         TensorSpec("tokens", (B, T), "int32"),
+        TensorSpec("starts", (B,), "int32"),  # position of the first token of each sequence
         TensorSpec("targets", (N,), "int32"),
     )
     backward = (
@@ -310,7 +311,8 @@ class GPT2:
         """Forward pass of the tokens that lie in `a`, up to and including the last layernorm."""
         c, p, o = self.config, self.params, self.ops
         (B, T), C, eps = a.tokens.shape, c.n_embd, c.layer_norm_epsilon
-        o.embedding_fwd(a.embedded.reshape(B, T, C), a.tokens, p.wte, p.wpe)
+        o.device.fill_zero(a.starts)
+        o.embedding_fwd(a.embedded.reshape(B, T, C), a.tokens, a.starts, p.wte, p.wpe)
         self._first_layernorm(a, 0)
         for l in range(c.n_layer):
             x, w = a.layers[l], self._layer_params[l]
