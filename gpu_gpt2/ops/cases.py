@@ -23,7 +23,8 @@ from gpu_gpt2.ops.table import TABLE, WINDOW, AdamWSettings, Factors, OpTensor
 
 NDArray = npt.NDArray[Any]
 
-SPARE_ROWS: Final = 2  # rows beyond T of a tensor (>= T, ...): no op may read or change them
+# Rows beyond T of a tensor (>= T, ...). An op may read them only where `starts` moves positions.
+SPARE_ROWS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +146,31 @@ def derived(g: Maker, **sizes: int) -> Call:
 
 
 def embedding_fwd(g: Maker, B: int, T: int, C: int, V: int) -> Call:
-    tokens = g.rng.integers(0, V, (B, T))
-    return g.call(tokens=tokens, wte=g.normal(V + 3, C), exact=True)  # one addition, one rounding
+    tokens, starts = g.rng.integers(0, V, (B, T)), _starts(g, B)
+    wte = g.normal(V + 3, C)
+    return g.call(tokens=tokens, starts=starts, wte=wte, exact=True)  # one addition, one rounding
+
+
+def _starts(g: Maker, B: int) -> NDArray:
+    """First positions of B sequences; the last sequence ends with the last of the SPARE_ROWS."""
+    starts = g.rng.integers(0, SPARE_ROWS + 1, B)
+    starts[-1] = SPARE_ROWS
+    return starts
 
 
 def embedding_bwd(g: Maker, B: int, T: int, C: int, V: int) -> Call:
     tokens = g.rng.integers(0, V, (B, T))
     order = np.argsort(tokens.reshape(-1), kind="stable")
     return g.call(tokens=tokens, order=order, dwte=g.normal(V + 3, C))
+
+
+def token_embedding_fwd(g: Maker, B: int, T: int, C: int, V: int) -> Call:
+    tokens = g.rng.integers(0, V, (B, T))
+    return g.call(tokens=tokens, wte=g.normal(V + 3, C), exact=True)  # a copy
+
+
+def token_embedding_bwd(g: Maker, B: int, T: int, C: int, V: int) -> Call:
+    return embedding_bwd(g, B, T, C, V)
 
 
 def layernorm_fwd(g: Maker, N: int, C: int, offset: int) -> Call:
@@ -169,6 +187,32 @@ def layernorm_bwd(g: Maker, N: int, C: int) -> Call:
     y, w, b = np.empty((N, C)), np.ones(C), np.zeros(C)
     ReferenceOps().layernorm_fwd(y, mean, rstd, x, w, b, LAYER_NORM_EPSILON)
     return g.call(x=x, mean=mean, rstd=rstd)
+
+
+def rmsnorm_fwd(g: Maker, N: int, C: int) -> Call:
+    return g.call(x=g.normal(N, C, mean=1.0), scalars={"eps": LAYER_NORM_EPSILON})
+
+
+def residual_rmsnorm_fwd(g: Maker, N: int, C: int) -> Call:
+    return g.call(x1=g.normal(N, C, mean=1.0), scalars={"eps": LAYER_NORM_EPSILON})
+
+
+def rmsnorm_bwd(g: Maker, N: int, C: int) -> Call:
+    x = g.normal_x(N, C, mean=1.0)
+    y, rstd, w = np.empty((N, C)), np.empty(N), np.ones(C)
+    ReferenceOps().rmsnorm_fwd(y, rstd, x, w, LAYER_NORM_EPSILON)
+    return g.call(x=x, rstd=rstd)
+
+
+def rope_fwd(g: Maker, B: int, T: int, R: int, D: int, G: int) -> Call:
+    """Angles of every size, each as the pair of its cosine and its sine."""
+    angle = g.rng.uniform(-math.pi, math.pi, (T + SPARE_ROWS, D // 2))
+    angles = np.stack([np.cos(angle), np.sin(angle)], axis=-1).reshape(-1, D)
+    return g.call(starts=_starts(g, B), angles=angles, scalars={"kv_heads": G})
+
+
+def rope_bwd(g: Maker, B: int, T: int, R: int, D: int, G: int) -> Call:
+    return rope_fwd(g, B, T, R, D, G)
 
 
 def attention_fwd(g: Maker, B: int, T: int, H: int, R: int, D: int) -> Call:
@@ -223,6 +267,14 @@ def gelu_fwd(g: Maker, N: int, O: int) -> Call:
 def gelu_bwd(g: Maker, N: int, O: int, inplace: int) -> Call:
     x, b = g.normal(N, O, scale=3.0), g.normal(O)
     return g.call(x=x, b=b, dx=g.normal(N, O), dy="dx") if inplace else g.call(x=x, b=b)
+
+
+def swiglu_fwd(g: Maker, N: int, F: int) -> Call:
+    return g.call(u=g.normal(N, 2, F, scale=3.0))
+
+
+def swiglu_bwd(g: Maker, N: int, F: int) -> Call:
+    return g.call(u=g.normal(N, 2, F, scale=3.0))
 
 
 def bias_fwd(g: Maker, N: int, O: int) -> Call:
@@ -409,14 +461,26 @@ KV_APPEND_SIZES: Final = (
     (1, 33, 3, 1, 40, 256),
     (2, 5, 10, 1, 7, 128),
 )
+# B, T, R, D, G: D of one pair, of no whole 16-byte vectors, and of whole ones.
+ROPE_SIZES: Final = (
+    *((1, 1, 3, 2, 1), (2, 7, 4, 6, 1), (1, 31, 9, 10, 3), (1, 129, 12, 34, 2)),
+    *((3, 5, 15, 48, 3), (2, 33, 5, 64, 1), (1, 3, 40, 128, 4), (2, 2, 3, 12, 1)),
+)
 LONG_ROW: Final = (2, 8200)  # several 16-byte vectors per thread
 LENGTHS: Final = ((1,), (31,), (257,), (1000,))
 CASES: Final[tuple[Case, ...]] = (
     *_cases(embedding_fwd, "B T C V", *EMBEDDING_SIZES),
     *_cases(embedding_bwd, "B T C V", *EMBEDDING_SIZES),
+    *_cases(token_embedding_fwd, "B T C V", *EMBEDDING_SIZES),
+    *_cases(token_embedding_bwd, "B T C V", *EMBEDDING_SIZES),
     *_cases(layernorm_fwd, "N C offset", *((*size, 3) for size in ROWS), (33, 127, 30)),
     *_cases(residual_layernorm_fwd, "N C", *ROWS),
     *_cases(layernorm_bwd, "N C", *ROWS),
+    *_cases(rmsnorm_fwd, "N C", *ROWS),
+    *_cases(residual_rmsnorm_fwd, "N C", *ROWS),
+    *_cases(rmsnorm_bwd, "N C", *ROWS),
+    *_cases(rope_fwd, "B T R D G", *ROPE_SIZES),
+    *_cases(rope_bwd, "B T R D G", *ROPE_SIZES),
     *_cases(attention_fwd, "B T H R D", *ATTENTION_SIZES),
     *_cases(attention_bwd, "B T H R D", *ATTENTION_SIZES),
     *_cases(kv_append, "B T R G S D", *KV_APPEND_SIZES),
@@ -425,6 +489,8 @@ CASES: Final[tuple[Case, ...]] = (
     *_cases(softmax_bwd, "N V inplace", *SOFTMAX_SIZES),
     *_cases(gelu_fwd, "N O", *ROWS, LONG_ROW),
     *_cases(gelu_bwd, "N O inplace", *((*size, i % 2) for i, size in enumerate((*ROWS, LONG_ROW)))),
+    *_cases(swiglu_fwd, "N F", *ROWS, LONG_ROW),
+    *_cases(swiglu_bwd, "N F", *ROWS, LONG_ROW),
     *_cases(bias_fwd, "N O", *ROWS, LONG_ROW),
     *_cases("bias_bwd", "N O", *ROWS, (5000, 3)),
     *_cases(classifier_fwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
@@ -450,9 +516,16 @@ LARGE_ATTENTION_SIZES: Final = (
 LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases(embedding_fwd, "B T C V", (4, 1024, 768, 50257)),
     *_cases(embedding_bwd, "B T C V", (4, 1024, 768, 50257), (4, 1024, 768, 10)),
+    *_cases(token_embedding_fwd, "B T C V", (4, 1024, 576, 49152)),
+    *_cases(token_embedding_bwd, "B T C V", (4, 1024, 576, 49152), (4, 1024, 576, 10)),
     *_cases(layernorm_fwd, "N C offset", (4096, 768, 3), (1000, 1601, 30)),
     *_cases(residual_layernorm_fwd, "N C", (4096, 768), (1000, 1601)),
     *_cases(layernorm_bwd, "N C", (4096, 768), (1000, 1601)),
+    *_cases(rmsnorm_fwd, "N C", (4096, 576), (1000, 1601)),
+    *_cases(residual_rmsnorm_fwd, "N C", (4096, 576), (1000, 1601)),
+    *_cases(rmsnorm_bwd, "N C", (4096, 576), (1000, 1601)),
+    *_cases(rope_fwd, "B T R D G", (4, 1024, 15, 64, 3), (2, 777, 40, 128, 4)),
+    *_cases(rope_bwd, "B T R D G", (4, 1024, 15, 64, 3), (2, 777, 40, 128, 4)),
     *_cases(attention_fwd, "B T H R D", *LARGE_ATTENTION_SIZES),
     *_cases(attention_bwd, "B T H R D", *LARGE_ATTENTION_SIZES),
     *_cases(kv_append, "B T R G S D", (4, 777, 36, 12, 1024, 64), (2, 100, 48, 8, 2048, 128)),
@@ -464,6 +537,8 @@ LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases(softmax_bwd, "N V inplace", (64, 50257, 1)),
     *_cases(gelu_fwd, "N O", (4096, 3072)),
     *_cases(gelu_bwd, "N O inplace", (4096, 3072, 1)),
+    *_cases(swiglu_fwd, "N F", (4096, 1536)),
+    *_cases(swiglu_bwd, "N F", (4096, 1536)),
     *_cases(bias_fwd, "N O", (4096, 3072)),
     *_cases("bias_bwd", "N O", (4096, 3072), (20_001, 777)),
     *_cases(classifier_fwd, "N V Vp", (64, 50257, 50304)),

@@ -30,20 +30,21 @@ from gpu_gpt2.ops.table import (
 
 WARP: Final = 32  # threads of a warp
 THREADS: Final = 256  # threads of a block, unless the op needs another number
-ROW_THREADS: Final = 512  # most threads of a row with a bias: enough for 4 C of GPT-2 124M in bf16
+# Most threads of a row of an elementwise op: enough for 4 C of GPT-2 124M in bf16.
+ROW_THREADS: Final = 512
 VECTOR_BYTES: Final = 16  # widest load or store of one thread
 
-# Column sums (kernels/bias.cu, kernels/layernorm.cu) cut the rows into chunks and sum each chunk
-# by itself. There are as many chunks as make about CHUNK_BLOCKS blocks, several for each
-# multiprocessor of the largest GPUs, unless chunks would have fewer than MIN_CHUNK_ROWS rows or
-# their sums would not fit into scratch memory.
+# Column sums (kernels/bias.cu, kernels/layernorm.cu, kernels/rmsnorm.cu) cut the rows into chunks
+# and sum each chunk by itself. There are as many chunks as make about CHUNK_BLOCKS blocks, several
+# for each multiprocessor of the largest GPUs, unless chunks would have fewer than MIN_CHUNK_ROWS
+# rows or their sums would not fit into scratch memory.
 MIN_CHUNK_ROWS: Final = 32
 CHUNK_BLOCKS: Final = 1024
 COLUMN_WARPS: Final = 8  # warps of a block of column sums: 256 threads
 SCRATCH_FLOATS: Final = 1 << 21  # float32 elements of scratch memory for partial sums: 8 MiB
 
-# Most channels of a layernorm's row that one thread keeps in registers; the backward pass keeps
-# four such sets (z, g, dw and db).
+# Most channels of a row that one thread of a row group keeps in registers; the backward pass of
+# layernorm keeps four such sets (z, g, dw and db), that of RMSNorm three.
 CHANNELS_PER_THREAD: Final = 32
 
 NORM_BLOCKS: Final = 1024  # most blocks, and so partial sums, of squared_norm
@@ -121,13 +122,13 @@ def attention_decode_defines(head_size: int, group: int, width: int) -> dict[str
     }
 
 
-def layernorm_defines(C: int, width: int) -> dict[str, int]:
-    """The compile-time names of kernels/layernorm.cu for rows of C channels, WIDTH included."""
+def row_group_defines(op: str, C: int, width: int) -> dict[str, int]:
+    """The compile-time names of kernels/row_group.cuh for rows of C channels, WIDTH included."""
     threads_per_row = WARP
     while threads_per_row * CHANNELS_PER_THREAD < C:
         threads_per_row *= 2
     if threads_per_row > MAX_THREADS:
-        raise ConfigError(f"layernorm of {C} channels: at most {MAX_THREADS * CHANNELS_PER_THREAD}")
+        raise ConfigError(f"{op}: C = {C} must be 1 to {MAX_THREADS * CHANNELS_PER_THREAD}")
     return {
         "WIDTH": width,
         "THREADS_PER_ROW": threads_per_row,
@@ -151,26 +152,38 @@ class KernelOps(Ops):
 
     # --- embedding ---
 
-    def embedding_fwd(self, x: Array, tokens: Array, wte: Array, wpe: Array) -> None:
-        B, T, C = self._sizes("embedding_fwd", "B T C", x, tokens, wte, wpe)
+    def embedding_fwd(self, x: Array, tokens: Array, starts: Array, wte: Array, wpe: Array) -> None:
+        B, T, C = self._sizes("embedding_fwd", "B T C", x, tokens, starts, wte, wpe)
         N = at_most("embedding_fwd", "B * T", B * T, MAX_SIZE)
         width = self._width(C)
         threads = _row_threads(C // width, THREADS)
-        args = (x, tokens, wte, wpe, T, C)
+        args = (x, tokens, starts, wte, wpe, T, C)
         self._launch("embedding_fwd", (N,), (threads,), args, WIDTH=width)
 
     def embedding_bwd(
         self, dwte: Array, dwpe: Array, dx: Array, tokens: Array, order: Array
     ) -> None:
         B, T, C = self._sizes("embedding_bwd", "B T C", dwte, dwpe, dx, tokens, order)
-        at_most("embedding_bwd", "C", C, MAX_GRID[1] * THREADS)
-        N = B * T
+        wpe_args = (dwpe, dx, B, T, C)
+        self._launch_by_columns("embedding_bwd", "embedding_bwd_wpe", T, C, wpe_args)
+        wte_args = (dwte, dx, tokens, order, B * T, C)
+        self._launch_by_columns("embedding_bwd", "embedding_bwd_wte", B * T, C, wte_args)
+
+    # --- token embedding without positions ---
+
+    def token_embedding_fwd(self, x: Array, tokens: Array, wte: Array) -> None:
+        op = "token_embedding_fwd"
+        B, T, C = self._sizes(op, "B T C", x, tokens, wte)
+        N = at_most(op, "B * T", B * T, MAX_SIZE)
         width = self._width(C)
         threads = _row_threads(C // width, THREADS)
-        columns = _blocks(C // width, threads)
-        launch = functools.partial(self._launch, block=(threads,), WIDTH=width)
-        launch("embedding_bwd_wpe", (T, columns), args=(dwpe, dx, B, T, C))
-        launch("embedding_bwd_wte", (N, columns), args=(dwte, dx, tokens, order, N, C))
+        self._launch(op, (N,), (threads,), (x, tokens, wte, C), WIDTH=width)
+
+    def token_embedding_bwd(self, dwte: Array, dx: Array, tokens: Array, order: Array) -> None:
+        op = "token_embedding_bwd"
+        B, T, C = self._sizes(op, "B T C", dwte, dx, tokens, order)
+        args = (dwte, dx, tokens, order, B * T, C)
+        self._launch_by_columns(op, "embedding_bwd_wte", B * T, C, args)
 
     # --- layernorm ---
 
@@ -207,7 +220,7 @@ class KernelOps(Ops):
         rstd: Array,
     ) -> None:
         N, C = self._sizes("layernorm_bwd", "N C", dx, dw, db, dy, x, w, mean, rstd)
-        defines = layernorm_defines(C, self._width(C))
+        defines = row_group_defines("layernorm_bwd", C, self._width(C))
         rows, blocks = _chunks("layernorm_bwd", N, 2 * C, CHUNK_BLOCKS)
         partial = self._scratch[: blocks * 2 * C]
         args = (dx, partial, dy, x, w, mean, rstd, N, C, rows)
@@ -215,6 +228,35 @@ class KernelOps(Ops):
         grid = (_blocks(C, WARP), 2)
         total_args = (dw, db, partial, blocks, C)
         self._launch("layernorm_bwd_total", grid, (WARP, WARP), total_args, **defines)
+
+    # --- RMSNorm ---
+
+    def rmsnorm_fwd(self, y: Array, rstd: Array, x: Array, w: Array, eps: float) -> None:
+        self._launch_by_row_groups("rmsnorm_fwd", (y, rstd, x, w), eps)
+
+    def residual_rmsnorm_fwd(
+        self, r: Array, y: Array, rstd: Array, x1: Array, x2: Array, w: Array, eps: float
+    ) -> None:
+        self._launch_by_row_groups("residual_rmsnorm_fwd", (r, y, rstd, x1, x2, w), eps)
+
+    def rmsnorm_bwd(self, dx: Array, dw: Array, dy: Array, x: Array, w: Array, rstd: Array) -> None:
+        N, C = self._sizes("rmsnorm_bwd", "N C", dx, dw, dy, x, w, rstd)
+        defines = row_group_defines("rmsnorm_bwd", C, self._width(C))
+        rows, blocks = _chunks("rmsnorm_bwd", N, C, CHUNK_BLOCKS)
+        partial = self._scratch[: blocks * C]
+        args = (dx, partial, dy, x, w, rstd, N, C, rows)
+        self._launch("rmsnorm_bwd", (blocks,), (defines["THREADS"],), args, **defines)
+        total_args = (dw, partial, blocks, C)
+        grid = (_blocks(C, WARP),)
+        self._launch("rmsnorm_bwd_total", grid, (WARP, WARP), total_args, **defines)
+
+    # --- rotary position embedding ---
+
+    def rope_fwd(self, qkv: Array, starts: Array, angles: Array, kv_heads: int) -> None:
+        self._launch_rope("rope_fwd", qkv, starts, angles, kv_heads)
+
+    def rope_bwd(self, dqkv: Array, starts: Array, angles: Array, kv_heads: int) -> None:
+        self._launch_rope("rope_bwd", dqkv, starts, angles, kv_heads)
 
     # --- attention ---
 
@@ -299,6 +341,14 @@ class KernelOps(Ops):
 
     def gelu_bwd(self, dx: Array, dy: Array, x: Array, b: Array) -> None:
         self._launch_with_bias("gelu_bwd", dx, dy, x, b)
+
+    # --- SwiGLU ---
+
+    def swiglu_fwd(self, y: Array, u: Array) -> None:
+        self._launch_swiglu("swiglu_fwd", y, u)
+
+    def swiglu_bwd(self, du: Array, dy: Array, u: Array) -> None:
+        self._launch_swiglu("swiglu_bwd", du, dy, u)
 
     # --- bias ---
 
@@ -436,12 +486,49 @@ class KernelOps(Ops):
         self._launch(op, (N,), (threads,), (*tensors, O), WIDTH=width, **defines)
 
     def _launch_by_row_groups(self, op: str, tensors: tuple[Array, ...], eps: float) -> None:
-        """One group of THREADS_PER_ROW threads per row: see kernels/layernorm.cu."""
+        """One group of THREADS_PER_ROW threads per row: see kernels/row_group.cuh."""
         N, C = self._sizes(op, "N C", *tensors)
-        defines = layernorm_defines(C, self._width(C))
+        defines = row_group_defines(op, C, self._width(C))
         threads = defines["THREADS"]
         grid = (_blocks(N, threads // defines["THREADS_PER_ROW"]),)
         self._launch(op, grid, (threads,), (*tensors, N, C, eps), **defines)
+
+    def _launch_by_columns(
+        self, op: str, name: str, rows: int, C: int, args: tuple[Any, ...]
+    ) -> None:
+        """One or several blocks per row, whose threads take one piece each."""
+        at_most(op, "C", C, MAX_GRID[1] * THREADS)
+        width = self._width(C)
+        threads = _row_threads(C // width, THREADS)
+        grid = (rows, _blocks(C // width, threads))
+        self._launch(name, grid, (threads,), args, WIDTH=width)
+
+    def _launch_rope(
+        self, op: str, qkv: Array, starts: Array, angles: Array, kv_heads: int
+    ) -> None:
+        """One block per row (b, t): see kernels/rope.cu."""
+        B, T, R, D = self._sizes(op, "B T R D", qkv, starts, angles)
+        N = at_most(op, "B * T", B * T, MAX_SIZE)
+        at_most(op, "R * D", R * D, MAX_SIZE)
+        if D % 2:
+            raise ValueError(f"{op}: D = {D} is odd, but pairs of elements are rotated")
+        queries = R - 2 * kv_heads
+        if kv_heads < 1 or queries < 1 or queries % kv_heads:
+            raise ValueError(
+                f"{op}: kv_heads {kv_heads} leaves {queries} queries of {R} heads, "
+                f"expected a positive multiple of kv_heads"
+            )
+        width = self._width(D)
+        pieces = (R - kv_heads) * D // max(width, 2)
+        args = (qkv, starts, angles, T, R, D, kv_heads)
+        self._launch(op, (N,), (_row_threads(pieces, ROW_THREADS),), args, WIDTH=width)
+
+    def _launch_swiglu(self, op: str, *tensors: Array) -> None:
+        """One block per row of tensors (N, F) and (N, 2, F)."""
+        N, F = self._sizes(op, "N F", *tensors)
+        width = self._width(F)
+        threads = _row_threads(F // width, ROW_THREADS)
+        self._launch(op, (N,), (threads,), (*tensors, F), WIDTH=width)
 
     def _launch_by_warps(self, name: str, rows: int, args: tuple[Any, ...], **defines: int) -> None:
         """One warp per row."""

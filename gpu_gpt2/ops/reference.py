@@ -129,17 +129,29 @@ class ReferenceOps(Ops):
 
     # --- embedding ---
 
-    def embedding_fwd(self, x: NDArray, tokens: NDArray, wte: NDArray, wpe: NDArray) -> None:
-        np.add(wte[tokens], wpe[: tokens.shape[1]], out=x)
+    def embedding_fwd(
+        self, x: NDArray, tokens: NDArray, starts: NDArray, wte: NDArray, wpe: NDArray
+    ) -> None:
+        np.add(wte[tokens], wpe[_positions(starts, tokens.shape[1])], out=x)
 
     def embedding_bwd(
         self, dwte: NDArray, dwpe: NDArray, dx: NDArray, tokens: NDArray, order: NDArray
     ) -> None:
         dwpe[: dx.shape[1]] += dx.sum(axis=0)
+        self.token_embedding_bwd(dwte, dx, tokens, order)
+
+    # --- token embedding without positions ---
+
+    def token_embedding_fwd(self, x: NDArray, tokens: NDArray, wte: NDArray) -> None:
+        x[...] = wte[tokens]
+
+    def token_embedding_bwd(
+        self, dwte: NDArray, dx: NDArray, tokens: NDArray, order: NDArray
+    ) -> None:
         in_order = tokens.reshape(-1)[order]
-        starts = np.flatnonzero(np.diff(in_order, prepend=-1))
+        firsts = np.flatnonzero(np.diff(in_order, prepend=-1))
         rows = dx.reshape(-1, dx.shape[2])[order]
-        dwte[in_order[starts]] += np.add.reduceat(rows, starts, axis=0)
+        dwte[in_order[firsts]] += np.add.reduceat(rows, firsts, axis=0)
 
     # --- layernorm ---
 
@@ -212,6 +224,56 @@ class ReferenceOps(Ops):
         for dw_part, db_part in _by_rows(x, work):
             dw += dw_part
             db += db_part
+
+    # --- RMSNorm ---
+
+    def rmsnorm_fwd(self, y: NDArray, rstd: NDArray, x: NDArray, w: NDArray, eps: float) -> None:
+        def work(i: slice) -> None:
+            mean_square = np.einsum("nc,nc->n", x[i], x[i])
+            mean_square /= x.shape[1]
+            mean_square += eps
+            np.divide(1.0, np.sqrt(mean_square, out=mean_square), out=rstd[i])
+            np.multiply(x[i], rstd[i, None], out=y[i])
+            y[i] *= w
+
+        _by_rows(x, work)
+
+    def residual_rmsnorm_fwd(
+        self,
+        r: NDArray,
+        y: NDArray,
+        rstd: NDArray,
+        x1: NDArray,
+        x2: NDArray,
+        w: NDArray,
+        eps: float,
+    ) -> None:
+        _by_rows(r, lambda i: np.add(x1[i], x2[i], out=r[i]))
+        self.rmsnorm_fwd(y, rstd, r, w, eps)
+
+    def rmsnorm_bwd(
+        self, dx: NDArray, dw: NDArray, dy: NDArray, x: NDArray, w: NDArray, rstd: NDArray
+    ) -> None:
+        def work(i: slice) -> NDArray:
+            normed = x[i] * rstd[i, None]
+            g = dy[i] * w
+            g_normed_mean = np.einsum("nc,nc->n", g, normed)[:, None] / x.shape[1]
+            g -= normed * g_normed_mean
+            g *= rstd[i, None]
+            dx[i] += g
+            normed *= dy[i]
+            return _column_sums(normed)
+
+        for part in _by_rows(x, work):
+            dw += part
+
+    # --- rotary position embedding ---
+
+    def rope_fwd(self, qkv: NDArray, starts: NDArray, angles: NDArray, kv_heads: int) -> None:
+        _rotate(qkv, starts, _complex(angles), kv_heads)
+
+    def rope_bwd(self, dqkv: NDArray, starts: NDArray, angles: NDArray, kv_heads: int) -> None:
+        _rotate(dqkv, starts, _complex(angles).conj(), kv_heads)
 
     # --- attention ---
 
@@ -334,6 +396,32 @@ class ReferenceOps(Ops):
             np.multiply(dy[i], slope, out=dx[i])
 
         _by_rows(x, work)
+
+    # --- SwiGLU ---
+
+    def swiglu_fwd(self, y: NDArray, u: NDArray) -> None:
+        def work(i: slice) -> None:
+            t = _one_plus_exp(u[i, 0])
+            np.divide(u[i, 0], t, out=t)
+            np.multiply(t, u[i, 1], out=y[i])
+
+        _by_rows(y, work)
+
+    def swiglu_bwd(self, du: NDArray, dy: NDArray, u: NDArray) -> None:
+        def work(i: slice) -> None:
+            # d/dz z s(z) = s + z s (1 - s), with the sigmoid s
+            gate, up = u[i, 0], u[i, 1]
+            s = _one_plus_exp(gate)
+            np.divide(1.0, s, out=s)
+            silu = gate * s
+            np.multiply(dy[i], silu, out=du[i, 1])
+            slope = 1.0 - s
+            slope *= silu
+            slope += s
+            slope *= up
+            np.multiply(dy[i], slope, out=du[i, 0])
+
+        _by_rows(dy, work)
 
     # --- bias ---
 
@@ -499,6 +587,43 @@ class ReferenceOps(Ops):
     def cast(self, y: NDArray, x: NDArray) -> None:
         with np.errstate(over="ignore", invalid="ignore"):  # float16 overflows to infinity
             y[...] = x
+
+
+def _positions(starts: NDArray, T: int) -> NDArray:
+    """Returns the position (B, T) of every token, from that of each sequence's first (B,)."""
+    positions: NDArray = starts[:, None] + np.arange(T, dtype=starts.dtype)
+    return positions
+
+
+def _complex(x: NDArray) -> NDArray:
+    """Returns x (..., D) as a view (..., D / 2) whose elements are the pairs of x: a + b i."""
+    pairs: NDArray = x.view(np.result_type(x.dtype, np.complex64))
+    return pairs
+
+
+def _rotate(x: NDArray, starts: NDArray, turns: NDArray, kv_heads: int) -> None:
+    """Rotates the pairs of all heads of x (B, T, R, D) but the last `kv_heads`, in place.
+
+    turns (>= T, D / 2) are complex: a pair (a, b) is rotated by an angle when a + b i is multiplied
+    by cos + i sin of the angle.
+    """
+    B, T, R, D = x.shape
+    pairs = _complex(x).reshape(B * T, R, D // 2)[:, : R - kv_heads]
+    positions = _positions(starts, T).reshape(-1)
+
+    def work(i: slice) -> None:
+        pairs[i] *= turns[positions[i], None]
+
+    _by_blocks(B * T, R * D, work)
+
+
+def _one_plus_exp(z: NDArray) -> NDArray:
+    """Returns 1 + exp(-z) as a new array: infinity where z is far below zero."""
+    t = np.negative(z)
+    with np.errstate(over="ignore"):
+        np.exp(t, out=t)
+    t += 1.0
+    return t
 
 
 def _heads(op: str, qkv: NDArray, H: int) -> tuple[NDArray, NDArray, NDArray]:

@@ -12,6 +12,8 @@ role. "mean, rstd (N) float32 =" stands for two tensors.
   size, G key/value heads, R = H + 2 G heads of a row of q, k and v, S positions of a KV cache,
   V vocabulary, Vp padded vocabulary, N = B * T rows, n elements of a flat array. A letter has one
   value in all tensors of a call; `>= T` is any size from T on, and `B * T` a product.
+- Llama's: G key/value heads, R = H + 2 G heads of a packed row of q, k, v; F hidden width of the
+  MLP. Its pairs of RoPE are neighbours: elements 2 j and 2 j + 1 of a head.
 - dtype: X is that of activations and weights: float32, bfloat16 or float16. Saved statistics,
   losses and parameter gradients are float32 whatever X is, and sums are kept in float32. `any` is
   float32, bfloat16 or float16, whichever the tensor has.
@@ -202,17 +204,27 @@ class Counts(NamedTuple):
 
 
 class Ops(ABC):
-    """The operations of GPT-2, forward and backward, on one device."""
+    """The operations of GPT-2 and Llama, forward and backward, on one device."""
 
     device: Device
     dtype: str  # X: "fp32", "bf16" or "fp16"
 
     # --- embedding: kernels/embedding.cu ---
 
-    @tensors("x (B, T, C) X =", "tokens (B, T) int32", "wte (Vp, C) X", "wpe (>= T, C) X")
+    @tensors(
+        "x (B, T, C) X =",
+        "tokens (B, T) int32",
+        "starts (B) int32",
+        "wte (Vp, C) X",
+        "wpe (>= T, C) X",
+    )
     @abstractmethod
-    def embedding_fwd(self, x: Array, tokens: Array, wte: Array, wpe: Array) -> None:
-        """x = wte[tokens] + wpe[t]; tokens are in [0, V)."""
+    def embedding_fwd(self, x: Array, tokens: Array, starts: Array, wte: Array, wpe: Array) -> None:
+        """x = wte[tokens] + wpe[starts + t]; tokens are in [0, V).
+
+        starts[b] is the position of the first token of sequence b: 0 in training. wpe has a row for
+        every position.
+        """
 
     @tensors(
         "dwte (Vp, C) float32 +=",
@@ -225,11 +237,28 @@ class Ops(ABC):
     def embedding_bwd(
         self, dwte: Array, dwpe: Array, dx: Array, tokens: Array, order: Array
     ) -> None:
-        """dwte += the rows of dx by token; dwpe[:T] += the sum of dx over B.
+        """dwte += the rows of dx by token; dwpe[:T] += the sum of dx over B: all starts are 0.
 
         `order` is the stable argsort of the flattened tokens: rows of one token lie together, so
         each token's rows are summed in one fixed order without atomics.
         """
+
+    # --- token embedding without positions: kernels/embedding.cu ---
+
+    @tensors("x (B, T, C) X =", "tokens (B, T) int32", "wte (Vp, C) X")
+    @abstractmethod
+    def token_embedding_fwd(self, x: Array, tokens: Array, wte: Array) -> None:
+        """x = wte[tokens]; tokens are in [0, V)."""
+
+    @tensors(
+        "dwte (Vp, C) float32 +=",
+        "dx (B, T, C) X",
+        "tokens (B, T) int32",
+        "order (B * T) int32",
+    )
+    @abstractmethod
+    def token_embedding_bwd(self, dwte: Array, dx: Array, tokens: Array, order: Array) -> None:
+        """dwte += the rows of dx by token; `order` is that of `embedding_bwd`."""
 
     # --- layernorm, alone and fused with the residual sum: kernels/layernorm.cu ---
 
@@ -280,6 +309,55 @@ class Ops(ABC):
         rstd: Array,
     ) -> None:
         """dx, dw, db += the gradients of `layernorm_fwd` with respect to x, w and b."""
+
+    # --- RMSNorm, alone and fused with the residual sum: kernels/rmsnorm.cu ---
+
+    @tensors("y (N, C) X =", "rstd (N) float32 =", "x (N, C) X", "w (C) X")
+    @abstractmethod
+    def rmsnorm_fwd(self, y: Array, rstd: Array, x: Array, w: Array, eps: float) -> None:
+        """y = x * rstd * w over each row, rstd = 1 / sqrt(sum(x^2) / C + eps).
+
+        Source: Zhang & Sennrich 2019, equation 4.
+        """
+
+    @tensors("r, y (N, C) X =", "rstd (N) float32 =", "x1, x2 (N, C) X", "w (C) X")
+    @abstractmethod
+    def residual_rmsnorm_fwd(
+        self, r: Array, y: Array, rstd: Array, x1: Array, x2: Array, w: Array, eps: float
+    ) -> None:
+        """r = x1 + x2, rounded to X, then y, rstd = `rmsnorm_fwd` of that r."""
+
+    @tensors(
+        "dx (N, C) X +=",
+        "dw (C) float32 +=",
+        "dy, x (N, C) X",
+        "w (C) X",
+        "rstd (N) float32",
+    )
+    @abstractmethod
+    def rmsnorm_bwd(self, dx: Array, dw: Array, dy: Array, x: Array, w: Array, rstd: Array) -> None:
+        """dx, dw += the gradients of `rmsnorm_fwd` with respect to x and w."""
+
+    # --- rotary position embedding: kernels/rope.cu ---
+
+    @tensors("qkv (B, T, R, D) X +=", "starts (B) int32", "angles (>= T, D) float32")
+    @abstractmethod
+    def rope_fwd(self, qkv: Array, starts: Array, angles: Array, kv_heads: int) -> None:
+        """Rotates the queries and keys of qkv in place by the angles of their positions.
+
+        Each pair (a, b) of elements 2 j and 2 j + 1 of the heads 0 ... R - kv_heads - 1 becomes
+        (a cos - b sin, a sin + b cos), with cos = angles[p, 2 j], sin = angles[p, 2 j + 1] and the
+        position p = starts[b] + t (Su et al. 2021, equation 34). D is even; angles has a row for
+        every position.
+        """
+
+    @tensors("dqkv (B, T, R, D) X +=", "starts (B) int32", "angles (>= T, D) float32")
+    @abstractmethod
+    def rope_bwd(self, dqkv: Array, starts: Array, angles: Array, kv_heads: int) -> None:
+        """Rotates back what `rope_fwd` has rotated: the gradient of its output becomes its input's.
+
+        The tensors are as in `rope_fwd`.
+        """
 
     # --- causal self-attention: kernels/attention.cu, kernels/flash_attention.cu ---
 
@@ -360,6 +438,18 @@ class Ops(ABC):
     @abstractmethod
     def gelu_bwd(self, dx: Array, dy: Array, x: Array, b: Array) -> None:
         """dx = dy * the derivative of GELU at x + b; dx may be dy."""
+
+    # --- SwiGLU: kernels/swiglu.cu ---
+
+    @tensors("y (N, F) X =", "u (N, 2, F) X")
+    @abstractmethod
+    def swiglu_fwd(self, y: Array, u: Array) -> None:
+        """y = silu(u[:, 0]) * u[:, 1], silu(z) = z / (1 + exp(-z)) (Shazeer 2020, equation 6)."""
+
+    @tensors("du (N, 2, F) X =", "dy (N, F) X", "u (N, 2, F) X")
+    @abstractmethod
+    def swiglu_bwd(self, du: Array, dy: Array, u: Array) -> None:
+        """du = the gradient of `swiglu_fwd` with respect to u."""
 
     # --- bias: kernels/bias.cu ---
 

@@ -98,6 +98,19 @@ class RoundingReference(ReferenceOps):
         r[...] = (x1 + (x2 + bias)).astype(FLOAT32).astype(self.x_dtype)
         self.layernorm_fwd(y, mean, rstd, r, w, b, eps)
 
+    def residual_rmsnorm_fwd(
+        self,
+        r: NDArray,
+        y: NDArray,
+        rstd: NDArray,
+        x1: NDArray,
+        x2: NDArray,
+        w: NDArray,
+        eps: float,
+    ) -> None:
+        r[...] = (x1 + x2).astype(FLOAT32).astype(self.x_dtype)
+        self.rmsnorm_fwd(y, rstd, r, w, eps)
+
 
 def run_checks(
     make_ops: Callable[[str], Ops], dtypes: Iterable[str], cases: Iterable[Case] = CASES

@@ -110,7 +110,7 @@ def _case(
 
 
 def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
-    """The ops of a training step, in its order, at batches of (B, T).
+    """The ops of a training step of GPT-2, in its order, at batches of (B, T), then those of Llama.
 
     Arrays live until the next case is asked for.
     """
@@ -121,6 +121,10 @@ def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     yield from _classifier(ops, c, B, T)
     yield from _matmuls(ops, c, B * T)
     yield from _optimizer(ops, c)
+    yield from _token_embedding(ops, c, B, T)
+    yield from _rmsnorm(ops, c, B * T)
+    yield from _rope(ops, c, B, T)
+    yield from _swiglu(ops, c, B * T)
 
 
 def _embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
@@ -132,8 +136,9 @@ def _embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     tokens = new.ints(host)
     order = new.ints(Batch.of(host, host).order)
     x, wte, wpe = new(B, T, C), new(Vp, C), new(T, C)
+    starts = new.device.zeros((B,), INT32)
     touched = {"wte": distinct * C * new.X.itemsize}
-    yield _case(ops, "embedding_fwd", x, tokens, wte, wpe, touched=touched)
+    yield _case(ops, "embedding_fwd", x, tokens, starts, wte, wpe, touched=touched)
     dwte, dwpe = new.float32(Vp, C), new.float32(T, C)
     touched = {"dwte": distinct * C * FLOAT32.itemsize}
     yield _case(ops, "embedding_bwd", dwte, dwpe, x, tokens, order, touched=touched)
@@ -232,3 +237,48 @@ def _optimizer(ops: Ops, c: ModelConfig) -> Iterator[BenchCase]:
     yield _case(ops, "adamw", master, m, v, param, grad, factors, n // 2, settings)
     if separate:
         yield _case(ops, "cast", param, master)
+
+
+def _token_embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
+    """Yields the token embedding ops, which touch only the rows of distinct tokens."""
+    new = Tensors(ops)
+    C, Vp = c.n_embd, c.padded_vocab_size
+    host = new.tokens(c.vocab_size, B, T)
+    elements = len(np.unique(host)) * C
+    tokens, order = new.ints(host), new.ints(Batch.of(host, host).order)
+    x, wte, dwte = new(B, T, C), new(Vp, C), new.float32(Vp, C)
+    touched = {"wte": elements * new.X.itemsize}
+    yield _case(ops, "token_embedding_fwd", x, tokens, wte, touched=touched)
+    touched = {"dwte": elements * FLOAT32.itemsize}
+    yield _case(ops, "token_embedding_bwd", dwte, x, tokens, order, touched=touched)
+
+
+def _rmsnorm(ops: Ops, c: ModelConfig, N: int) -> Iterator[BenchCase]:
+    new = Tensors(ops)
+    C, eps = c.n_embd, c.layer_norm_epsilon
+    x, y, x2, r = new(N, C), new(N, C), new(N, C), new(N, C)
+    w, dw, rstd = new(C), new.float32(C), new.positive(N)
+    yield _case(ops, "residual_rmsnorm_fwd", r, y, rstd, x, x2, w, eps)
+    yield _case(ops, "rmsnorm_fwd", y, rstd, x, w, eps)
+    yield _case(ops, "rmsnorm_bwd", r, dw, y, x, w, rstd)
+
+
+def _rope(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
+    """Yields the RoPE ops, which leave the values as they are: a third of qkv if G = H."""
+    H, D = c.n_head, c.head_size
+    if D % 2:  # pairs of elements are rotated
+        return
+    new = Tensors(ops)
+    qkv, angles = new(B, T, 3 * H, D), new.float32(T, D)
+    starts = new.device.zeros((B,), INT32)
+    rotated = qkv.nbytes * 2 // 3
+    yield _case(ops, "rope_fwd", qkv, starts, angles, H, touched={"qkv": rotated})
+    yield _case(ops, "rope_bwd", qkv, starts, angles, H, touched={"dqkv": rotated})
+
+
+def _swiglu(ops: Ops, c: ModelConfig, N: int) -> Iterator[BenchCase]:
+    new = Tensors(ops)
+    F = 4 * c.n_embd
+    u, y = new(N, 2, F), new(N, F)
+    yield _case(ops, "swiglu_fwd", y, u)
+    yield _case(ops, "swiglu_bwd", new(N, 2, F), y, u)
