@@ -33,8 +33,8 @@ class Tensor:
     """One tensor of a call.
 
     `dtype` is its dtype on the device and `role` its role in the table: "=", "+=" or "in". `value`
-    is float64 or integers, already rounded to `dtype`, or the name of an earlier tensor whose memory
-    this one shares. An `exact` output may not be rounded differently by any device.
+    is float64 or integers, already rounded to `dtype`, or the name of an earlier tensor whose
+    memory this one shares. An `exact` output may not be rounded differently by any device.
     """
 
     dtype: np.dtype[Any]
