@@ -47,19 +47,69 @@ def generate(
             raise ConfigError(
                 f"prompt {i} has {len(prompt)} tokens, expected 1 to {decoder.length}, the context"
             )
-    if max_tokens <= 0:
+    if max_tokens < 0:
+        raise ConfigError(f"max_tokens must be 0 or more, not {max_tokens}")
+    if max_tokens == 0:
         return
-    draw = _on_device if isinstance(sampling, Sampling) else _on_host
     texts = [np.asarray(prompt, np.int32) for prompt in prompts]
     ended = [False] * len(texts)
+    steps = _on_device if isinstance(sampling, Sampling) else _on_host
     decoder.prefill(texts)
-    for tokens in draw(decoder, sampling, max_tokens, lambda: _tails(texts, decoder.length // 2)):
-        if (tokens < 0).any():
+    for tokens in steps(decoder, sampling, texts, max_tokens):  # type: ignore[operator]
+        if min(tokens) < 0:
             raise CheckpointError(
                 "the model's weights are damaged: its logits are not finite numbers"
             )
-        texts = [np.append(text, token) for text, token in zip(texts, tokens, strict=True)]
-        yield [None if end else int(t) for end, t in zip(ended, tokens, strict=True)]
-        ended = [end or int(t) in stop for end, t in zip(ended, tokens, strict=True)]
+        for i, token in enumerate(tokens):
+            texts[i] = np.append(texts[i], np.int32(token))
+        yield [None if end else token for end, token in zip(ended, tokens, strict=True)]
+        ended = [end or token in stop for end, token in zip(ended, tokens, strict=True)]
         if all(ended):
             return
+
+
+def _on_device(
+    decoder: Decoder, sampling: Sampling, texts: list[Int32], max_tokens: int
+) -> Iterator[list[int]]:
+    """Yields tokens that the device draws; the caller appends them to `texts`."""
+    is_async = decoder.model.ops.device.is_async
+    decoder.sample(sampling)
+    for left in reversed(range(max_tokens)):
+        drawn = decoder.read_tokens()
+        # On a GPU the next step is enqueued first, so that it runs while Python handles this token.
+        ahead = is_async and left > 0 and not decoder.full
+        if ahead:
+            decoder.step(sampling)
+        yield drawn.result()[:, 0].tolist()
+        if left == 0 or ahead:
+            continue
+        if decoder.full:
+            _slide(decoder, texts)
+            decoder.sample(sampling)
+        else:
+            decoder.step(sampling)
+
+
+def _on_host(
+    decoder: Decoder, samplers: Sequence[HostSampler], texts: list[Int32], max_tokens: int
+) -> Iterator[list[int]]:
+    """Yields tokens that the samplers choose; the caller appends them to `texts`."""
+    for left in reversed(range(max_tokens)):
+        logits = decoder.read_logits()
+        if not np.isfinite(logits.max()):  # also if one of them is a NaN
+            yield [-1] * len(texts)
+        tokens = [sampler.choose(row) for sampler, row in zip(samplers, logits, strict=True)]
+        yield tokens
+        if left == 0:
+            return
+        decoder.feed(np.array(tokens, np.int32))
+        if decoder.full:
+            _slide(decoder, texts)
+        else:
+            decoder.decode()
+
+
+def _slide(decoder: Decoder, texts: Sequence[Int32]) -> None:
+    """Reads the last half of the cache's length of each text again, from position 0."""
+    tails = [text[-max(1, decoder.length // 2) :] for text in texts]
+    decoder.prefill(tails, window=decoder.window + 1)

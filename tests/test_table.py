@@ -27,7 +27,13 @@ from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.ops.table import TABLE, Counts, Factors, Ops, OpTensor, Report
 
 SAVED_STATISTICS = ("mean", "rstd", "lse")  # inputs that the forward pass saves for the backward
-CTYPES = {"X": ["floatX"], "float32": ["float"], "int32": ["int"], "any": ["float", "bf16", "fp16"]}
+CTYPES = {
+    "X": ["floatX"],
+    "float32": ["float"],
+    "int32": ["int"],
+    "int8": ["signed char"],
+    "any": ["float", "bf16", "fp16"],
+}
 SCRATCH = "partial"  # the only pointer of a kernel that may be missing in the row of its op
 LAUNCHED_OPS = [op for op in TABLE if op != "matmul"]  # matmul is not a kernel of ours
 # Kernels that belong to more than one op. Each of their ops has the tensors that they take.

@@ -64,8 +64,9 @@ class Decoder:
         self.starts = device.zeros((batch,), INT32)
         self.logits = device.zeros((batch, config.padded_vocab_size), model.x_dtype)
         self._rows = device.zeros((batch, 1), INT32)  # last row of each prompt in a prefill
-        self._key = device.zeros((2,), INT32)  # the seed, as two words
-        self._seed = 0  # that lies in `_key`
+        self._key = device.zeros((2,), INT32)  # key of the random numbers
+        self._key_on_device = (0, 0)
+        self.window = 0  # see `prefill`
         self._positions = np.zeros(batch, np.int32)  # `starts` after all that is enqueued
         self._graphs: dict[tuple[object, ...], Callable[[], None]] = {}
         self._step_views = model.views_of(batch, 1)
@@ -74,14 +75,16 @@ class Decoder:
 
     @property
     def full(self) -> bool:
-        """True if the cache has no place for another token of the longest sequence."""
-        return int(self._positions.max()) + 1 >= self.length
+        """True if the cache has no place for the newest token of the longest sequence."""
+        return int(self._positions.max()) >= self.length
 
-    def prefill(self, prompts: Sequence[Int32]) -> None:
+    def prefill(self, prompts: Sequence[Int32], *, window: int = 0) -> None:
         """Reads one prompt (n,) int32 for each sequence, 1 <= n <= length, in one forward pass.
 
         Everything that was read before is forgotten. Shorter prompts are padded on the right, which
-        changes nothing because attention is causal.
+        changes nothing because attention is causal. A random number of `sample` follows from the
+        seed, the sequence, the position and `window`: a window that is moved to a later part of the
+        same text needs a number of its own, because its positions begin at 0 again.
         """
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         if len(prompts) != self.batch or not (1 <= lengths.min() and lengths.max() <= self.length):
@@ -100,6 +103,7 @@ class Decoder:
         device.upload(self._rows, (np.arange(self.batch) * T + lengths - 1)[:, None].astype("i4"))
         self._run(("prefill", T), lambda decoder: decoder._prefill(a))
         self._set_positions(lengths - 1)
+        self.window = window
 
     def decode(self) -> None:
         """Computes `logits` from `tokens` at the positions `starts`, and extends the cache."""
@@ -107,13 +111,13 @@ class Decoder:
 
     def sample(self, sampling: Sampling) -> None:
         """Draws the next `tokens` from `logits` on the device, and advances `starts`."""
-        self._set_seed(sampling.seed)
+        self._set_key(sampling.seed)
         self._run(("sample", _constants(sampling)), lambda decoder: decoder._sample(sampling))
         self._positions += 1
 
     def step(self, sampling: Sampling) -> None:
         """`decode` and then `sample`, as one CUDA graph."""
-        self._set_seed(sampling.seed)
+        self._set_key(sampling.seed)
 
         def work(decoder: Decoder) -> None:
             decoder._decode()
@@ -162,11 +166,12 @@ class Decoder:
             sampling.top_p,
         )
 
-    def _set_seed(self, seed: int) -> None:
-        if seed != self._seed:
-            key = np.array([seed], np.uint64).view(np.int32)
-            self.model.ops.device.upload(self._key, key)
-            self._seed = seed
+    def _set_key(self, seed: int) -> None:
+        low, high = seed % 2**32, seed // 2**32
+        key = (low, high ^ self.window)
+        if key != self._key_on_device:
+            self.model.ops.device.upload(self._key, np.array(key, np.uint32).view(np.int32))
+            self._key_on_device = key
 
     def _set_positions(self, positions: Int32) -> None:
         self._positions = positions

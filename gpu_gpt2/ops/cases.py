@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.config import LAYER_NORM_EPSILON
-from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
+from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT8, INT32
 from gpu_gpt2.ops.reference import ReferenceOps
-from gpu_gpt2.ops.table import TABLE, WINDOW, AdamWSettings, Factors, OpTensor
+from gpu_gpt2.ops.table import FIXED_DTYPES, TABLE, WINDOW, AdamWSettings, Factors, OpTensor
 
 NDArray = npt.NDArray[Any]
+
+INTEGERS: Final = (INT32, INT8)  # dtypes of tensors that no device computes in float64
 
 # Rows beyond T of a tensor (>= T, ...). An op may read them only where `starts` moves positions.
 SPARE_ROWS: Final = 2
@@ -32,8 +34,8 @@ class Tensor:
     """One tensor of a call.
 
     `dtype` is its dtype on the device and `role` its role in the table: "=", "+=" or "in". `value`
-    is float64 or int32, already rounded to `dtype`, or the name of an earlier tensor whose memory
-    this one shares. An `exact` output may not be rounded differently by any device.
+    is float64 or integers, already rounded to `dtype`, or the name of an earlier tensor whose
+    memory this one shares. An `exact` output may not be rounded differently by any device.
     """
 
     dtype: np.dtype[Any]
@@ -119,10 +121,11 @@ class Maker:
         return rounded(self.normal(*shape, scale=scale, mean=mean), self.x_dtype)
 
     def _dtype(self, tensor: OpTensor) -> np.dtype[Any]:
-        return {"float32": FLOAT32, "int32": INT32}.get(tensor.dtype, self.x_dtype)
+        return FIXED_DTYPES.get(tensor.dtype) or self.x_dtype
 
     def _value(self, tensor: OpTensor) -> NDArray:
-        assert tensor.dtype != "int32", f"{self.case}: {tensor.name} needs values with a meaning"
+        meant = self._dtype(tensor) in INTEGERS
+        assert not meant, f"{self.case}: {tensor.name} needs values with a meaning"
         shape = tuple(map(self._size, tensor.shape))
         return np.full(shape, np.nan) if tensor.role == "=" else self.normal(*shape)
 
@@ -136,8 +139,8 @@ class Maker:
 
 
 def rounded(value: NDArray, dtype: np.dtype[Any]) -> NDArray:
-    """`value` rounded to `dtype`, as float64 or int32."""
-    return value.astype(dtype).astype(INT32 if dtype == INT32 else np.float64)
+    """`value` rounded to `dtype`, as float64 or as the integers they are."""
+    return value.astype(dtype).astype(dtype if dtype in INTEGERS else np.float64)
 
 
 def derived(g: Maker, **sizes: int) -> Call:
@@ -300,6 +303,43 @@ def _classifier_values(g: Maker, N: int, V: int, Vp: int) -> tuple[NDArray, NDAr
     return logits, targets
 
 
+def sample(g: Maker, B: int, V: int, Vp: int, temperature: int, top_k: int, top_p: int) -> Call:
+    """`temperature` in tenths and `top_p` in per cent; logits with many ties."""
+    logits = np.round(g.normal(B, Vp, scale=4.0) * 4) / 4
+    logits[:, V:] = np.nan  # a kernel that reads padding draws -1
+    return g.call(
+        tokens=np.full(B, NO_TOKEN),
+        starts=g.rng.integers(-1, 2000, B),
+        logits=logits,
+        key=g.rng.integers(-(2**31), 2**31, 2),
+        scalars={
+            "vocab_size": V,
+            "temperature": temperature / 10,
+            "top_k": top_k,
+            "top_p": top_p / 100,
+        },
+        exact=True,
+    )
+
+
+def quantize_rows(g: Maker, N: int, I: int, J: int) -> Call:
+    """The first group is zero, and the last holds ties: its scale is 1 if its size allows."""
+    x = g.normal(N, I).reshape(-1, I // J)
+    x[-1] = g.rng.integers(-127, 127, I // J) + 0.5
+    x[-1, -1] = -127.0
+    x[0] = 0.0
+    return g.call(q=np.full((N, I), NOT_WRITTEN), x=x.reshape(N, I), exact=True)
+
+
+def matmul_int8(g: Maker, N: int, O: int, I: int, J: int) -> Call:
+    return g.call(
+        x=g.rng.integers(-127, 128, (N, I)),
+        x_scales=g.rng.uniform(0.01, 0.03, (N, J)),
+        w=g.rng.integers(-127, 128, (O, I)),
+        w_scales=g.rng.uniform(0.001, 0.003, (O, J)),
+    )
+
+
 def prepare_update(g: Maker, N: int, clipped: int, max_zscore: int) -> Call:
     """The fourth update, of a gradient that carries a loss scale of 4.
 
@@ -397,6 +437,24 @@ def _cases(make: Callable[..., Call] | str, names: str, *sizes: tuple[int, ...])
     return [Case(op, dict(zip(names.split(), size, strict=True)), make) for size in sizes]
 
 
+NO_TOKEN: Final = -2  # before `sample` writes: neither a token nor its -1
+NOT_WRITTEN: Final = -128  # before `quantize_rows` writes: it gives -127 to 127
+SAMPLE_SIZES: Final = (
+    *((1, 1, 1, 10, 0, 0), (2, 7, 8, 0, 0, 0), (3, 31, 31, 8, 5, 0), (2, 33, 40, 20, 0, 50)),
+    *((2, 127, 128, 10, 40, 90), (3, 129, 136, 5, 1, 0), (2, 1030, 1152, 7, 0, 95)),
+    *((2, 1031, 1031, 10, 1031, 100), (1, 9000, 9000, 30, 100, 99), (2, 5000, 5008, 15, 0, 0)),
+    *((2, 5000, 5008, 0, 3, 50), (1, 50257, 50304, 10, 40, 90)),
+)
+QUANTIZE_SIZES: Final = (
+    *((1, 1, 1), (3, 31, 1), (7, 33, 3), (2, 127, 127), (5, 129, 3), (2, 172, 43), (4, 288, 9)),
+    *((1, 768, 12), (3, 768, 24), (33, 64, 1)),
+)
+# Groups of 1, 3, 4, 8, 16, 32, 43, 64 and more elements; rows beyond the rows of one block.
+MATMUL_INT8_SIZES: Final = (
+    *((1, 1, 1, 1), (1, 7, 31, 31), (2, 5, 33, 11), (3, 33, 172, 43), (7, 9, 129, 3)),
+    *((4, 31, 288, 9), (1, 70, 768, 12), (9, 3, 768, 24), (33, 2, 64, 1), (8, 6, 1600, 25)),
+    *((5, 4, 40, 5), (1, 3, 4096, 1), (16, 5, 48, 3)),
+)
 EMBEDDING_SIZES: Final = (
     *((1, 1, 1, 1), (2, 7, 33, 3), (3, 31, 129, 7), (1, 129, 257, 1000)),
     *((2, 33, 40, 5), (1, 50, 2304, 9)),
@@ -495,6 +553,9 @@ CASES: Final[tuple[Case, ...]] = (
     *_cases("bias_bwd", "N O", *ROWS, (5000, 3)),
     *_cases(classifier_fwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
     *_cases(classifier_fwd_bwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
+    *_cases(sample, "B V Vp temperature top_k top_p", *SAMPLE_SIZES),
+    *_cases(quantize_rows, "N I J", *QUANTIZE_SIZES),
+    *_cases(matmul_int8, "N O I J", *MATMUL_INT8_SIZES),
     *_cases("squared_norm", "n", *LENGTHS, (300_000,)),
     *_cases(
         *(prepare_update, "N clipped max_zscore"),
@@ -543,6 +604,13 @@ LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases("bias_bwd", "N O", (4096, 3072), (20_001, 777)),
     *_cases(classifier_fwd, "N V Vp", (64, 50257, 50304)),
     *_cases(classifier_fwd_bwd, "N V Vp", (64, 50257, 50304)),
+    *_cases(
+        *(sample, "B V Vp temperature top_k top_p"),
+        *((64, 50257, 50304, 8, 40, 0), (8, 128_256, 128_256, 10, 0, 90)),
+        *((1, 50257, 50304, 0, 0, 0), (3, 32_000, 32_000, 10, 300, 95)),
+    ),
+    *_cases(quantize_rows, "N I J", (32, 11_008, 172), (1, 4096, 64)),
+    *_cases(matmul_int8, "N O I J", (1, 50_304, 768, 12), (32, 4096, 11_008, 172)),
     *_cases("squared_norm", "n", (5_000_001,)),
     *_cases(prepare_update, "N clipped max_zscore", (65_536, 1, 0)),
     *_cases(adamw, "n decayed", (3_000_001, 2_000_001)),

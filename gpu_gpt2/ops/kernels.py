@@ -25,6 +25,7 @@ from gpu_gpt2.ops.table import (
     at_most,
     check_heads,
     kv_heads,
+    sample_scalars,
     sizes,
 )
 
@@ -92,10 +93,10 @@ def flash_attention_defines(head_size: int) -> dict[str, int]:
     }
 
 
-# Decoding (kernels/attention_decode.cu). A block has registers for up to MAX_QUERY_HEADS query heads.
-# A split of at least MIN_SPLIT positions moves several times the bytes of its partial results, and
-# 64 give 192 blocks to one sequence of GPT-2 124M. More than DECODE_BLOCKS blocks, about two for
-# each that a large GPU holds at once, would only add partial results.
+# Decoding (kernels/attention_decode.cu). A block has registers for up to MAX_QUERY_HEADS query
+# heads. A split of at least MIN_SPLIT positions moves several times the bytes of its partial
+# results, and 64 positions give 192 blocks to one sequence of GPT-2 124M. More than DECODE_BLOCKS
+# blocks, about two for each that a large GPU holds at once, would only add partial results.
 DECODE_THREADS: Final = 128
 MAX_QUERY_HEADS: Final = 8
 MIN_SPLIT: Final = 64
@@ -120,6 +121,25 @@ def attention_decode_defines(head_size: int, group: int, width: int) -> dict[str
         "THREADS": DECODE_THREADS,
         "TOTAL_WARPS": DECODE_TOTAL_WARPS,
     }
+
+
+# Sampling (kernels/sample.cu): four warps for each scheduler of a multiprocessor hide the latency
+# of arithmetic. More would only lengthen the sums over the block.
+SAMPLE_THREADS: Final = 512
+
+# Matmuls of int8 (kernels/matmul_int8.cu): blocks of few warps spread the rows of a small matrix
+# over all multiprocessors, and up to 8 rows of x the loads of w from memory bind.
+MATMUL_INT8_WARPS: Final = 4
+MATMUL_INT8_ROWS: Final = 8
+PIECES: Final = (16, 4, 1)  # elements of int8 that a thread loads at once: 16 bytes, 4 or 1
+
+
+def matmul_int8_defines(N: int, group_size: int) -> dict[str, int]:
+    """The compile-time names of matmul_int8 for N rows of x and groups of `group_size`."""
+    rows = 1
+    while rows < min(N, MATMUL_INT8_ROWS):
+        rows *= 2
+    return {"ROWS": rows, "PIECE": next(size for size in PIECES if group_size % size == 0)}
 
 
 def row_group_defines(op: str, C: int, width: int) -> dict[str, int]:
@@ -384,6 +404,45 @@ class KernelOps(Ops):
         tensors = (losses, logits, targets, loss_scale)
         self._launch_classifier("classifier_fwd_bwd", tensors, vocab_size, dloss)
 
+    # --- sampling ---
+
+    def sample(
+        self,
+        tokens: Array,
+        starts: Array,
+        logits: Array,
+        key: Array,
+        vocab_size: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> None:
+        tensors = (tokens, starts, logits, key)
+        B, Vp = self._sizes("sample", "B Vp", *tensors)
+        _check_vocabulary("sample", vocab_size, Vp)
+        scalars = sample_scalars(vocab_size, temperature, top_k, top_p)
+        width = self._width(Vp)
+        threads = _row_threads(_blocks(vocab_size, width), SAMPLE_THREADS)
+        args = (*tensors, vocab_size, Vp, *scalars)
+        self._launch("sample", (B,), (threads,), args, WIDTH=width)
+
+    # --- int8 matmuls ---
+
+    def quantize_rows(self, q: Array, scales: Array, x: Array) -> None:
+        N, I, J = self._sizes("quantize_rows", "N I J", q, scales, x)
+        group_size = _group_size("quantize_rows", I, J)
+        groups = at_most("quantize_rows", "N * J", N * J, MAX_SIZE)
+        self._launch_by_warps("quantize_rows", groups, (q, scales, x, groups, group_size))
+
+    def matmul_int8(self, y: Array, x: Array, x_scales: Array, w: Array, w_scales: Array) -> None:
+        tensors = (y, x, x_scales, w, w_scales)
+        N, O, I, J = self._sizes("matmul_int8", "N O I J", *tensors)
+        defines = matmul_int8_defines(N, _group_size("matmul_int8", I, J))
+        blocks = _blocks(O, MATMUL_INT8_WARPS) * _blocks(N, defines["ROWS"])
+        at_most("matmul_int8", "blocks", blocks, MAX_GRID[0])
+        args = (*tensors, N, O, I, J)
+        self._launch("matmul_int8", (blocks,), (MATMUL_INT8_WARPS * WARP,), args, **defines)
+
     # --- optimizer ---
 
     def squared_norm(self, out: Array, x: Array) -> None:
@@ -571,8 +630,7 @@ class KernelOps(Ops):
     ) -> None:
         """One block per row of logits (N, Vp)."""
         N, Vp = self._sizes(op, "N Vp", *tensors)
-        if not 1 <= vocab_size <= Vp:
-            raise ValueError(f"{op}: vocab_size {vocab_size} is not within 1 to {Vp} columns")
+        _check_vocabulary(op, vocab_size, Vp)
         width = self._width(Vp)
         threads = _row_threads(_blocks(vocab_size, width), MAX_THREADS)
         self._launch(op, (N,), (threads,), (*tensors, vocab_size, Vp, *scalars), WIDTH=width)
@@ -603,6 +661,19 @@ def _blocks(size: int, per_block: int) -> int:
 def _row_threads(columns: int, limit: int) -> int:
     """Threads of a block that works on one row of `columns`: whole warps, at most `limit`."""
     return min(_blocks(columns, WARP) * WARP, limit)
+
+
+def _check_vocabulary(op: str, vocab_size: int, columns: int) -> None:
+    """Raises ValueError if rows of logits have no column, or fewer, for `vocab_size` tokens."""
+    if not 1 <= vocab_size <= columns:
+        raise ValueError(f"{op}: vocab_size {vocab_size} is not within 1 to {columns} columns")
+
+
+def _group_size(op: str, I: int, J: int) -> int:
+    """The elements of each of J groups of a row of I; raises ValueError if I is not a multiple."""
+    if I % J:
+        raise ValueError(f"{op}: rows of I = {I} elements cannot be cut into J = {J} equal groups")
+    return I // J
 
 
 def _chunks(op: str, rows: int, sums: int, most: int) -> tuple[int, int]:

@@ -32,9 +32,12 @@ from gpu_gpt2.ops.table import (
     Factors,
     Ops,
     Report,
+    SampleScalars,
     check_heads,
     kv_heads,
+    sample_scalars,
 )
+from gpu_gpt2.rng.philox import MASK, philox
 
 NDArray = npt.NDArray[Any]
 Item = TypeVar("Item")
@@ -42,6 +45,15 @@ Result = TypeVar("Result")
 
 GELU_SCALE: Final = math.sqrt(2.0 / math.pi)
 GELU_CUBIC: Final = 0.044715
+# The constants of kernels/sample.cu: log2 of the weight of the largest logit, the lowest log2 of a
+# weight relative to it, and the coefficients ln(2)^k / k! of 2^f, k = 7, 6, ..., 0.
+WEIGHT_LOG2: Final = 40
+LOWEST_LOG2: Final = np.float32(-64.0)
+EXP2_COEFFICIENTS: Final = tuple(
+    np.float32(math.log(2.0) ** k / math.factorial(k)) for k in range(7, -1, -1)
+)
+LARGEST_INT8: Final = 127  # of a quantized element; -128 is not used
+LARGEST_INT8_PRODUCT: Final = 128 * 128
 # Elements of one array in a block of rows: as many as fit into an L2 cache, because threads take
 # turns at the interpreter lock between any two array operations.
 BLOCK_ELEMENTS: Final = 1 << 17
@@ -465,6 +477,59 @@ class ReferenceOps(Ops):
 
         _by_rows(logits, work)
 
+    # --- sampling ---
+
+    def sample(
+        self,
+        tokens: NDArray,
+        starts: NDArray,
+        logits: NDArray,
+        key: NDArray,
+        vocab_size: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> None:
+        settings = sample_scalars(vocab_size, temperature, top_k, top_p)
+        words = int(key[0]) & MASK, int(key[1]) & MASK
+        starts += 1
+        for b, start in enumerate(starts.tolist()):
+            low, high, *_ = philox((start & MASK, b, 0, 0), words)
+            row = logits[b, :vocab_size].astype(np.float32, copy=False)
+            tokens[b] = _drawn_token(row, settings, high << 32 | low)
+
+    # --- int8 matmuls ---
+
+    def quantize_rows(self, q: NDArray, scales: NDArray, x: NDArray) -> None:
+        groups = x.reshape(*scales.shape, -1)
+        np.divide(np.abs(groups).max(axis=2), LARGEST_INT8, out=scales)
+        usable = (scales > 0) & np.isfinite(scales)
+        ratio = np.zeros_like(groups)
+        np.divide(groups, scales[..., None], out=ratio, where=usable[..., None])
+        # np.rint would round halves to even. The fraction, unlike ratio + 1/2, is exact.
+        whole = np.trunc(ratio)
+        whole += np.copysign(np.abs(ratio - whole) >= 0.5, ratio)
+        # A scale below the normal float32 numbers is so inexact that a ratio can exceed 127.
+        np.clip(whole, -LARGEST_INT8, LARGEST_INT8, out=whole)
+        q[...] = whole.reshape(q.shape)
+
+    def matmul_int8(
+        self, y: NDArray, x: NDArray, x_scales: NDArray, w: NDArray, w_scales: NDArray
+    ) -> None:
+        (N, I), J = x.shape, x_scales.shape[1]
+        # Every partial sum is an integer, so sums of floats are exact in any order.
+        dtype = np.float32 if I // J * LARGEST_INT8_PRODUCT <= 2**24 else np.float64
+        x_groups = x.reshape(N, J, -1).astype(dtype).transpose(1, 2, 0)  # (J, I / J, N)
+
+        def work(i: slice) -> None:
+            w_groups = w[i].reshape(-1, J, I // J).astype(dtype).transpose(1, 0, 2)
+            dots = np.matmul(w_groups, x_groups).astype(y.dtype, copy=False)  # (J, rows of w, N)
+            dots *= w_scales[i].T[:, :, None]
+            dots *= x_scales.T[:, None, :]
+            y[:, i] = dots.sum(axis=0).T  # in rising order of groups
+
+        _by_rows(w, work)
+
     # --- optimizer ---
 
     def squared_norm(self, out: NDArray, x: NDArray) -> None:
@@ -701,6 +766,49 @@ def _add_losses(losses: NDArray, x: NDArray, targets: NDArray) -> NDArray:
     total: NDArray = x.sum(axis=1)
     losses += np.log(total) - picked
     return total
+
+
+def _drawn_token(row: NDArray, settings: SampleScalars, random_bits: int) -> int:
+    """Returns the token that `sample` draws from a row of logits (V,) float32, or -1."""
+    largest = row.max()
+    if not np.isfinite(largest):  # a NaN among the logits makes the largest one a NaN
+        return -1
+    if settings.scale == 0:
+        return int(row.argmax())
+    ids = None
+    if settings.top_k:
+        place = row.size - settings.top_k
+        (ids,) = (row >= np.partition(row, place)[place]).nonzero()
+        row = row[ids]
+    weights = _integer_weights(row, largest, settings.scale)
+    if settings.share:
+        target = -(-int(weights.sum()) * settings.share >> 63)  # top_p of the total, rounded up
+        order = np.argsort(row)[::-1]
+        last = order[np.searchsorted(np.cumsum(weights[order]), target)]
+        weights[row < row[last]] = 0
+    running = np.cumsum(weights)
+    drawn = random_bits * int(running[-1]) >> 64
+    place = int(np.searchsorted(running, drawn, side="right"))
+    return place if ids is None else int(ids[place])
+
+
+def _integer_weights(row: NDArray, largest: np.float32, scale: float) -> NDArray:
+    """Returns the weights of logits (n,) float32 as int64: weight_of in kernels/sample.cu.
+
+    Each operation is that of the kernel, in the same order, so that both give the same integers.
+    """
+    with np.errstate(over="ignore"):  # a difference of logits may be -infinity
+        t = row - largest
+        t *= np.float32(scale)
+    np.maximum(t, LOWEST_LOG2, out=t)
+    n = np.rint(t)
+    t -= n
+    p = np.full_like(t, EXP2_COEFFICIENTS[0])
+    for coefficient in EXP2_COEFFICIENTS[1:]:
+        p *= t
+        p += coefficient
+    p *= (n.astype(np.int32) + (WEIGHT_LOG2 + 127) << 23).view(np.float32)  # times 2^(n + 40)
+    return p.astype(np.int64)
 
 
 def _append(window: NDArray, value: float) -> float:

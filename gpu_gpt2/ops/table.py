@@ -8,15 +8,15 @@ role. "mean, rstd (N) float32 =" stands for two tensors.
   micro-batches accumulate.
 - Order: outputs, inputs, saved statistics, then scalars, which are not in the row. Sizes come from
   the shapes.
-- Shape: B batch, T time, C channels, O columns of a linear layer's output, H query heads, D head
-  size, G key/value heads, R = H + 2 G heads of a row of q, k and v, S positions of a KV cache,
-  V vocabulary, Vp padded vocabulary, N = B * T rows, n elements of a flat array. A letter has one
-  value in all tensors of a call; `>= T` is any size from T on, and `B * T` a product.
-- Llama's: G key/value heads, R = H + 2 G heads of a packed row of q, k, v; F hidden width of the
-  MLP. Its pairs of RoPE are neighbours: elements 2 j and 2 j + 1 of a head.
+- Shape: B batch, T time, C channels, H query heads, D head size, G key/value heads, R = H + 2 G
+  heads of a packed row of q, k and v, S positions of a KV cache, I and O columns of a linear
+  layer's input and output, F hidden width of Llama's MLP, J groups of an int8 row, V vocabulary,
+  Vp padded vocabulary, N = B * T rows, n elements of a flat array. A letter has one value in all
+  tensors of a call; `>= T` is any size from T on, and `B * T` a product.
+- Pairs of RoPE are neighbours: elements 2 j and 2 j + 1 of a head.
 - dtype: X is that of activations and weights: float32, bfloat16 or float16. Saved statistics,
   losses and parameter gradients are float32 whatever X is, and sums are kept in float32. `any` is
-  float32, bfloat16 or float16, whichever the tensor has.
+  float32, bfloat16 or float16, whichever the tensor has. int8 is that of quantized matrices.
 - All arrays are C-contiguous. Outputs do not overlap other tensors unless the docstring says so.
 
 Two classes implement the table: `reference.ReferenceOps` in NumPy and `kernels.KernelOps` as
@@ -37,7 +37,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array, Device
+from gpu_gpt2.device.base import FLOAT32, INT8, INT32, X_DTYPES, Array, Device
 from gpu_gpt2.errors import ConfigError, LaunchError
 
 MAX_SIZE: Final = 2**30  # largest dimension and most rows, so that no int counter overflows
@@ -48,8 +48,13 @@ WINDOW: Final = 128  # losses, and gradient norms, among which outliers are foun
 # Why a step made no update, numbered as in Report.skipped; "" stands for an update.
 SKIPPED: Final = ("", "loss spike", "gradient spike", "not finite", "halted")
 ANY: Final = tuple(X_DTYPES.values())  # the dtypes that "any" stands for
+# The dtypes that a row names themselves.
+FIXED_DTYPES: Final[dict[str, np.dtype[Any]]] = {"float32": FLOAT32, "int32": INT32, "int8": INT8}
+# Most columns that `sample` draws from: so many weights of at most 2^40 sum to at most 2^62.
+MAX_VOCABULARY: Final = 2**22
+LOG2_E: Final = 1.0 / math.log(2.0)
 
-ROW_TEXT: Final = re.compile(r"(\w+(?:, \w+)*) \(([^)]+)\) (X|float32|int32|any)(?: (\+?=))?")
+ROW_TEXT: Final = re.compile(r"(\w+(?:, \w+)*) \(([^)]+)\) (X|float32|int32|int8|any)(?: (\+?=))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class OpTensor:
 
     name: str
     shape: tuple[str, ...]  # each a number, a letter, a bound ">= T" or a product "B * T"
-    dtype: str  # "X", "float32", "int32" or "any"
+    dtype: str  # "X", "float32", "int32", "int8" or "any"
     role: str  # "=", "+=" or "in"
 
     def __str__(self) -> str:
@@ -110,7 +115,7 @@ def sizes(op: str, letters: str, X: np.dtype[Any], layout: Layout) -> tuple[int,
             if not _fits(item, size, found):
                 raise _wrong_shape(op, tensor, shape, found)
             at_most(op, item, size, MAX_ELEMENTS if item == "n" else MAX_SIZE)
-        allowed = {"X": (X,), "float32": (FLOAT32,), "int32": (INT32,), "any": ANY}[tensor.dtype]
+        allowed = {"X": (X,), "any": ANY}.get(tensor.dtype) or (FIXED_DTYPES[tensor.dtype],)
         if dtype not in allowed:
             expected = " or ".join(map(str, allowed))
             raise LaunchError(f"{op}: {tensor.name}: expected dtype {expected}, got {dtype}")
@@ -152,8 +157,8 @@ def check_heads(op: str, R: int, H: int, G: int) -> None:
     """Raises ConfigError unless R = H + 2 G, and each of G key/value heads serves H / G queries."""
     if min(H, G) < 1 or R != H + 2 * G or H % G:
         raise ConfigError(
-            f"{op}: R = {R} heads in a row of q, k and v do not fit H = {H} query heads and G = {G} "
-            f"key/value heads; R must be H + 2 G, and H a multiple of G"
+            f"{op}: R = {R} heads in a row of q, k and v do not fit H = {H} query heads and "
+            f"G = {G} key/value heads; R must be H + 2 G, and H a multiple of G"
         )
 
 
@@ -201,6 +206,37 @@ class Counts(NamedTuple):
     updates: float  # t, the number of updates made
     good_steps: float  # updates made since loss_scale last changed
     halted: float  # 1 if a step has diverged and nothing may change; else 0
+
+
+class SampleScalars(NamedTuple):
+    """The scalars of `sample` as every device uses them; `sampling` makes them."""
+
+    scale: float  # log2(e) / temperature as a float32; 0 for the argmax
+    top_k: int  # 0 if off
+    share: int  # top_p times 2^63, 0 if off
+
+
+def sample_scalars(vocab_size: int, temperature: float, top_k: int, top_p: float) -> SampleScalars:
+    """Returns the scalars of `sample` for these settings.
+
+    Raises ConfigError for a setting that is negative or not finite, and for a vocabulary of more
+    than MAX_VOCABULARY tokens.
+    """
+    at_most("sample", "vocab_size", vocab_size, MAX_VOCABULARY)
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for name, value in settings.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"sample: {name} = {value} must be a finite number >= 0")
+    scale = 0.0
+    if temperature > 0:
+        # Neither 0 nor infinite in float32, however extreme the temperature is.
+        finite = np.finfo(np.float32)
+        scale = float(np.float32(np.clip(LOG2_E / temperature, finite.tiny, finite.max)))
+    return SampleScalars(
+        scale=scale,
+        top_k=top_k if top_k < vocab_size else 0,
+        share=int(top_p * 2.0**63) if top_p < 1 else 0,
+    )
 
 
 class Ops(ABC):
@@ -492,6 +528,68 @@ class Ops(ABC):
         """`classifier_fwd`, and logits become their gradient in the same pass.
 
         logits[:, :V] = (softmax - onehot(target)) * dloss * loss_scale; logits[:, V:] = 0.
+        """
+
+    # --- sampling: kernels/sample.cu ---
+
+    @tensors("tokens (B) int32 =", "starts (B) int32 +=", "logits (B, Vp) X", "key (2) int32")
+    @abstractmethod
+    def sample(
+        self,
+        tokens: Array,
+        starts: Array,
+        logits: Array,
+        key: Array,
+        vocab_size: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> None:
+        """tokens = the next token of each sequence, drawn from logits[:, :V], V = vocab_size.
+
+        The columns of logits from V on are never read. `starts` is the position of the newest token
+        of each sequence; it becomes that of the drawn token, starts + 1.
+
+        temperature 0 takes the argmax, of equal logits the lowest id. Otherwise a token has the
+        weight exp((logit - largest logit) / temperature). top_k > 0 keeps the tokens whose logit is
+        at least the k-th largest. Then 0 < top_p < 1 keeps the smallest set of likeliest tokens
+        whose share of the kept weight is at least top_p. Tokens that are equal to the last one kept
+        are kept as well; top_k = 0, top_k >= V, top_p = 0 and top_p >= 1 are off.
+
+        One random number picks the token among the kept weights in rising order of ids. It is the
+        Philox4x32-10 of counter (starts + 1, b, 0, 0) and the two words of `key`, so a sequence
+        depends neither on the others of the batch nor on earlier draws. Every device draws the
+        same token from the same logits: weights are integers (see kernels/sample.cu).
+
+        If one of the V logits is a NaN, or the largest is infinite, the token is -1.
+        """
+
+    # --- int8 matmuls: kernels/matmul_int8.cu ---
+
+    @tensors("q (N, I) int8 =", "scales (N, J) float32 =", "x (N, I) X")
+    @abstractmethod
+    def quantize_rows(self, q: Array, scales: Array, x: Array) -> None:
+        """q = round(x / scale), scale = max |x| / 127, in each group of I / J elements of a row.
+
+        I is a multiple of J. Halves are rounded away from zero, as llama2.c's runq does. A group
+        of zeros has the scale 0 and q = 0. A group with a NaN or an infinity has q = 0 and a scale
+        that is not finite, so that products with the group are NaN.
+        """
+
+    @tensors(
+        "y (N, O) X =",
+        "x (N, I) int8",
+        "x_scales (N, J) float32",
+        "w (O, I) int8",
+        "w_scales (O, J) float32",
+    )
+    @abstractmethod
+    def matmul_int8(self, y: Array, x: Array, x_scales: Array, w: Array, w_scales: Array) -> None:
+        """y = x w^T, of matrices quantized in groups of I / J elements of a row.
+
+        y[n, o] = the sum over groups of (x . w over the group) * w_scale * x_scale: the products of
+        int8 are exact, the sum over groups is float32. I is a multiple of J. For few rows: text
+        generation.
         """
 
     # --- optimizer: kernels/squared_norm.cu, kernels/adamw.cu ---

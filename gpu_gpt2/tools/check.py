@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array
-from gpu_gpt2.ops.cases import CASES, Call, Case
+from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array
+from gpu_gpt2.ops.cases import CASES, INTEGERS, Call, Case
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.ops.table import Ops
 
@@ -188,7 +188,7 @@ def _in_numpy(
             arrays[name] = arrays[tensor.value]
         else:
             value = tensor.copy()
-            arrays[name] = value if tensor.dtype == INT32 else value.astype(dtype)
+            arrays[name] = value if tensor.dtype in INTEGERS else value.astype(dtype)
     getattr(RoundingReference(x_dtype), op)(*arrays.values(), **call.scalars)
     return arrays
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.config import DEFAULTS, LAYER_NORM_EPSILON, ModelConfig
-from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array
+from gpu_gpt2.device.base import FLOAT32, INT8, INT32, X_DTYPES, Array
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.ops.table import TABLE, AdamWSettings, Ops
 
 BLOCK: Final = 1 << 20  # random numbers made for an array, which repeats them
+INT8_GROUP: Final = 64  # elements of an int8 group in llama2.c's files, where sizes allow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,10 @@ class Tensors:
         self.device.upload(array, values.astype(INT32))
         return array
 
+    def int8(self, *shape: int) -> Array:
+        """Zeros: the time of an int8 matmul does not depend on its values."""
+        return self.device.zeros(shape, INT8)
+
     def tokens(self, V: int, *shape: int) -> npt.NDArray[np.int64]:
         return self._rng.integers(0, V, shape)
 
@@ -110,7 +116,9 @@ def _case(
 
 
 def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
-    """The ops of a training step of GPT-2, in its order, at batches of (B, T), then those of Llama.
+    """The ops of GPT-2's training step, in its order, at batches of (B, T), then other ops.
+
+    The others are those of Llama and those of generation.
 
     Arrays live until the next case is asked for.
     """
@@ -125,6 +133,8 @@ def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     yield from _rmsnorm(ops, c, B * T)
     yield from _rope(ops, c, B, T)
     yield from _swiglu(ops, c, B * T)
+    yield from _sampling(ops, c)
+    yield from _int8_matmul(ops, c)
 
 
 def _embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
@@ -282,3 +292,22 @@ def _swiglu(ops: Ops, c: ModelConfig, N: int) -> Iterator[BenchCase]:
     u, y = new(N, 2, F), new(N, F)
     yield _case(ops, "swiglu_fwd", y, u)
     yield _case(ops, "swiglu_bwd", new(N, 2, F), y, u)
+
+
+def _sampling(ops: Ops, c: ModelConfig) -> Iterator[BenchCase]:
+    """Yields the draw of one sequence's token as `generate` draws it; it reads V columns."""
+    new = Tensors(ops)
+    V, Vp = c.vocab_size, c.padded_vocab_size
+    tokens, starts, key = (new.device.zeros((n,), INT32) for n in (1, 1, 2))
+    args = tokens, starts, new(1, Vp), key, V, 1.0, min(40, V), 0.0
+    yield _case(ops, "sample", *args, moved=V * new.X.itemsize)
+
+
+def _int8_matmul(ops: Ops, c: ModelConfig) -> Iterator[BenchCase]:
+    """Yields the int8 matmul of one sequence, x (1, C) w (4C, C), and the quantization of x."""
+    new = Tensors(ops)
+    C, O = c.n_embd, 4 * c.n_embd
+    J = C // math.gcd(C, INT8_GROUP)
+    q, scales, x = new.int8(1, C), new.float32(1, J), new(1, C)
+    yield _case(ops, "quantize_rows", q, scales, x)
+    yield _case(ops, "matmul_int8", new(1, O), q, scales, new.int8(O, C), new.float32(O, J))
