@@ -53,9 +53,12 @@ def generate(
         return
     texts = [np.asarray(prompt, np.int32) for prompt in prompts]
     ended = [False] * len(texts)
-    steps = _on_device if isinstance(sampling, Sampling) else _on_host
     decoder.prefill(texts)
-    for tokens in steps(decoder, sampling, texts, max_tokens):  # type: ignore[operator]
+    if isinstance(sampling, Sampling):
+        steps = _on_device(decoder, sampling, texts, max_tokens)
+    else:
+        steps = _on_host(decoder, sampling, texts, max_tokens)
+    for tokens in steps:
         if min(tokens) < 0:
             raise CheckpointError(
                 "the model's weights are damaged: its logits are not finite numbers"

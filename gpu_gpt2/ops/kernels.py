@@ -333,12 +333,13 @@ class KernelOps(Ops):
         length = max(MIN_SPLIT, _blocks(S, most))
         splits = _blocks(S, length)
         partial = self._scratch[: splits * floats]
-        launch = functools.partial(self._launch, **defines)
         args = (partial, qkv, k, v, starts, H, G, S, length)
-        launch("attention_decode_partial", (blocks, splits), (defines["THREADS"],), args)
+        block: Dim3 = (defines["THREADS"],)
+        self._launch("attention_decode_partial", (blocks, splits), block, args, **defines)
         grid = (B * H, _blocks(D, WARP))
         total_args = (y, partial, starts, H, S, splits, length)
-        launch("attention_decode_total", grid, (WARP, DECODE_TOTAL_WARPS), total_args)
+        block = (WARP, DECODE_TOTAL_WARPS)
+        self._launch("attention_decode_total", grid, block, total_args, **defines)
 
     # --- softmax ---
 

@@ -704,13 +704,15 @@ def _heads(op: str, qkv: NDArray, H: int) -> tuple[NDArray, NDArray, NDArray]:
 def _by_group(x: NDArray, m: int) -> NDArray:
     """Returns x (B, T, H, D) as a view (m, B, H / m, T, D)."""
     B, T, H, D = x.shape
-    return x.reshape(B, T, H // m, m, D).transpose(3, 0, 2, 1, 4)
+    grouped: NDArray = x.reshape(B, T, H // m, m, D).transpose(3, 0, 2, 1, 4)
+    return grouped
 
 
 def _lse_by_group(lse: NDArray, m: int) -> NDArray:
     """Returns lse or delta (B, H, T) as a view (m, B, H / m, T)."""
     B, H, T = lse.shape
-    return lse.reshape(B, H // m, m, T).transpose(2, 0, 1, 3)
+    grouped: NDArray = lse.reshape(B, H // m, m, T).transpose(2, 0, 1, 3)
+    return grouped
 
 
 def _matmul(out: NDArray, a: NDArray, b: NDArray, *, accumulate: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.config import DEFAULTS, LAYER_NORM_EPSILON, ModelConfig
+from gpu_gpt2.config import DEFAULTS, LAYER_NORM_EPSILON, RMS_NORM_EPS, ModelConfig
 from gpu_gpt2.device.base import FLOAT32, INT8, INT32, X_DTYPES, Array
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.families import parameter_count
@@ -265,7 +265,7 @@ def _token_embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[Bench
 
 def _rmsnorm(ops: Ops, c: ModelConfig, N: int) -> Iterator[BenchCase]:
     new = Tensors(ops)
-    C, eps = c.n_embd, c.layer_norm_epsilon
+    C, eps = c.n_embd, RMS_NORM_EPS
     x, y, x2, r = new(N, C), new(N, C), new(N, C), new(N, C)
     w, dw, rstd = new(C), new.float32(C), new.positive(N)
     yield _case(ops, "residual_rmsnorm_fwd", r, y, rstd, x, x2, w, eps)
