@@ -110,7 +110,7 @@ def _case(
 
 
 def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
-    """The ops of a training step, in its order, at batches of (B, T).
+    """The ops of a training step, in its order, at batches of (B, T), and those of generation.
 
     Arrays live until the next case is asked for.
     """
@@ -121,6 +121,7 @@ def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     yield from _classifier(ops, c, B, T)
     yield from _matmuls(ops, c, B * T)
     yield from _optimizer(ops, c)
+    yield from _generation(ops, c, B, T)
 
 
 def _embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
@@ -232,3 +233,16 @@ def _optimizer(ops: Ops, c: ModelConfig) -> Iterator[BenchCase]:
     yield _case(ops, "adamw", master, m, v, param, grad, factors, n // 2, settings)
     if separate:
         yield _case(ops, "cast", param, master)
+
+
+def _generation(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
+    """Yields the ops of one new token for each of B sequences, the last that a cache of T holds."""
+    new = Tensors(ops)
+    H, D = c.n_head, c.head_size
+    qkv, k, v, y = new(B, 1, 3 * H, D), new(B, H, T, D), new(B, H, T, D), new(B, 1, H, D)
+    starts = new.ints(np.full(B, T - 1))
+    copied = 2 * y.nbytes  # keys and values
+    yield _case(ops, "kv_append", k, v, qkv, starts, moved=2 * copied)
+    touched = {"qkv": y.nbytes, "starts": 0}
+    args = y, qkv, k, v, starts
+    yield _case(ops, "attention_decode", *args, touched=touched, flops=4 * B * H * D * T)
