@@ -352,16 +352,15 @@ class ReferenceOps(Ops):
         check_heads("attention_decode", qkv.shape[2], H, G)
         q = qkv[:, 0, :H].reshape(B, G, H // G, D) * qkv.dtype.type(1.0 / math.sqrt(D))
         y_heads = y.reshape(B, G, H // G, D)
-        counts = np.minimum(starts + 1, S).tolist()
-
-        def work(b: int) -> None:
-            p = q[b] @ k[b, :, : counts[b]].swapaxes(-1, -2)  # (G, H / G, count)
-            p -= p.max(axis=-1, keepdims=True)
-            np.exp(p, out=p)
-            np.matmul(p, v[b, :, : counts[b]], out=y_heads[b])
-            y_heads[b] /= p.sum(axis=-1, keepdims=True)
-
-        _in_parallel(list(range(B)), work)
+        # Memory binds, and a second thread gained nothing on two cores. BLAS is limited to one too,
+        # because matmuls of so few rows that it split over busy cores took up to 100 times as long.
+        with _TURN, _blas().limit(limits=1):
+            for b, count in enumerate((np.minimum(starts, S - 1) + 1).tolist()):
+                p = q[b] @ k[b, :, :count].swapaxes(-1, -2)  # (G, H / G, count)
+                p -= p.max(axis=-1, keepdims=True)
+                np.exp(p, out=p)
+                np.matmul(p, v[b, :, :count], out=y_heads[b])
+                y_heads[b] /= p.sum(axis=-1, keepdims=True)
 
     # --- softmax ---
 
@@ -705,15 +704,15 @@ def _heads(op: str, qkv: NDArray, H: int) -> tuple[NDArray, NDArray, NDArray]:
 def _by_group(x: NDArray, m: int) -> NDArray:
     """Returns x (B, T, H, D) as a view (m, B, H / m, T, D)."""
     B, T, H, D = x.shape
-    grouped: NDArray = x.reshape(B, T, H // m, m, D).transpose(3, 0, 2, 1, 4)
-    return grouped
+    view: NDArray = x.reshape(B, T, H // m, m, D).transpose(3, 0, 2, 1, 4)
+    return view
 
 
 def _lse_by_group(lse: NDArray, m: int) -> NDArray:
     """Returns lse or delta (B, H, T) as a view (m, B, H / m, T)."""
     B, H, T = lse.shape
-    grouped: NDArray = lse.reshape(B, H // m, m, T).transpose(2, 0, 1, 3)
-    return grouped
+    view: NDArray = lse.reshape(B, H // m, m, T).transpose(2, 0, 1, 3)
+    return view
 
 
 def _matmul(out: NDArray, a: NDArray, b: NDArray, *, accumulate: bool) -> None:
