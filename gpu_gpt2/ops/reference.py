@@ -57,6 +57,9 @@ LARGEST_INT8_PRODUCT: Final = 128 * 128
 # Elements of one array in a block of rows: as many as fit into an L2 cache, because threads take
 # turns at the interpreter lock between any two array operations.
 BLOCK_ELEMENTS: Final = 1 << 17
+# Elements of int8 in a block: a (768, 768) matrix is one block, because giving blocks to threads
+# takes as long as multiplying a row by such a matrix.
+INT8_BLOCK_ELEMENTS: Final = 1 << 20
 SCORE_ELEMENTS: Final = 1 << 19  # attention scores that one thread holds at once: 2 MiB in float32
 
 _TURN: Final = threading.RLock()  # held by the op that uses all cores: one op at a time
@@ -72,12 +75,16 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
-def _by_blocks(rows: int, row_size: int, work: Callable[[slice], Result]) -> list[Result]:
+def _by_blocks(
+    rows: int, row_size: int, work: Callable[[slice], Result], elements: int = BLOCK_ELEMENTS
+) -> list[Result]:
     """Calls work(block) for consecutive blocks of rows, in parallel; returns results in order.
+
+    A block has at most `elements` elements, but at least one row.
 
     Threads run in parallel because NumPy releases the interpreter lock in each array operation.
     """
-    step = max(1, BLOCK_ELEMENTS // row_size)
+    step = max(1, elements // row_size)
     blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
     return _in_parallel(blocks, work)
 
@@ -528,7 +535,7 @@ class ReferenceOps(Ops):
             dots *= x_scales.T[:, None, :]
             y[:, i] = dots.sum(axis=0).T  # in rising order of groups
 
-        _by_rows(w, work)
+        _by_blocks(len(w), I, work, INT8_BLOCK_ELEMENTS)
 
     # --- optimizer ---
 
@@ -777,21 +784,18 @@ def _drawn_token(row: NDArray, settings: SampleScalars, random_bits: int) -> int
         return -1
     if settings.scale == 0:
         return int(row.argmax())
-    ids = None
+    least = -np.inf  # the smallest logit that is kept
     if settings.top_k:
-        place = row.size - settings.top_k
-        (ids,) = (row >= np.partition(row, place)[place]).nonzero()
-        row = row[ids]
-    weights = _integer_weights(row, largest, settings.scale)
+        least = np.partition(row, row.size - settings.top_k)[row.size - settings.top_k]
     if settings.share:
-        target = -(-int(weights.sum()) * settings.share >> 63)  # top_p of the total, rounded up
-        order = np.argsort(row)[::-1]
-        last = order[np.searchsorted(np.cumsum(weights[order]), target)]
-        weights[row < row[last]] = 0
-    running = np.cumsum(weights)
+        ordered = np.sort(row[row >= least])[::-1]
+        running = np.cumsum(_integer_weights(ordered, largest, settings.scale))
+        target = -(-int(running[-1]) * settings.share >> 63)  # top_p of the total, rounded up
+        least = ordered[np.searchsorted(running, target)]
+    (ids,) = (row >= least).nonzero()
+    running = np.cumsum(_integer_weights(row[ids], largest, settings.scale))
     drawn = random_bits * int(running[-1]) >> 64
-    place = int(np.searchsorted(running, drawn, side="right"))
-    return place if ids is None else int(ids[place])
+    return int(ids[np.searchsorted(running, drawn, side="right")])
 
 
 def _integer_weights(row: NDArray, largest: np.float32, scale: float) -> NDArray:
