@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from threadpoolctl import threadpool_info
 
 from gpu_gpt2.models.batch import Batch
@@ -49,16 +50,108 @@ def test_embedding(shape: tuple[int, int, int]) -> None:
     B, T, C = shape
     wte, wpe, dy = (rng(i).normal(size=s) for i, s in enumerate([(4, C), (T + 2, C), (B, T, C)]))
     tokens = rng(3).integers(0, 4, (B, T)).astype(np.int32)
+    starts = np.zeros(B, np.int32)
 
     def forward() -> np.ndarray:
         x = np.empty((B, T, C))
-        OPS.embedding_fwd(x, tokens, wte, wpe)
+        OPS.embedding_fwd(x, tokens, starts, wte, wpe)
         return x
 
     dwte, dwpe = np.ones_like(wte), np.ones_like(wpe)
     OPS.embedding_bwd(dwte, dwpe, dy, tokens, Batch.of(tokens, tokens).order)
     assert_near("dwte", dwte, 1 + numeric_gradient(forward, wte, dy))
     assert_near("dwpe", dwpe, 1 + numeric_gradient(forward, wpe, dy))
+
+
+def test_embedding_reads_like_the_formula() -> None:
+    wte, wpe = rng(0).normal(size=(4, 5)), rng(1).normal(size=(9, 5))
+    tokens = rng(2).integers(0, 4, (2, 3)).astype(np.int32)
+    starts = np.array([6, 2], np.int32)
+    x = np.empty((2, 3, 5))
+    OPS.embedding_fwd(x, tokens, starts, wte, wpe)
+    for b, t in np.ndindex(2, 3):
+        np.testing.assert_array_equal(x[b, t], wte[tokens[b, t]] + wpe[starts[b] + t])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_token_embedding(shape: tuple[int, int, int]) -> None:
+    B, T, C = shape
+    wte, dy = rng(0).normal(size=(4, C)), rng(1).normal(size=(B, T, C))
+    tokens = rng(3).integers(0, 4, (B, T)).astype(np.int32)
+
+    def forward() -> np.ndarray:
+        x = np.empty((B, T, C))
+        OPS.token_embedding_fwd(x, tokens, wte)
+        return x
+
+    dwte = np.ones_like(wte)
+    OPS.token_embedding_bwd(dwte, dy, tokens, Batch.of(tokens, tokens).order)
+    assert_near("dwte", dwte, 1 + numeric_gradient(forward, wte, dy))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rmsnorm(shape: tuple[int, int, int], fused: bool) -> None:
+    N, C = shape[0] * shape[1], shape[2]
+    x, x2, dy, w = (rng(i).normal(size=s) for i, s in enumerate([*[(N, C)] * 3, (C,)]))
+    rstd, r = np.empty(N), x
+
+    def forward() -> np.ndarray:
+        nonlocal r
+        y = np.empty((N, C))
+        if fused:
+            r = np.empty((N, C))
+            OPS.residual_rmsnorm_fwd(r, y, rstd, x, x2, w, EPS)
+        else:
+            OPS.rmsnorm_fwd(y, rstd, x, w, EPS)
+        return y
+
+    forward()
+    dx, dw = np.ones((N, C)), np.ones(C)
+    OPS.rmsnorm_bwd(dx, dw, dy, r, w, rstd)
+    assert_near("dx", dx, 1 + numeric_gradient(forward, x, dy))
+    assert_near("dw", dw, 1 + numeric_gradient(forward, w, dy))
+    if fused:
+        assert_near("dx2", dx, 1 + numeric_gradient(forward, x2, dy))
+
+
+ROPE_SIZES = [(1, 1, 3, 2, 1), (2, 5, 4, 6, 1), (1, 3, 8, 4, 2)]  # (B, T, R, D, G)
+
+
+def rope_call(sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns qkv, starts and angles."""
+    B, T, R, D, _ = sizes
+    angle = rng(1).uniform(-4, 4, (T + 3, D // 2))
+    angles = np.stack([np.cos(angle), np.sin(angle)], axis=-1).reshape(T + 3, D)
+    return rng(0).normal(size=(B, T, R, D)), rng(2).integers(0, 4, B).astype(np.int32), angles
+
+
+@pytest.mark.parametrize("sizes", ROPE_SIZES)
+def test_rope(sizes: tuple[int, ...]) -> None:
+    qkv, starts, angles = rope_call(sizes)
+    dy = rng(3).normal(size=qkv.shape)
+
+    def forward() -> np.ndarray:
+        rotated = qkv.copy()
+        OPS.rope_fwd(rotated, starts, angles, sizes[-1])
+        return rotated
+
+    dqkv = dy.copy()
+    OPS.rope_bwd(dqkv, starts, angles, sizes[-1])
+    assert_near("dqkv", dqkv, numeric_gradient(forward, qkv, dy))
+
+
+@pytest.mark.parametrize("sizes", ROPE_SIZES)
+def test_rope_reads_like_the_formula(sizes: tuple[int, ...]) -> None:
+    B, T, R, D, G = sizes
+    qkv, starts, angles = rope_call(sizes)
+    expected = qkv.copy()
+    for b, t, r, j in np.ndindex(B, T, R - G, D // 2):
+        cos, sin = angles[starts[b] + t, 2 * j : 2 * j + 2]
+        x, y = qkv[b, t, r, 2 * j : 2 * j + 2]
+        expected[b, t, r, 2 * j : 2 * j + 2] = x * cos - y * sin, x * sin + y * cos
+    OPS.rope_fwd(qkv, starts, angles, G)
+    np.testing.assert_allclose(qkv, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -91,10 +184,16 @@ def test_layernorm(shape: tuple[int, int, int], fused: bool) -> None:
         assert_near("dbias", (dx - 1).sum(axis=0), numeric_gradient(forward, bias, dy))
 
 
-@pytest.mark.parametrize("B_T_H_D", [(1, 1, 1, 1), (2, 5, 2, 3), (1, 9, 3, 4)])
-def test_attention(B_T_H_D: tuple[int, int, int, int]) -> None:
-    B, T, H, D = B_T_H_D
-    qkv, dy = rng(0).normal(size=(B, T, 3, H, D)), rng(1).normal(size=(B, T, H, D))
+ATTENTION_SIZES = [  # (B, T, H, G, D)
+    *((1, 1, 1, 1, 1), (2, 5, 2, 2, 3), (1, 9, 3, 3, 4)),
+    *((2, 5, 4, 2, 3), (1, 4, 6, 2, 2), (1, 3, 8, 1, 3)),
+]
+
+
+@pytest.mark.parametrize("sizes", ATTENTION_SIZES)
+def test_attention(sizes: tuple[int, int, int, int, int]) -> None:
+    B, T, H, G, D = sizes
+    qkv, dy = rng(0).normal(size=(B, T, H + 2 * G, D)), rng(1).normal(size=(B, T, H, D))
     lse, y = np.empty((B, H, T)), np.empty((B, T, H, D))
 
     def forward() -> np.ndarray:
@@ -107,15 +206,35 @@ def test_attention(B_T_H_D: tuple[int, int, int, int]) -> None:
     assert_near("dqkv", dqkv, numeric_gradient(forward, qkv, dy))
 
 
+@pytest.mark.parametrize("sizes", [*ATTENTION_SIZES, (2, 33, 8, 2, 16)])
+def test_attention_is_that_of_pytorch(sizes: tuple[int, int, int, int, int]) -> None:
+    B, T, H, G, D = sizes
+    qkv, dy = rng(0).normal(size=(B, T, H + 2 * G, D)), rng(1).normal(size=(B, T, H, D))
+    lse, y = np.empty((B, H, T)), np.empty((B, T, H, D))
+    OPS.attention_fwd(y, lse, qkv)
+    dqkv, delta = np.empty_like(qkv), np.empty_like(lse)
+    OPS.attention_bwd(dqkv, delta, dy, qkv, y, lse)
+    rows = torch.from_numpy(qkv).requires_grad_()
+    q, k, v = rows.transpose(1, 2).split([H, G, G], dim=1)  # each (B, heads, T, D)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    expected.backward(torch.from_numpy(dy))
+    assert_near("y", y, expected.detach().numpy())
+    assert rows.grad is not None
+    assert_near("dqkv", dqkv, rows.grad.numpy())
+
+
 def test_attention_forward_reads_like_the_formula() -> None:
-    B, T, H, D = 2, 6, 2, 3
-    qkv = rng(0).normal(size=(B, T, 3, H, D))
+    B, T, H, G, D = 2, 6, 4, 2, 3
+    qkv = rng(0).normal(size=(B, T, H + 2 * G, D))
     y, lse = np.empty((B, T, H, D)), np.empty((B, H, T))
     OPS.attention_fwd(y, lse, qkv)
     for b, t, h in np.ndindex(B, T, H):
-        scores = np.array([qkv[b, t, 0, h] @ qkv[b, s, 1, h] for s in range(t + 1)]) / math.sqrt(D)
+        k, v = qkv[b, :, H + h // 2], qkv[b, :, H + G + h // 2]
+        scores = np.array([qkv[b, t, h] @ k[s] for s in range(t + 1)]) / math.sqrt(D)
         weights = np.exp(scores) / np.exp(scores).sum()
-        expected = sum(weights[s] * qkv[b, s, 2, h] for s in range(t + 1))
+        expected = sum(weights[s] * v[s] for s in range(t + 1))
         np.testing.assert_allclose(y[b, t, h], expected, rtol=1e-12)
         np.testing.assert_allclose(lse[b, h, t], np.log(np.exp(scores).sum()), rtol=1e-12)
 
@@ -154,6 +273,23 @@ def test_gelu(shape: tuple[int, int, int]) -> None:
     OPS.gelu_bwd(dx, dy, x, b)
     assert_near("dx", dx, numeric_gradient(forward, x, dy))
     assert_near("db", dx.sum(axis=0), numeric_gradient(forward, b, dy))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swiglu(shape: tuple[int, int, int]) -> None:
+    N, F = shape[0] * shape[1], shape[2]
+    u, dy = 2 * rng(0).normal(size=(N, 2, F)), rng(1).normal(size=(N, F))
+
+    def forward() -> np.ndarray:
+        y = np.empty((N, F))
+        OPS.swiglu_fwd(y, u)
+        return y
+
+    gate, up = u[:, 0], u[:, 1]
+    np.testing.assert_allclose(forward(), gate / (1 + np.exp(-gate)) * up, rtol=1e-12)
+    du = np.empty_like(u)
+    OPS.swiglu_bwd(du, dy, u)
+    assert_near("du", du, numeric_gradient(forward, u, dy))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
