@@ -19,6 +19,7 @@ LAYERS = [
     "compare convert evaluate plot",
     "generate",
     "open_model",
+    "samplers",
     "data.prepare",
     "data",
     "tokenizer",
