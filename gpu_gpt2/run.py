@@ -26,6 +26,7 @@ from gpu_gpt2.errors import TrainingError
 from gpu_gpt2.evaluate import hellaswag_accuracy, validation_loss
 from gpu_gpt2.generate import generate
 from gpu_gpt2.models.batch import Batch
+from gpu_gpt2.models.decoder import Decoder, Sampling
 from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.model import check_seq_len
 from gpu_gpt2.plot import PLOT_FILE, plot_runs
@@ -99,6 +100,8 @@ class Run:
             self._load(resumed)
         else:
             self.optimizer.load(parts.initial_weights(config))
+        # The KV cache of samples; it is allocated once, like all other memory of a run.
+        self._decoder = Decoder(self.model, batch=1, length=config.seq_len)
         self.step = self._first_step = resumed.step if resumed else 0
         self._saved: tuple[int, Path] | None = None  # step and folder of the newest checkpoint
         if resumed:
@@ -269,14 +272,14 @@ class Run:
             if not self._sample_due():
                 return
             prompt = tokenizer.encode(config.sample_prompt)
-            tokens = list(
-                generate(
-                    self.model,
-                    np.concatenate([np.array([tokenizer.eot], np.int32), prompt]),
-                    max_tokens=config.sample_tokens,
-                    seed=config.seed + self.step,
-                )
+            prompt = np.concatenate([np.array([tokenizer.eot], np.int32), prompt])
+            drawn = generate(
+                self._decoder,
+                [prompt[-self._decoder.length :]],
+                max_tokens=config.sample_tokens,
+                sampling=Sampling(seed=config.seed + self.step),
             )
+            tokens = [token for (token,) in drawn if token is not None]
             self.log.sample(self.step, config.sample_prompt + tokenizer.decode(tokens))
             self._sampled = self.step
 

@@ -5,24 +5,27 @@
 //
 // for each head of each sequence; i is the position of a query, j the position of a key.
 //
-// kernel               outputs                          inputs
-// attention_fwd        y (B, T, H, D) X =               qkv (B, T, 3, H, D) X
+// kernel               outputs                      inputs
+// attention_fwd        y (B, T, H, D) X =           qkv (B, T, R, D) X
 //                      lse (B, H, T) float32 =
-// attention_delta      delta (B, H, T) float32 =        dy, y (B, T, H, D) X
-// attention_bwd_dq     dqkv[:, :, 0] X =                delta float32, dy, qkv X, lse float32
-// attention_bwd_dkv    dqkv[:, :, 1] and [:, :, 2] X =  delta float32, dy, qkv X, lse float32
+// attention_delta      delta (B, H, T) float32 =    dy, y (B, T, H, D) X
+// attention_bwd_dq     dqkv[:, :, : H] X =          delta float32, dy, qkv X, lse float32
+// attention_bwd_dkv    dqkv[:, :, H :] X =          delta float32, dy, qkv X, lse float32
 //
-// qkv holds q, k and v as the projection leaves them, and dqkv their gradients in the same places.
+// qkv holds q, k and v as the projection leaves them, and dqkv their gradients in the same places:
+// rows of R = H + 2 G heads, H of queries, G of keys, G of values. With G < H (grouped-query
+// attention) each key and value head serves a group of H / G neighbouring query heads.
 //
-// Who does what. A block of attention_fwd, attention_bwd_dq or attention_bwd_dkv works on one head
-// and owns ROWS = THREADS / LANES of its positions: queries in _fwd and _bwd_dq, keys in _bwd_dkv.
-// LANES neighbouring threads, the lanes of a position, share the D elements of a position: lane l
-// has elements l, l + LANES, l + 2 LANES ..., DIMS of them, in registers (zeros beyond D). The
-// block walks over the positions of the other side TILE at a time: all threads copy a tile into
-// shared memory as float32, then every position meets every row of the tile. All positions of a
-// warp read the same row at the same time, LANES neighbouring words of it at once: one broadcast,
-// no bank conflict. Tiles that lie wholly above the diagonal are skipped. Shared: 2 tiles of TILE x
-// LANES x DIMS floats, and 2 TILE floats in attention_bwd_dkv.
+// Who does what. A block of attention_fwd or attention_bwd_dq works on one query head and owns ROWS
+// = THREADS / LANES of its queries. A block of attention_bwd_dkv works on one key and value head,
+// owns ROWS of its keys, and takes the query heads of the group one after the other. LANES
+// neighbouring threads, the lanes of a position, share the D elements of a position: lane l has
+// elements l, l + LANES, l + 2 LANES ..., DIMS of them, in registers (zeros beyond D). The block
+// walks over the positions of the other side TILE at a time: all threads copy a tile into shared
+// memory as float32, then every position meets every row of the tile. All positions of a warp read
+// the same row at the same time, LANES neighbouring words of it at once: one broadcast, no bank
+// conflict. Tiles that lie wholly above the diagonal are skipped. Shared: 2 tiles of TILE x LANES x
+// DIMS floats, and 2 TILE floats in attention_bwd_dkv.
 //
 // attention_delta has one warp per (b, t, h) and no shared memory.
 //
@@ -37,33 +40,28 @@
 //     dp[i, j] = dy[i] . v[j]                 ds[i, j] = p[i, j] (dp[i, j] - delta[i])
 //     dq[i] = sum over j of ds[i, j] k[j] / sqrt(D)
 //     dk[j] = sum over i of ds[i, j] q[i] / sqrt(D)         dv[j] = sum over i of p[i, j] dy[i]
-// dq is a sum over keys, dk and dv are sums over queries. Each has a kernel whose threads own the
-// positions of the result: scores are computed twice, but no two threads add to one element, and no
-// atomics are needed.
+// dq is a sum over keys. dk and dv are sums over the queries of all query heads of the group. Each
+// has a kernel whose threads own the positions of the result: scores are computed twice, but no two
+// threads add to one element, and no atomics are needed.
 //
 // Order of sums: a dot product adds each lane's elements in rising d, then the lanes by group_sum's
-// tree; sums over positions run in rising order of position.
+// tree; sums over positions run in rising order of position, and over the query heads of a group in
+// rising order of head.
 //
 // Cost, with N = B T and X = size of floatX. The forward pass has two matmuls, of N T H D flops
 // each over the causal half of all pairs; the backward pass has seven: s and dp twice, dq, dk, dv.
-// Bytes: forward N H D 4X, backward N H D 13X; tiles are read many times, but from cache.
-// Arithmetic binds, and first of all the shared memory that feeds it: each multiply-add reads one
-// word from shared memory, and a multiprocessor reads only a quarter as many words as it can
-// multiply. These kernels are written to be read, and use no tensor cores.
+// Bytes: forward N D (2H + 2G) X, backward N D (7H + 6G) X; tiles are read many times, but from
+// cache. Arithmetic binds, and first of all the shared memory that feeds it: each multiply-add
+// reads one word from shared memory, and a multiprocessor reads only a quarter as many words as it
+// can multiply. These kernels are written to be read, and use no tensor cores.
 //
-// Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2.
+// Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; for groups, Ainslie et al. 2023, "GQA".
 
 #include "attention_head.cuh"
 
 #define ROWS (THREADS / LANES)                  // positions that a block owns
 #define DIMS ((HEAD_SIZE + LANES - 1) / LANES)  // elements of a position that each lane has
 #define TILE_ROW (DIMS * LANES)                 // floats of a tile's row: D rounded up
-
-__device__ inline Head head_in_qkv(int part, int T, int H) {
-    return head_at(blockIdx.x, part, 3, T, H);
-}
-
-__device__ inline Head head_in_y(int T, int H) { return head_at(blockIdx.x, 0, 1, T, H); }
 
 // Returns element d of position t, or zero beyond T or D.
 __device__ inline float element_at(const floatX* x, Head head, int t, int d, int T) {
@@ -80,13 +78,16 @@ __device__ inline void copy_tile(float* tile, const floatX* x, Head head, int fi
 // The second launch bound, 1, is the minimum of resident blocks per multiprocessor; it sets ptxas's
 // register budget. Without it ptxas aims at more blocks and, for some D, spills a register.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    attention_fwd(floatX* y, float* lse, const floatX* qkv, int T, int H) {
+    attention_fwd(floatX* y, float* lse, const floatX* qkv, int T, int H, int G) {
     SHARED_ARRAY(float, k_tile, TILE * TILE_ROW);
     SHARED_ARRAY(float, v_tile, TILE * TILE_ROW);
-    Head q_head = head_in_qkv(0, T, H);
-    Head k_head = head_in_qkv(1, T, H);
-    Head v_head = head_in_qkv(2, T, H);
-    Head y_head = head_in_y(T, H);
+    int b = blockIdx.x / H;
+    int h = blockIdx.x % H;
+    int g = h / (H / G);
+    Head q_head = query_head(b, h, T, H, G);
+    Head k_head = key_head(b, g, T, H, G);
+    Head v_head = value_head(b, g, T, H, G);
+    Head y_head = head_at(b, h, H, T);
     int lane = threadIdx.x % LANES;
     // Blocks start in rising order: the late queries, which see most keys, come first.
     int first_query = (gridDim.y - 1 - blockIdx.y) * ROWS;
@@ -178,13 +179,16 @@ extern "C" __global__ void attention_delta(float* delta, const floatX* dy, const
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_bwd_dq(floatX* dqkv, const float* delta, const floatX* dy, const floatX* qkv,
-                     const float* lse, int T, int H) {
+                     const float* lse, int T, int H, int G) {
     SHARED_ARRAY(float, k_tile, TILE * TILE_ROW);
     SHARED_ARRAY(float, v_tile, TILE * TILE_ROW);
-    Head q_head = head_in_qkv(0, T, H);
-    Head k_head = head_in_qkv(1, T, H);
-    Head v_head = head_in_qkv(2, T, H);
-    Head y_head = head_in_y(T, H);
+    int b = blockIdx.x / H;
+    int h = blockIdx.x % H;
+    int g = h / (H / G);
+    Head q_head = query_head(b, h, T, H, G);
+    Head k_head = key_head(b, g, T, H, G);
+    Head v_head = value_head(b, g, T, H, G);
+    Head y_head = head_at(b, h, H, T);
     int lane = threadIdx.x % LANES;
     int first_query = (gridDim.y - 1 - blockIdx.y) * ROWS;
     int last_query = min(first_query + ROWS, T) - 1;
@@ -243,15 +247,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_bwd_dkv(floatX* dqkv, const float* delta, const floatX* dy, const floatX* qkv,
-                      const float* lse, int T, int H) {
+                      const float* lse, int T, int H, int G) {
     SHARED_ARRAY(float, q_tile, TILE * TILE_ROW);
     SHARED_ARRAY(float, dout_tile, TILE * TILE_ROW);
     SHARED_ARRAY(float, lse_tile, TILE);
     SHARED_ARRAY(float, delta_tile, TILE);
-    Head q_head = head_in_qkv(0, T, H);
-    Head k_head = head_in_qkv(1, T, H);
-    Head v_head = head_in_qkv(2, T, H);
-    Head y_head = head_in_y(T, H);
+    int b = blockIdx.x / G;
+    int g = blockIdx.x % G;
+    Head k_head = key_head(b, g, T, H, G);
+    Head v_head = value_head(b, g, T, H, G);
     int lane = threadIdx.x % LANES;
     // Blocks start in rising order: the early keys, which most queries see, come first.
     int first_key = blockIdx.y * ROWS;
@@ -270,38 +274,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         dv[d] = 0.0f;
     }
 
-    // Begins with the first tile that has a query at or after the block's first key.
-    for (int first_query = first_key / TILE * TILE; first_query < T; first_query += TILE) {
-        copy_tile(q_tile, qkv, q_head, first_query, T);
-        copy_tile(dout_tile, dy, y_head, first_query, T);
-        for (int i = threadIdx.x; i < TILE; i += THREADS) {
-            bool exists = first_query + i < T;
-            long long statistics = (long long)blockIdx.x * T + first_query + i;
-            lse_tile[i] = exists ? lse[statistics] : 0.0f;
-            delta_tile[i] = exists ? delta[statistics] : 0.0f;
-        }
-        __syncthreads();
+    for (int h = g * (H / G); h < (g + 1) * (H / G); h++) {  // the query heads of the group
+        Head q_head = query_head(b, h, T, H, G);
+        Head y_head = head_at(b, h, H, T);
+        // Begins with the first tile that has a query at or after the block's first key.
+        for (int first_query = first_key / TILE * TILE; first_query < T; first_query += TILE) {
+            copy_tile(q_tile, qkv, q_head, first_query, T);
+            copy_tile(dout_tile, dy, y_head, first_query, T);
+            for (int i = threadIdx.x; i < TILE; i += THREADS) {
+                bool exists = first_query + i < T;
+                long long statistics = ((long long)b * H + h) * T + first_query + i;
+                lse_tile[i] = exists ? lse[statistics] : 0.0f;
+                delta_tile[i] = exists ? delta[statistics] : 0.0f;
+            }
+            __syncthreads();
 
-        for (int i = 0; i < TILE; i++) {  // queries from T on are zeros and add nothing
-            int query = first_query + i;
-            float s = 0.0f;
-            float dp = 0.0f;
+            for (int i = 0; i < TILE; i++) {  // queries from T on are zeros and add nothing
+                int query = first_query + i;
+                float s = 0.0f;
+                float dp = 0.0f;
 #pragma unroll
-            for (int d = 0; d < DIMS; d++) {
-                s += k[d] * q_tile[i * TILE_ROW + lane + d * LANES];
-                dp += v[d] * dout_tile[i * TILE_ROW + lane + d * LANES];
-            }
-            s = group_sum(s, LANES);
-            dp = group_sum(dp, LANES);
-            float p = key <= query ? expf(s - lse_tile[i]) : 0.0f;
-            float ds = p * (dp - delta_tile[i]);
+                for (int d = 0; d < DIMS; d++) {
+                    s += k[d] * q_tile[i * TILE_ROW + lane + d * LANES];
+                    dp += v[d] * dout_tile[i * TILE_ROW + lane + d * LANES];
+                }
+                s = group_sum(s, LANES);
+                dp = group_sum(dp, LANES);
+                float p = key <= query ? expf(s - lse_tile[i]) : 0.0f;
+                float ds = p * (dp - delta_tile[i]);
 #pragma unroll
-            for (int d = 0; d < DIMS; d++) {
-                dk[d] += ds * q_tile[i * TILE_ROW + lane + d * LANES];
-                dv[d] += p * dout_tile[i * TILE_ROW + lane + d * LANES];
+                for (int d = 0; d < DIMS; d++) {
+                    dk[d] += ds * q_tile[i * TILE_ROW + lane + d * LANES];
+                    dv[d] += p * dout_tile[i * TILE_ROW + lane + d * LANES];
+                }
             }
+            __syncthreads();
         }
-        __syncthreads();
     }
 
     if (key >= T) {

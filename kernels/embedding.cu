@@ -1,19 +1,28 @@
-// Token and position embedding: the first layer looks up two rows and adds them.
+// Token and position embedding: the first layer of GPT-2 looks up two rows and adds them. That of
+// Llama looks up the token's row only.
 //
-//     x[b, t, :] = wte[token[b, t], :] + wpe[t, :]
+//     embedding:         x[b, t, :] = wte[token[b, t], :] + wpe[starts[b] + t, :]
+//     token_embedding:   x[b, t, :] = wte[token[b, t], :]
 //
-// kernel              outputs                    inputs
-// embedding_fwd       x (B, T, C) X =            tokens (B, T) int, wte (Vp, C) X, wpe (>=T, C) X
-// embedding_bwd_wpe   dwpe (>=T, C) float32 +=   dx (B, T, C) X
-// embedding_bwd_wte   dwte (Vp, C) float32 +=    dx (B, T, C) X, tokens (B, T) int, order (B*T) int
+// kernel                outputs                    inputs
+// embedding_fwd         x (B, T, C) X =            tokens (B, T) int, starts (B) int,
+//                                                  wte (Vp, C) X, wpe (>=T, C) X
+// token_embedding_fwd   x (B, T, C) X =            tokens (B, T) int, wte (Vp, C) X
+// embedding_bwd_wpe     dwpe (>=T, C) float32 +=   dx (B, T, C) X
+// embedding_bwd_wte     dwte (Vp, C) float32 +=    dx (B, T, C) X, tokens (B, T) int,
+//                                                  order (B*T) int
+//
+// embedding_bwd_wte belongs to both ops. Training begins every sequence at position 0, so
+// embedding_bwd_wpe takes no starts.
 //
 // Who does what. Neighbouring threads take neighbouring pieces of WIDTH channels (see common.cuh),
 // so that each read and write of a warp is one contiguous piece of memory; C is a multiple of
 // WIDTH. Blocks may have any size; the pieces of a row may need several blocks in the backward
-// kernels. No shared memory. Grid and block: `embedding_fwd` and `embedding_bwd` in
+// kernels. No shared memory. Grid and block: the methods named like the ops in
 // gpu_gpt2/ops/kernels.py.
 //
-// embedding_fwd: one block per row (b, t), whose threads stride over the pieces.
+// embedding_fwd, token_embedding_fwd: one block per row (b, t), whose threads stride over the
+// pieces.
 //
 // embedding_bwd_wpe: one thread per piece of (t, :), which adds the B rows of position t, b = 0
 // first.
@@ -25,10 +34,10 @@
 // each of its threads takes one piece, adds all rows of the token in the order of `order`, then
 // adds the sum to dwte.
 //
-// Cost in bytes, X = size of floatX, N = B*T: forward N C 3X (two reads, one write) at most, wpe
-// N C X + T C 8, wte N C X + (different tokens) C 8. Flops: one per element. Memory binds; wte can
-// be bound by latency instead, if one token is so frequent that a thread adds a long chain of rows:
-// hence ROWS_AT_ONCE.
+// Cost in bytes, X = size of floatX, N = B*T: embedding_fwd N C 3X (two reads, one write) at most,
+// token_embedding_fwd N C 2X, wpe N C X + T C 8, wte N C X + (different tokens) C 8. Flops: at most
+// one per element. Memory binds; wte can be bound by latency instead, if one token is so frequent
+// that a thread adds a long chain of rows: hence ROWS_AT_ONCE.
 //
 // Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
 
@@ -51,22 +60,33 @@ __device__ inline void add(float* out, const float* sum) {
 #endif
 }
 
-extern "C" __global__ void embedding_fwd(floatX* x, const int* tokens, const floatX* wte,
-                                         const floatX* wpe, int T, int C) {
+extern "C" __global__ void embedding_fwd(floatX* x, const int* tokens, const int* starts,
+                                         const floatX* wte, const floatX* wpe, int T, int C) {
     int row = blockIdx.x;
-    int t = row % T;
+    int position = starts[row / T] + row % T;
     long long to = (long long)row * C;
     long long from_wte = (long long)tokens[row] * C;
-    long long from_wpe = (long long)t * C;
+    long long from_wpe = (long long)position * C;
     for (int c = threadIdx.x * WIDTH; c < C; c += blockDim.x * WIDTH) {
         float values[WIDTH];
-        float position[WIDTH];
+        float added[WIDTH];
         load(values, wte + from_wte + c);
-        load(position, wpe + from_wpe + c);
+        load(added, wpe + from_wpe + c);
 #pragma unroll
         for (int k = 0; k < WIDTH; k++) {
-            values[k] += position[k];
+            values[k] += added[k];
         }
+        store(x + to + c, values);
+    }
+}
+
+extern "C" __global__ void token_embedding_fwd(floatX* x, const int* tokens, const floatX* wte,
+                                               int C) {
+    long long to = (long long)blockIdx.x * C;
+    long long from = (long long)tokens[blockIdx.x] * C;
+    for (int c = threadIdx.x * WIDTH; c < C; c += blockDim.x * WIDTH) {
+        float values[WIDTH];
+        load(values, wte + from + c);
         store(x + to + c, values);
     }
 }

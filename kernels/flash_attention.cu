@@ -1,23 +1,24 @@
 // Causal self-attention for bf16 and fp16 on tensor cores: the fast version of attention.cu. Read
 // attention.cu first: it has the formulas.
 //
-// kernel                     outputs                          inputs
-// flash_attention_fwd        y (B, T, H, D) X =               qkv (B, T, 3, H, D) X
+// kernel                     outputs                      inputs
+// flash_attention_fwd        y (B, T, H, D) X =           qkv (B, T, R, D) X
 //                            lse (B, H, T) float32 =
-// flash_attention_bwd_dq     dqkv[:, :, 0] X =                dy, qkv, y X, lse float32
+// flash_attention_bwd_dq     dqkv[:, :, : H] X =          dy, qkv, y X, lse float32
 //                            delta (B, H, T) float32 =
-// flash_attention_bwd_dkv    dqkv[:, :, 1] and [:, :, 2] X =  delta float32, dy, qkv X, lse float32
+// flash_attention_bwd_dkv    dqkv[:, :, H :] X =          delta float32, dy, qkv X, lse float32
 //
-// Who does what. A block works on one head and has WARPS warps. A warp owns one or several row
-// tiles of 16 positions: QUERY_TILES row tiles of queries in _fwd and _bwd_dq, one row tile of keys
-// in _bwd_dkv. Their rows of q and dy, or of k and v, and the sums that become their results stay
-// in registers from beginning to end, in the layouts of tensor_core.cuh. The positions of the other
-// side pass through shared memory, TILE at a time, in two buffers: while the warps work on the tile
-// in one buffer, the next tile is copied into the other. Tiles, and slices of tiles, that lie
-// wholly above the diagonal are skipped. Shared: 4 TILE (D + 8) elements of X, and 4 TILE floats in
-// _bwd_dkv. Compile-time names (HEAD_SIZE = D, a multiple of 16; WARPS, TILE, QUERY_TILES), grid
-// and block: `flash_attention_defines`, `attention_fwd` and `attention_bwd` in
-// gpu_gpt2/ops/kernels.py.
+// Who does what. A block has WARPS warps. In _fwd and _bwd_dq it works on one query head; in
+// _bwd_dkv it works on one key and value head, and takes the query heads of the group one after the
+// other. A warp owns one or several row tiles of 16 positions: QUERY_TILES row tiles of queries in
+// _fwd and _bwd_dq, one row tile of keys in _bwd_dkv. Their rows of q and dy, or of k and v, and
+// the sums that become their results stay in registers from beginning to end, in the layouts of
+// tensor_core.cuh. The positions of the other side pass through shared memory, TILE at a time, in
+// two buffers: while the warps work on the tile in one buffer, the next tile is copied into the
+// other. Tiles, and slices of tiles, that lie wholly above the diagonal are skipped. Shared: 4 TILE
+// (D + 8) elements of X, and 4 TILE floats in _bwd_dkv. Compile-time names (HEAD_SIZE = D, a
+// multiple of 16; WARPS, TILE, QUERY_TILES), grid and block: `flash_attention_defines`,
+// `attention_fwd` and `attention_bwd` in gpu_gpt2/ops/kernels.py.
 //
 // The rows of a tile in shared memory are D + 8 elements apart. Eight rows below one another, which
 // ldmatrix reads at once, then lie in different banks, and there is no bank conflict.
@@ -26,16 +27,17 @@
 // become p or ds where they are, are rounded to X, and are multiplied by v, k, q or dy. _bwd_dkv
 // works on transposed scores (keys down, queries across), so that this holds there too.
 //
-// Order of sums: within 16 elements the tensor core's own; beyond that in rising d, and in rising
-// position. p and ds are rounded to X before they are multiplied, which attention.cu does not do.
+// Order of sums: within 16 elements the tensor core's own; beyond that in rising d, in rising
+// position, and over the query heads of a group in rising order of head. p and ds are rounded to X
+// before they are multiplied, which attention.cu does not do.
 //
 // Cost, with N = B T and X = size of floatX. The forward pass has 2 matmuls of N T H D flops over
 // the causal half. The backward pass has 7: s and dp twice, as no two blocks may add to one
-// element, dq, dk, dv. Bytes: forward N H D 4X, backward N H D 12X. With X = 2 bytes these are T /
-// 4 and 7 T / 24 flops per byte: on a GPU that does 250 flops in the time it moves one byte,
-// arithmetic binds from about T = 1024 on.
+// element, dq, dk, dv. Bytes: forward N D (2H + 2G) X, backward N D (6H + 6G) X. With X = 2 bytes
+// and G = H these are T / 4 and 7 T / 24 flops per byte, and more with G < H: on a GPU that does
+// 250 flops in the time it moves one byte, arithmetic binds from about T = 1024 on.
 //
-// Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2.
+// Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2; for groups, Ainslie et al. 2023, "GQA".
 
 #include "attention_head.cuh"
 #include "tensor_core.cuh"
@@ -240,11 +242,14 @@ __device__ inline float row_max(float m, float (*s)[QUERY_TILES][2][4], int tile
 // The second launch bound is the minimum of resident blocks per multiprocessor; it sets ptxas's
 // register budget. Without it the kernel spills registers.
 extern "C" __global__ void __launch_bounds__(THREADS, 4 - QUERY_TILES)
-    flash_attention_fwd(floatX* y, float* lse, const floatX* qkv, int T, int H) {
+    flash_attention_fwd(floatX* y, float* lse, const floatX* qkv, int T, int H, int G) {
     SHARED_ARRAY(floatX, k_tiles, 2 * TILE * STRIDE);
     SHARED_ARRAY(floatX, v_tiles, 2 * TILE * STRIDE);
-    Head k_head = head_at(blockIdx.y, 1, 3, T, H);
-    Head v_head = head_at(blockIdx.y, 2, 3, T, H);
+    int b = blockIdx.y / H;
+    int h = blockIdx.y % H;
+    int g = h / (H / G);
+    Head k_head = key_head(b, g, T, H, G);
+    Head v_head = value_head(b, g, T, H, G);
     // Blocks start in rising order: the late queries, which see most keys, come first.
     int block = gridDim.x - 1 - blockIdx.x;
     int stop_key = min((block + 1) * QUERY_ROWS, T);
@@ -255,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4 - QUERY_TILES)
     cp_async_tile(k_tiles, qkv, k_head, 0, T);
     cp_async_tile(v_tiles, qkv, v_head, 0, T);
     unsigned int query[QUERY_TILES][STEPS][4];
-    load_rows(query, QUERY_TILES, qkv, head_at(blockIdx.y, 0, 3, T, H), first_query, T);
+    load_rows(query, QUERY_TILES, qkv, query_head(b, h, T, H, G), first_query, T);
     float acc[QUERY_TILES][2 * STEPS][4];
     set_zero(acc, QUERY_TILES);
     float m[QUERY_TILES][2];  // largest score of each row so far, not yet scaled by 1 / sqrt(D)
@@ -352,18 +357,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4 - QUERY_TILES)
             }
         }
     }
-    store_rows(y, acc, inverse, QUERY_TILES, head_at(blockIdx.y, 0, 1, T, H), first_query, T);
+    store_rows(y, acc, inverse, QUERY_TILES, head_at(b, h, H, T), first_query, T);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     flash_attention_bwd_dq(floatX* dqkv, float* delta, const floatX* dy, const floatX* qkv,
-                           const floatX* y, const float* lse, int T, int H) {
+                           const floatX* y, const float* lse, int T, int H, int G) {
     SHARED_ARRAY(floatX, k_tiles, 2 * TILE * STRIDE);
     SHARED_ARRAY(floatX, v_tiles, 2 * TILE * STRIDE);
-    Head q_head = head_at(blockIdx.y, 0, 3, T, H);
-    Head k_head = head_at(blockIdx.y, 1, 3, T, H);
-    Head v_head = head_at(blockIdx.y, 2, 3, T, H);
-    Head y_head = head_at(blockIdx.y, 0, 1, T, H);
+    int b = blockIdx.y / H;
+    int h = blockIdx.y % H;
+    int g = h / (H / G);
+    Head q_head = query_head(b, h, T, H, G);
+    Head k_head = key_head(b, g, T, H, G);
+    Head v_head = value_head(b, g, T, H, G);
+    Head y_head = head_at(b, h, H, T);
     int block = gridDim.x - 1 - blockIdx.x;
     int stop_key = min((block + 1) * QUERY_ROWS, T);
     int first_query = block * QUERY_ROWS + threadIdx.x / WARP * 16 * QUERY_TILES;
@@ -453,22 +461,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     flash_attention_bwd_dkv(floatX* dqkv, const float* delta, const floatX* dy, const floatX* qkv,
-                            const float* lse, int T, int H) {
+                            const float* lse, int T, int H, int G) {
     SHARED_ARRAY(floatX, q_tiles, 2 * TILE * STRIDE);
     SHARED_ARRAY(floatX, dout_tiles, 2 * TILE * STRIDE);
     SHARED_ARRAY(float, lse_tiles, 2 * TILE);
     SHARED_ARRAY(float, delta_tiles, 2 * TILE);
-    Head q_head = head_at(blockIdx.y, 0, 3, T, H);
-    Head k_head = head_at(blockIdx.y, 1, 3, T, H);
-    Head v_head = head_at(blockIdx.y, 2, 3, T, H);
-    Head y_head = head_at(blockIdx.y, 0, 1, T, H);
+    int b = blockIdx.y / G;
+    int g = blockIdx.y % G;
+    Head k_head = key_head(b, g, T, H, G);
+    Head v_head = value_head(b, g, T, H, G);
     int first_key = blockIdx.x * KEY_ROWS + threadIdx.x / WARP * 16;  // of this warp
     // Queries before the first tile see no key of this block.
     int first_tile = blockIdx.x * KEY_ROWS / TILE * TILE;
     int r = threadIdx.x % WARP / 4;
     int q = threadIdx.x % 4;
-    const float* head_lse = lse + (long long)blockIdx.y * T;
-    const float* head_delta = delta + (long long)blockIdx.y * T;
 
     unsigned int key[1][STEPS][4];
     unsigned int value[1][STEPS][4];
@@ -480,53 +486,59 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     set_zero(dv, 1);
     float scale = 1.0f / sqrtf((float)HEAD_SIZE);
 
-    int buffer = 1;
-    for (int next = first_tile; next - TILE < T; next += TILE) {
-        int first_query = next - TILE;
-        cp_async_wait_all();
-        __syncthreads();
-        const floatX* q_tile = q_tiles + buffer * TILE * STRIDE;
-        const floatX* dout_tile = dout_tiles + buffer * TILE * STRIDE;
-        const float* lse_tile = lse_tiles + buffer * TILE;
-        const float* delta_tile = delta_tiles + buffer * TILE;
-        buffer = 1 - buffer;
-        if (next < T) {
-            cp_async_tile(q_tiles + buffer * TILE * STRIDE, qkv, q_head, next, T);
-            cp_async_tile(dout_tiles + buffer * TILE * STRIDE, dy, y_head, next, T);
-            for (int i = threadIdx.x; i < TILE; i += THREADS) {
-                int t = next + i < T ? next + i : 0;
-                cp_async(lse_tiles + buffer * TILE + i, head_lse + t, next + i < T);
-                cp_async(delta_tiles + buffer * TILE + i, head_delta + t, next + i < T);
+    for (int h = g * (H / G); h < (g + 1) * (H / G); h++) {  // the query heads of the group
+        Head q_head = query_head(b, h, T, H, G);
+        Head y_head = head_at(b, h, H, T);
+        const float* head_lse = lse + ((long long)b * H + h) * T;
+        const float* head_delta = delta + ((long long)b * H + h) * T;
+        int buffer = 1;
+        for (int next = first_tile; next - TILE < T; next += TILE) {
+            int first_query = next - TILE;
+            cp_async_wait_all();
+            __syncthreads();
+            const floatX* q_tile = q_tiles + buffer * TILE * STRIDE;
+            const floatX* dout_tile = dout_tiles + buffer * TILE * STRIDE;
+            const float* lse_tile = lse_tiles + buffer * TILE;
+            const float* delta_tile = delta_tiles + buffer * TILE;
+            buffer = 1 - buffer;
+            if (next < T) {
+                cp_async_tile(q_tiles + buffer * TILE * STRIDE, qkv, q_head, next, T);
+                cp_async_tile(dout_tiles + buffer * TILE * STRIDE, dy, y_head, next, T);
+                for (int i = threadIdx.x; i < TILE; i += THREADS) {
+                    int t = next + i < T ? next + i : 0;
+                    cp_async(lse_tiles + buffer * TILE + i, head_lse + t, next + i < T);
+                    cp_async(delta_tiles + buffer * TILE + i, head_delta + t, next + i < T);
+                }
             }
-        }
-        if (next == first_tile) {
-            continue;  // the first pass only starts copies
-        }
+            if (next == first_tile) {
+                continue;  // the first pass only starts copies
+            }
 
-        // Queries from T on are zeros and add nothing.
-        for (int slice = 0; slice < TILE; slice += 16) {
-            if (first_query + slice + 15 < first_key) {
-                continue;  // all of this slice is above the diagonal
-            }
-            float s[1][2][4];  // transposed: keys down, queries across
-            float dp[1][2][4];
-            matmul_transposed(s, key, 1, q_tile + slice * STRIDE);
-            matmul_transposed(dp, value, 1, dout_tile + slice * STRIDE);
+            // Queries from T on are zeros and add nothing.
+            for (int slice = 0; slice < TILE; slice += 16) {
+                if (first_query + slice + 15 < first_key) {
+                    continue;  // all of this slice is above the diagonal
+                }
+                float s[1][2][4];  // transposed: keys down, queries across
+                float dp[1][2][4];
+                matmul_transposed(s, key, 1, q_tile + slice * STRIDE);
+                matmul_transposed(dp, value, 1, dout_tile + slice * STRIDE);
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                int column = slice + i / 4 * 8 + 2 * q + i % 2;
-                bool sees = first_key + r + 8 * (i / 2 % 2) <= first_query + column;
-                float exponent = s[0][i / 4][i % 4] * (scale * LOG2_E) - lse_tile[column] * LOG2_E;
-                float p = sees ? exp2f(exponent) : 0.0f;
-                s[0][i / 4][i % 4] = p;
-                dp[0][i / 4][i % 4] = p * (dp[0][i / 4][i % 4] - delta_tile[column]);
+                for (int i = 0; i < 8; i++) {
+                    int column = slice + i / 4 * 8 + 2 * q + i % 2;
+                    bool sees = first_key + r + 8 * (i / 2 % 2) <= first_query + column;
+                    float exponent = s[0][i / 4][i % 4] * (scale * LOG2_E) - lse_tile[column] * LOG2_E;
+                    float p = sees ? exp2f(exponent) : 0.0f;
+                    s[0][i / 4][i % 4] = p;
+                    dp[0][i / 4][i % 4] = p * (dp[0][i / 4][i % 4] - delta_tile[column]);
+                }
+                unsigned int p[1][4];
+                unsigned int ds[1][4];
+                to_a_fragment(p[0], s[0]);
+                to_a_fragment(ds[0], dp[0]);
+                matmul_accumulate(dv, p, 1, dout_tile + slice * STRIDE);
+                matmul_accumulate(dk, ds, 1, q_tile + slice * STRIDE);
             }
-            unsigned int p[1][4];
-            unsigned int ds[1][4];
-            to_a_fragment(p[0], s[0]);
-            to_a_fragment(ds[0], dp[0]);
-            matmul_accumulate(dv, p, 1, dout_tile + slice * STRIDE);
-            matmul_accumulate(dk, ds, 1, q_tile + slice * STRIDE);
         }
     }
     float scales[1][2] = {{scale, scale}};

@@ -13,12 +13,9 @@
 //
 // mean, rstd, partial, dw and db are float32.
 //
-// Who does what. A row group works on a row: THREADS_PER_ROW neighbouring threads, which are one or
-// several whole warps. Each thread takes PIECES pieces of WIDTH channels (see common.cuh) that lie
-// THREADS_PER_ROW pieces apart, so that each read of a warp is one contiguous piece of memory. A
-// thread reads its channels, at most 32, once and keeps them in registers. A block has THREADS
-// threads: several row groups of one warp each, or one larger row group. Compile-time names, grid
-// and block: `layernorm_defines` and the methods named like the ops in gpu_gpt2/ops/kernels.py.
+// Who does what. A row group works on a row, see row_group.cuh: a thread reads its channels, at
+// most 32, once and keeps them in registers. Compile-time names, grid and block:
+// `row_group_defines` and the methods named like the ops in gpu_gpt2/ops/kernels.py.
 //     layernorm_fwd, residual_layernorm_fwd: one row group per row; shared: 32 floats.
 //     layernorm_bwd: block b takes rows_per_block rows from row b rows_per_block on, its row groups
 //     in turn; shared: 32 floats and THREADS x WIDTH floats.
@@ -46,26 +43,7 @@
 // Source: Ba, Kiros & Hinton 2016, "Layer Normalization", equations 3 and 4.
 
 #include "column_sum.cuh"
-
-#define ROW_GROUPS (THREADS / THREADS_PER_ROW)  // row groups of a block
-
-// The first channel of this thread's piece i. The row has no such piece if this is C or more.
-#define CHANNEL(i) ((((i) * THREADS_PER_ROW) + (int)threadIdx.x % THREADS_PER_ROW) * WIDTH)
-
-// Returns the sum of `value` over the threads of a row group to each of them.
-__device__ inline float row_sum(float value, float* scratch) {
-#if THREADS_PER_ROW == WARP
-    return warp_sum(value);
-#else
-    return block_sum(value, scratch);
-#endif
-}
-
-// Returns the row of this thread's row group, in kernels with one row group per row. A row group
-// without a row may return early: if a block has several row groups, they need no barriers.
-__device__ inline int row_of_group() {
-    return blockIdx.x * ROW_GROUPS + threadIdx.x / THREADS_PER_ROW;
-}
+#include "row_group.cuh"
 
 // Writes mean, rstd and y of row n, of which this thread has its channels in x.
 __device__ inline void normalize_row(floatX* y, float* mean, float* rstd, float (*x)[WIDTH],
@@ -110,22 +88,6 @@ __device__ inline void normalize_row(floatX* y, float* mean, float* rstd, float 
     if (threadIdx.x % THREADS_PER_ROW == 0) {
         mean[n] = m;
         rstd[n] = s;
-    }
-}
-
-// Loads this thread's channels of row n, and zeros for pieces beyond the end of the row.
-__device__ inline void load_row(float (*values)[WIDTH], const floatX* x, int n, int C) {
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        int c = CHANNEL(i);
-        if (c < C) {
-            load(values[i], x + (long long)n * C + c);
-        } else {
-#pragma unroll
-            for (int k = 0; k < WIDTH; k++) {
-                values[i][k] = 0.0f;
-            }
-        }
     }
 }
 
@@ -226,29 +188,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
 
-    // Each pass adds one piece of dw or db over the row groups, through shared memory.
     float* out = partial + (long long)blockIdx.x * 2 * C;
-#pragma unroll
-    for (int i = 0; i < 2 * PIECES; i++) {
-        bool of_dw = i < PIECES;
-        float* sum = of_dw ? dw[i % PIECES] : db[i % PIECES];
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < WIDTH; k++) {
-            sums[threadIdx.x * WIDTH + k] = sum[k];
-        }
-        __syncthreads();
-        for (int j = threadIdx.x; j < THREADS_PER_ROW * WIDTH; j += THREADS) {
-            int c = i % PIECES * THREADS_PER_ROW * WIDTH + j;
-            if (c < C) {
-                float total = 0.0f;
-                for (int t = 0; t < ROW_GROUPS; t++) {
-                    total += sums[t * THREADS_PER_ROW * WIDTH + j];
-                }
-                out[(of_dw ? 0 : C) + c] = total;
-            }
-        }
-    }
+    add_row_groups(out, dw, C, sums);
+    add_row_groups(out + C, db, C, sums);
 }
 
 extern "C" __global__ void layernorm_bwd_total(float* dw, float* db, const float* partial,

@@ -1,4 +1,4 @@
-"""kernels/attention.cu and the NumPy op, on every device."""
+"""kernels/attention.cu, kernels/flash_attention.cu and the NumPy op, on every device."""
 
 from __future__ import annotations
 

@@ -7,6 +7,6 @@ from devices import assert_case, op_cases
 from gpu_gpt2.ops.cases import Case
 
 
-@op_cases("embedding_fwd", "embedding_bwd")
+@op_cases("embedding_fwd", "embedding_bwd", "token_embedding_fwd", "token_embedding_bwd")
 def test_agrees_with_float64(case: Case, dtype: str, device: str) -> None:
     assert_case(case, dtype, device)

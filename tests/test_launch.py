@@ -267,7 +267,9 @@ def test_no_elements() -> None:
 def test_more_positions_than_embeddings() -> None:
     tokens = np.zeros((1, 4), INT32)
     with pytest.raises(ValueError, match=r"fwd: wpe is \(3, 2\), expected \(>= T, C\) .* T = 4"):
-        _ops().embedding_fwd(_floats(1, 4, 2), tokens, _floats(9, 2), _floats(3, 2))
+        _ops().embedding_fwd(
+            _floats(1, 4, 2), tokens, np.zeros(1, INT32), _floats(9, 2), _floats(3, 2)
+        )
     with pytest.raises(ValueError, match=r"bwd: dwpe is \(3, 2\), expected \(>= T, C\)"):
         _ops().embedding_bwd(
             _floats(9, 2), _floats(3, 2), _floats(1, 4, 2), tokens, np.zeros(4, INT32)

@@ -77,7 +77,10 @@ def test_the_table_has_a_line_for_each_kernel_head_size_and_dtype(
 @pytest.mark.parametrize(("C", "n_head"), [(15, 3), (1600, 25)])
 def test_kernels_with_compile_time_widths_compile_for_other_widths(C: int, n_head: int) -> None:
     config = GPT2Config(vocab_size=300, n_positions=16, n_embd=C, n_layer=1, n_head=n_head)
-    by_width = {"layernorm.cu", "bias.cu", "embedding.cu", "gelu.cu", "classifier.cu"}
+    by_width = {
+        *("layernorm.cu", "bias.cu", "embedding.cu", "gelu.cu", "classifier.cu"),
+        *("rmsnorm.cu", "swiglu.cu"),
+    }
     sources = {s for s, _ in launches(config) if s.file in by_width and s.dtype != "fp16"}
     assert {source.file for source in sources} == by_width
     for source in sources:

@@ -49,16 +49,108 @@ def test_embedding(shape: tuple[int, int, int]) -> None:
     B, T, C = shape
     wte, wpe, dy = (rng(i).normal(size=s) for i, s in enumerate([(4, C), (T + 2, C), (B, T, C)]))
     tokens = rng(3).integers(0, 4, (B, T)).astype(np.int32)
+    starts = np.zeros(B, np.int32)
 
     def forward() -> np.ndarray:
         x = np.empty((B, T, C))
-        OPS.embedding_fwd(x, tokens, wte, wpe)
+        OPS.embedding_fwd(x, tokens, starts, wte, wpe)
         return x
 
     dwte, dwpe = np.ones_like(wte), np.ones_like(wpe)
     OPS.embedding_bwd(dwte, dwpe, dy, tokens, Batch.of(tokens, tokens).order)
     assert_near("dwte", dwte, 1 + numeric_gradient(forward, wte, dy))
     assert_near("dwpe", dwpe, 1 + numeric_gradient(forward, wpe, dy))
+
+
+def test_embedding_reads_like_the_formula() -> None:
+    wte, wpe = rng(0).normal(size=(4, 5)), rng(1).normal(size=(9, 5))
+    tokens = rng(2).integers(0, 4, (2, 3)).astype(np.int32)
+    starts = np.array([6, 2], np.int32)
+    x = np.empty((2, 3, 5))
+    OPS.embedding_fwd(x, tokens, starts, wte, wpe)
+    for b, t in np.ndindex(2, 3):
+        np.testing.assert_array_equal(x[b, t], wte[tokens[b, t]] + wpe[starts[b] + t])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_token_embedding(shape: tuple[int, int, int]) -> None:
+    B, T, C = shape
+    wte, dy = rng(0).normal(size=(4, C)), rng(1).normal(size=(B, T, C))
+    tokens = rng(3).integers(0, 4, (B, T)).astype(np.int32)
+
+    def forward() -> np.ndarray:
+        x = np.empty((B, T, C))
+        OPS.token_embedding_fwd(x, tokens, wte)
+        return x
+
+    dwte = np.ones_like(wte)
+    OPS.token_embedding_bwd(dwte, dy, tokens, Batch.of(tokens, tokens).order)
+    assert_near("dwte", dwte, 1 + numeric_gradient(forward, wte, dy))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rmsnorm(shape: tuple[int, int, int], fused: bool) -> None:
+    N, C = shape[0] * shape[1], shape[2]
+    x, x2, dy, w = (rng(i).normal(size=s) for i, s in enumerate([*[(N, C)] * 3, (C,)]))
+    rstd, r = np.empty(N), x
+
+    def forward() -> np.ndarray:
+        nonlocal r
+        y = np.empty((N, C))
+        if fused:
+            r = np.empty((N, C))
+            OPS.residual_rmsnorm_fwd(r, y, rstd, x, x2, w, EPS)
+        else:
+            OPS.rmsnorm_fwd(y, rstd, x, w, EPS)
+        return y
+
+    forward()
+    dx, dw = np.ones((N, C)), np.ones(C)
+    OPS.rmsnorm_bwd(dx, dw, dy, r, w, rstd)
+    assert_near("dx", dx, 1 + numeric_gradient(forward, x, dy))
+    assert_near("dw", dw, 1 + numeric_gradient(forward, w, dy))
+    if fused:
+        assert_near("dx2", dx, 1 + numeric_gradient(forward, x2, dy))
+
+
+ROPE_SIZES = [(1, 1, 3, 2, 1), (2, 5, 4, 6, 1), (1, 3, 8, 4, 2)]  # (B, T, R, D, G)
+
+
+def rope_call(sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns qkv, starts and angles."""
+    B, T, R, D, _ = sizes
+    angle = rng(1).uniform(-4, 4, (T + 3, D // 2))
+    angles = np.stack([np.cos(angle), np.sin(angle)], axis=-1).reshape(T + 3, D)
+    return rng(0).normal(size=(B, T, R, D)), rng(2).integers(0, 4, B).astype(np.int32), angles
+
+
+@pytest.mark.parametrize("sizes", ROPE_SIZES)
+def test_rope(sizes: tuple[int, ...]) -> None:
+    qkv, starts, angles = rope_call(sizes)
+    dy = rng(3).normal(size=qkv.shape)
+
+    def forward() -> np.ndarray:
+        rotated = qkv.copy()
+        OPS.rope_fwd(rotated, starts, angles, sizes[-1])
+        return rotated
+
+    dqkv = dy.copy()
+    OPS.rope_bwd(dqkv, starts, angles, sizes[-1])
+    assert_near("dqkv", dqkv, numeric_gradient(forward, qkv, dy))
+
+
+@pytest.mark.parametrize("sizes", ROPE_SIZES)
+def test_rope_reads_like_the_formula(sizes: tuple[int, ...]) -> None:
+    B, T, R, D, G = sizes
+    qkv, starts, angles = rope_call(sizes)
+    expected = qkv.copy()
+    for b, t, r, j in np.ndindex(B, T, R - G, D // 2):
+        cos, sin = angles[starts[b] + t, 2 * j : 2 * j + 2]
+        x, y = qkv[b, t, r, 2 * j : 2 * j + 2]
+        expected[b, t, r, 2 * j : 2 * j + 2] = x * cos - y * sin, x * sin + y * cos
+    OPS.rope_fwd(qkv, starts, angles, G)
+    np.testing.assert_allclose(qkv, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -154,6 +246,23 @@ def test_gelu(shape: tuple[int, int, int]) -> None:
     OPS.gelu_bwd(dx, dy, x, b)
     assert_near("dx", dx, numeric_gradient(forward, x, dy))
     assert_near("db", dx.sum(axis=0), numeric_gradient(forward, b, dy))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swiglu(shape: tuple[int, int, int]) -> None:
+    N, F = shape[0] * shape[1], shape[2]
+    u, dy = 2 * rng(0).normal(size=(N, 2, F)), rng(1).normal(size=(N, F))
+
+    def forward() -> np.ndarray:
+        y = np.empty((N, F))
+        OPS.swiglu_fwd(y, u)
+        return y
+
+    gate, up = u[:, 0], u[:, 1]
+    np.testing.assert_allclose(forward(), gate / (1 + np.exp(-gate)) * up, rtol=1e-12)
+    du = np.empty_like(u)
+    OPS.swiglu_bwd(du, dy, u)
+    assert_near("du", du, numeric_gradient(forward, u, dy))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -9,6 +9,7 @@ import typer
 
 from gpu_gpt2.cli.common import Device, Dtype, model_on_device
 from gpu_gpt2.generate import generate as generate_tokens
+from gpu_gpt2.models.decoder import Decoder, Sampling
 from gpu_gpt2.open_model import open_model, tokenizer_of
 from gpu_gpt2.training.checkpoint import trained_seq_len
 
@@ -49,9 +50,10 @@ def generate(
     seq_len = trained_seq_len(source.folder, source.config)
     gpt2 = model_on_device(source, device, dtype, 1, seq_len)
     pieces = [tokenizer.decode_bytes(tokens[1:])]
-    for token in generate_tokens(
-        gpt2, tokens, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
-    ):
+    sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
+    decoder = Decoder(gpt2, batch=1, length=seq_len)
+    for (token,) in generate_tokens(decoder, [tokens], max_tokens=max_tokens, sampling=sampling):
+        assert token is not None
         if token == tokenizer.eot:
             break
         pieces.append(tokenizer.decode_bytes([token]))

@@ -20,6 +20,7 @@ Array: TypeAlias = Any
 
 FLOAT32: Final = np.dtype(np.float32)
 INT32: Final = np.dtype(np.int32)
+INT8: Final = np.dtype(np.int8)
 BFLOAT16: Final = np.dtype(ml_dtypes.bfloat16)
 FLOAT16: Final = np.dtype(np.float16)
 # The dtypes that X can be, by the names that users give.

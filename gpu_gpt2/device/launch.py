@@ -28,6 +28,7 @@ MAX_THREADS: Final = 1024  # threads of a block
 ELEMENT_DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "float": np.dtype(np.float32),
     "int": np.dtype(np.int32),
+    "signed char": np.dtype(np.int8),
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "fp16": np.dtype(np.float16),
 }

@@ -18,7 +18,8 @@ from gpu_gpt2.errors import LaunchError
 HEADER: Final = "common.cuh"  # stands in front of every kernel file, which need not include it
 INCLUDE: Final = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 SCALARS: Final = ("int", "long long", "float")  # types of parameters that are not pointers
-POINTEES: Final = ("float", "floatX", "bf16", "fp16", "int")  # types that pointers may point to
+# Types that pointers may point to. CUDA does not say whether `char` has a sign.
+POINTEES: Final = ("float", "floatX", "bf16", "fp16", "int", "signed char")
 DTYPES: Final = ("fp32", "bf16", "fp16")  # types that floatX can stand for
 
 

@@ -25,7 +25,7 @@ def new_model(
     max_seq_len: int,
     recompute: int = 0,
     training: bool = True,
-    last_only: bool = False,
+    with_logits: bool = True,
 ) -> Model:
     """Returns a model of the family of `config`, whose weights are not set yet: see Model."""
     return _MODELS[config.family](
@@ -35,7 +35,7 @@ def new_model(
         max_seq_len=max_seq_len,
         recompute=recompute,
         training=training,
-        last_only=last_only,
+        with_logits=with_logits,
     )
 
 
@@ -61,9 +61,9 @@ def activations(
     *,
     recompute: int = 0,
     training: bool = True,
-    last_only: bool = False,
+    with_logits: bool = True,
 ) -> tuple[TensorSpec, ...]:
     """Returns the other tensors of a pass over a batch (B, T): see Model.activations."""
     return _MODELS[config.family].activations(
-        config, B, T, recompute=recompute, training=training, last_only=last_only
+        config, B, T, recompute=recompute, training=training, with_logits=with_logits
     )

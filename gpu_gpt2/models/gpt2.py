@@ -50,7 +50,7 @@ class GPT2(Model):
         *,
         recompute: int = 0,
         training: bool = True,
-        last_only: bool = False,
+        with_logits: bool = True,
     ) -> tuple[TensorSpec, ...]:
         L, C, H, D, Vp = c.n_layer, c.n_embd, c.n_head, c.head_size, c.padded_vocab_size
         N = B * T
@@ -67,7 +67,7 @@ class GPT2(Model):
             stacked("ln1", 2, N, C),
             stacked("ln1_mean", 2, N, dtype="float32"),
             stacked("ln1_rstd", 2, N, dtype="float32"),
-            stacked("qkv", 3, B, T, 3, H, D),
+            stacked("qkv", 3, B, T, 3 * H, D),
             stacked("lse", 3, B, H, T, dtype="float32"),
             stacked("att", 3, B, T, H, D),
             stacked("res_att", 3, N, C),  # residual stream after attention
@@ -80,8 +80,9 @@ class GPT2(Model):
             TensorSpec("lnf", (N, C)),
             TensorSpec("lnf_mean", (N,), "float32"),
             TensorSpec("lnf_rstd", (N,), "float32"),
-            # The logits and, after the classifier, their gradient.
-            TensorSpec("logits", (B if last_only else N, Vp)),
+        )
+        losses = (
+            TensorSpec("logits", (N, Vp)),  # their gradient, after the classifier
             TensorSpec("losses", (N,), "float32"),
         )
         scratch = (
@@ -89,26 +90,32 @@ class GPT2(Model):
             # pass the gradient of the output of a layernorm or of attention.
             TensorSpec("proj", (N, C)),
             TensorSpec("tokens", (B, T), "int32"),
+            TensorSpec("starts", (B,), "int32"),  # position of the first token of each sequence
             TensorSpec("targets", (N,), "int32"),
         )
         backward = (
             TensorSpec("dres", (N, C)),  # gradient of the residual stream
             TensorSpec("dfc", (N, 4 * C)),
-            TensorSpec("dqkv", (B, T, 3, H, D), shares="dfc"),
+            TensorSpec("dqkv", (B, T, 3 * H, D), shares="dfc"),
             TensorSpec("delta", (B, H, T), "float32"),
             TensorSpec("order", (N,), "int32"),
         )
-        return (*kept, *scratch, *backward) if training else (*kept, *scratch)
+        return (
+            *kept,
+            *(losses if with_logits else ()),
+            *scratch,
+            *(backward if training else ()),
+        )
 
     @property
-    def _head(self) -> Array:
+    def head(self) -> Array:
         return self.params.wte
 
-    def _hidden(self, a: SimpleNamespace) -> None:
+    def hidden(self, a: SimpleNamespace) -> None:
         """Forward pass of the tokens that lie in `a`, up to and including the last layernorm."""
         c, p, o = self.config, self.params, self.ops
         (B, T), C, eps = a.tokens.shape, c.n_embd, c.layer_norm_epsilon
-        o.embedding_fwd(a.embedded.reshape(B, T, C), a.tokens, p.wte, p.wpe)
+        o.embedding_fwd(a.embedded.reshape(B, T, C), a.tokens, a.starts, p.wte, p.wpe)
         self._first_layernorm(a, 0)
         for l in range(c.n_layer):
             x, w = a.layers[l], self._layer_params[l]

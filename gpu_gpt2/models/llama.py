@@ -58,7 +58,7 @@ class Llama(Model):
         *,
         recompute: int = 0,
         training: bool = True,
-        last_only: bool = False,
+        with_logits: bool = True,
     ) -> tuple[TensorSpec, ...]:
         L, C, H, D, F = c.n_layer, c.n_embd, c.n_head, c.head_size, c.n_inner
         R = H + 2 * c.n_kv_head  # heads of a packed row: queries, keys and values
@@ -86,7 +86,9 @@ class Llama(Model):
             stacked("res_mlp", MAX_RECOMPUTE + 1, N, C),  # residual stream after the MLP
             TensorSpec("lnf", (N, C)),
             TensorSpec("lnf_rstd", (N,), "float32"),
-            TensorSpec("logits", (B if last_only else N, c.padded_vocab_size)),
+        )
+        losses = (
+            TensorSpec("logits", (N, c.padded_vocab_size)),  # their gradient, after the classifier
             TensorSpec("losses", (N,), "float32"),
         )
         scratch = (
@@ -105,13 +107,18 @@ class Llama(Model):
             TensorSpec("delta", (B, H, T), "float32"),
             TensorSpec("order", (N,), "int32"),
         )
-        return (*kept, *scratch, *backward) if training else (*kept, *scratch)
+        return (
+            *kept,
+            *(losses if with_logits else ()),
+            *scratch,
+            *(backward if training else ()),
+        )
 
     @property
-    def _head(self) -> Array:
+    def head(self) -> Array:
         return self.params.wte if self.config.tie_word_embeddings else self.params.head
 
-    def _hidden(self, a: SimpleNamespace) -> None:
+    def hidden(self, a: SimpleNamespace) -> None:
         c, p, o = self.config, self.params, self.ops
         (B, T), C, eps = a.tokens.shape, c.n_embd, c.rms_norm_eps
         o.token_embedding_fwd(a.embedded.reshape(B, T, C), a.tokens, p.wte)
@@ -172,7 +179,7 @@ class Llama(Model):
                 o.device.fill_zero(g.wte)
         dlogits, dres, dln = a.logits, a.dres, a.proj
         dhead = g.wte if c.tie_word_embeddings else g.head
-        self._matmul_bwd(dln, dhead, dlogits, a.lnf, self._head, accumulate)
+        self._matmul_bwd(dln, dhead, dlogits, a.lnf, self.head, accumulate)
         o.device.fill_zero(dres)
         o.rmsnorm_bwd(dres, g.lnfw, dln, a.layers[-1].res_mlp, p.lnfw, a.lnf_rstd)
         for l in reversed(range(c.n_layer)):

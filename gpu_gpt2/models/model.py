@@ -65,8 +65,8 @@ class Model(ABC):
     (see arena.py) that are allocated here, once, together with an arena for the activations of up
     to `max_batch` sequences of `max_seq_len` tokens. `recompute`, 0 to 3, trades memory for work in
     the backward pass without changing a bit: see the family's `activations`. Without `training`
-    there are no gradients. With `last_only`, for text generation, there is room for the logits of
-    only one token of each sequence. X is the dtype of `ops`.
+    there are no gradients. Without `with_logits`, for a Decoder, there is no room for the logits of
+    all tokens. X is the dtype of `ops`.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class Model(ABC):
         max_seq_len: int,
         recompute: int = 0,
         training: bool = True,
-        last_only: bool = False,
+        with_logits: bool = True,
     ) -> None:
         check_seq_len(max_seq_len, config)
         self.config = config
         self.ops = ops
         self.x_dtype = X_DTYPES[ops.dtype]
         self.max_batch, self.max_seq_len = max_batch, max_seq_len
-        self.recompute, self.training, self._last_only = recompute, training, last_only
+        self.recompute, self.training, self._with_logits = recompute, training, with_logits
         specs = self.parameters(config)
         n = element_count(specs)
         # Number of elements, at the start of the parameter arena, that have weight decay.
@@ -122,7 +122,7 @@ class Model(ABC):
         *,
         recompute: int = 0,
         training: bool = True,
-        last_only: bool = False,
+        with_logits: bool = True,
     ) -> tuple[TensorSpec, ...]:
         """Returns every tensor of a forward and backward pass but the parameters.
 
@@ -131,12 +131,12 @@ class Model(ABC):
         recomputes the others in the backward pass: level 1 recomputes the outputs of the MLP's
         activation function, level 2 also those of the norms, and level 3 all of a block but its
         input. Tensors that are recomputed share one buffer across layers. Without `training` there
-        is no backward pass, and all stacked tensors share. With `last_only` there are logits of
-        only one token of each sequence, (B, Vp).
+        is no backward pass, and all stacked tensors share. Without `with_logits` there are neither
+        logits nor losses.
         """
 
     @abstractmethod
-    def _hidden(self, a: SimpleNamespace) -> None:
+    def hidden(self, a: SimpleNamespace) -> None:
         """Forward pass of the tokens that lie in `a`, up to and including the last norm, a.lnf."""
 
     @abstractmethod
@@ -145,7 +145,7 @@ class Model(ABC):
 
     @property
     @abstractmethod
-    def _head(self) -> Array:
+    def head(self) -> Array:
         """The weight (Vp, C) whose product with the last norm are the logits."""
 
     def load(self, weights: npt.NDArray[np.float32]) -> None:
@@ -169,8 +169,7 @@ class Model(ABC):
         shape = self._shape(*tokens.shape)
         a = shape.views
         self.ops.device.upload(a.tokens, tokens)
-        self._run(shape, ("hidden",), lambda model: model._hidden(a))
-        self._logits(a)
+        self._run(shape, ("logits",), lambda model: model._logits(a))
         return a.logits
 
     def losses(self, batch: Batch) -> npt.NDArray[np.float32]:
@@ -245,7 +244,6 @@ class Model(ABC):
     ) -> None:
         """`forward_backward` of the tokens and targets that lie in the activations `a`."""
         o = self.ops
-        self._hidden(a)
         self._logits(a)
         if first:
             o.device.fill_zero(a.losses)
@@ -257,13 +255,14 @@ class Model(ABC):
 
     def _add_losses(self, a: SimpleNamespace) -> None:
         """`add_losses` of the tokens and targets that lie in the activations `a`."""
-        self._hidden(a)
         self._logits(a)
         self.ops.classifier_fwd(a.losses, a.logits, a.targets, self.config.vocab_size)
 
     def _logits(self, a: SimpleNamespace) -> None:
-        """The logits of all tokens of `a`, whose forward pass `_hidden` has made."""
-        self.ops.matmul(a.logits, a.lnf, self._head.T)
+        """Forward pass of sequences that lie in `a` and begin at position 0, up to the logits."""
+        self.ops.device.fill_zero(a.starts)
+        self.hidden(a)
+        self.ops.matmul(a.logits, a.lnf, self.head.T)
 
     def _attention(self, a: SimpleNamespace, l: int) -> None:
         """Attention of layer l: over the tokens of `a`, or over a KV cache while it decodes.
@@ -274,7 +273,7 @@ class Model(ABC):
         if a.cache is not None:
             k, v = a.cache.layers[l]
             o.kv_append(k, v, x.qkv, a.starts)
-            if a.cache.decoding:
+            if a.decoding:
                 o.attention_decode(x.att, x.qkv, k, v, a.starts)
                 return
         o.attention_fwd(x.att, x.lse, x.qkv)
@@ -294,7 +293,7 @@ class Model(ABC):
             T,
             recompute=self.recompute,
             training=self.training,
-            last_only=self._last_only,
+            with_logits=self._with_logits,
         )
 
     def _shape(self, B: int, T: int) -> _Shape:

@@ -17,13 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_gpt2.config import LAYER_NORM_EPSILON
-from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
+from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT8, INT32
 from gpu_gpt2.ops.reference import ReferenceOps
-from gpu_gpt2.ops.table import TABLE, WINDOW, AdamWSettings, Factors, OpTensor
+from gpu_gpt2.ops.table import FIXED_DTYPES, TABLE, WINDOW, AdamWSettings, Factors, OpTensor
 
 NDArray = npt.NDArray[Any]
 
-SPARE_ROWS: Final = 2  # rows beyond T of a tensor (>= T, ...): no op may read or change them
+INTEGERS: Final = (INT32, INT8)  # dtypes of tensors that no device computes in float64
+
+# Rows beyond T of a tensor (>= T, ...). An op may read them only where `starts` moves positions.
+SPARE_ROWS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,8 @@ class Tensor:
     """One tensor of a call.
 
     `dtype` is its dtype on the device and `role` its role in the table: "=", "+=" or "in". `value`
-    is float64 or int32, already rounded to `dtype`, or the name of an earlier tensor whose memory
-    this one shares. An `exact` output may not be rounded differently by any device.
+    is float64 or integers, already rounded to `dtype`, or the name of an earlier tensor whose
+    memory this one shares. An `exact` output may not be rounded differently by any device.
     """
 
     dtype: np.dtype[Any]
@@ -118,10 +121,11 @@ class Maker:
         return rounded(self.normal(*shape, scale=scale, mean=mean), self.x_dtype)
 
     def _dtype(self, tensor: OpTensor) -> np.dtype[Any]:
-        return {"float32": FLOAT32, "int32": INT32}.get(tensor.dtype, self.x_dtype)
+        return FIXED_DTYPES.get(tensor.dtype) or self.x_dtype
 
     def _value(self, tensor: OpTensor) -> NDArray:
-        assert tensor.dtype != "int32", f"{self.case}: {tensor.name} needs values with a meaning"
+        meant = self._dtype(tensor) in INTEGERS
+        assert not meant, f"{self.case}: {tensor.name} needs values with a meaning"
         shape = tuple(map(self._size, tensor.shape))
         return np.full(shape, np.nan) if tensor.role == "=" else self.normal(*shape)
 
@@ -135,8 +139,8 @@ class Maker:
 
 
 def rounded(value: NDArray, dtype: np.dtype[Any]) -> NDArray:
-    """`value` rounded to `dtype`, as float64 or int32."""
-    return value.astype(dtype).astype(INT32 if dtype == INT32 else np.float64)
+    """`value` rounded to `dtype`, as float64 or as the integers they are."""
+    return value.astype(dtype).astype(dtype if dtype in INTEGERS else np.float64)
 
 
 def derived(g: Maker, **sizes: int) -> Call:
@@ -145,14 +149,31 @@ def derived(g: Maker, **sizes: int) -> Call:
 
 
 def embedding_fwd(g: Maker, B: int, T: int, C: int, V: int) -> Call:
-    tokens = g.rng.integers(0, V, (B, T))
-    return g.call(tokens=tokens, wte=g.normal(V + 3, C), exact=True)  # one addition, one rounding
+    tokens, starts = g.rng.integers(0, V, (B, T)), _starts(g, B)
+    wte = g.normal(V + 3, C)
+    return g.call(tokens=tokens, starts=starts, wte=wte, exact=True)  # one addition, one rounding
+
+
+def _starts(g: Maker, B: int) -> NDArray:
+    """First positions of B sequences; the last sequence ends with the last of the SPARE_ROWS."""
+    starts = g.rng.integers(0, SPARE_ROWS + 1, B)
+    starts[-1] = SPARE_ROWS
+    return starts
 
 
 def embedding_bwd(g: Maker, B: int, T: int, C: int, V: int) -> Call:
     tokens = g.rng.integers(0, V, (B, T))
     order = np.argsort(tokens.reshape(-1), kind="stable")
     return g.call(tokens=tokens, order=order, dwte=g.normal(V + 3, C))
+
+
+def token_embedding_fwd(g: Maker, B: int, T: int, C: int, V: int) -> Call:
+    tokens = g.rng.integers(0, V, (B, T))
+    return g.call(tokens=tokens, wte=g.normal(V + 3, C), exact=True)  # a copy
+
+
+def token_embedding_bwd(g: Maker, B: int, T: int, C: int, V: int) -> Call:
+    return embedding_bwd(g, B, T, C, V)
 
 
 def layernorm_fwd(g: Maker, N: int, C: int, offset: int) -> Call:
@@ -171,15 +192,63 @@ def layernorm_bwd(g: Maker, N: int, C: int) -> Call:
     return g.call(x=x, mean=mean, rstd=rstd)
 
 
-def attention_fwd(g: Maker, B: int, T: int, H: int, D: int) -> Call:
-    return g.call(qkv=g.normal(B, T, 3, H, D, scale=2.0))
+def rmsnorm_fwd(g: Maker, N: int, C: int) -> Call:
+    return g.call(x=g.normal(N, C, mean=1.0), scalars={"eps": LAYER_NORM_EPSILON})
 
 
-def attention_bwd(g: Maker, B: int, T: int, H: int, D: int) -> Call:
-    qkv = g.normal_x(B, T, 3, H, D, scale=2.0)
+def residual_rmsnorm_fwd(g: Maker, N: int, C: int) -> Call:
+    return g.call(x1=g.normal(N, C, mean=1.0), scalars={"eps": LAYER_NORM_EPSILON})
+
+
+def rmsnorm_bwd(g: Maker, N: int, C: int) -> Call:
+    x = g.normal_x(N, C, mean=1.0)
+    y, rstd, w = np.empty((N, C)), np.empty(N), np.ones(C)
+    ReferenceOps().rmsnorm_fwd(y, rstd, x, w, LAYER_NORM_EPSILON)
+    return g.call(x=x, rstd=rstd)
+
+
+def rope_fwd(g: Maker, B: int, T: int, R: int, D: int, G: int) -> Call:
+    """Angles of every size, each as the pair of its cosine and its sine."""
+    angle = g.rng.uniform(-math.pi, math.pi, (T + SPARE_ROWS, D // 2))
+    angles = np.stack([np.cos(angle), np.sin(angle)], axis=-1).reshape(-1, D)
+    return g.call(starts=_starts(g, B), angles=angles, scalars={"kv_heads": G})
+
+
+def rope_bwd(g: Maker, B: int, T: int, R: int, D: int, G: int) -> Call:
+    return rope_fwd(g, B, T, R, D, G)
+
+
+def attention_fwd(g: Maker, B: int, T: int, H: int, R: int, D: int) -> Call:
+    return g.call(qkv=g.normal(B, T, R, D, scale=2.0))
+
+
+def attention_bwd(g: Maker, B: int, T: int, H: int, R: int, D: int) -> Call:
+    qkv = g.normal_x(B, T, R, D, scale=2.0)
     y, lse = np.empty((B, T, H, D)), np.empty((B, H, T))
     ReferenceOps().attention_fwd(y, lse, qkv)
     return g.call(qkv=qkv, y=y, lse=lse)
+
+
+def kv_append(g: Maker, B: int, T: int, R: int, G: int, S: int, D: int) -> Call:
+    """The last sequence fills the cache, and has one position too many where T > 1."""
+    starts = g.rng.integers(0, S, B)
+    starts[-1] = S - max(1, T - 1)
+    return g.call(starts=starts, exact=True)
+
+
+def attention_decode(g: Maker, B: int, H: int, R: int, G: int, S: int, D: int) -> Call:
+    """Sequences at positions of their own, the last at the end of the cache.
+
+    The cache is NaN behind each position, and so are the keys and values of qkv: nobody may read
+    them.
+    """
+    starts = g.rng.integers(0, S, B)
+    starts[-1] = S - 1
+    qkv, k, v = g.normal(B, 1, R, D, scale=2.0), g.normal(B, G, S, D), g.normal(B, G, S, D)
+    qkv[:, :, H:] = np.nan
+    for b, start in enumerate(starts):
+        k[b, :, start + 1 :] = v[b, :, start + 1 :] = np.nan
+    return g.call(qkv=qkv, k=k, v=v, starts=starts)
 
 
 def softmax_fwd(g: Maker, N: int, V: int, offset: int, inplace: int) -> Call:
@@ -203,6 +272,14 @@ def gelu_bwd(g: Maker, N: int, O: int, inplace: int) -> Call:
     return g.call(x=x, b=b, dx=g.normal(N, O), dy="dx") if inplace else g.call(x=x, b=b)
 
 
+def swiglu_fwd(g: Maker, N: int, F: int) -> Call:
+    return g.call(u=g.normal(N, 2, F, scale=3.0))
+
+
+def swiglu_bwd(g: Maker, N: int, F: int) -> Call:
+    return g.call(u=g.normal(N, 2, F, scale=3.0))
+
+
 def bias_fwd(g: Maker, N: int, O: int) -> Call:
     return g.call(exact=True)
 
@@ -224,6 +301,43 @@ def _classifier_values(g: Maker, N: int, V: int, Vp: int) -> tuple[NDArray, NDAr
     targets = g.rng.integers(0, V, N)
     targets[-1] = V - 1
     return logits, targets
+
+
+def sample(g: Maker, B: int, V: int, Vp: int, temperature: int, top_k: int, top_p: int) -> Call:
+    """`temperature` in tenths and `top_p` in per cent; logits with many ties."""
+    logits = np.round(g.normal(B, Vp, scale=4.0) * 4) / 4
+    logits[:, V:] = np.nan  # a kernel that reads padding draws -1
+    return g.call(
+        tokens=np.full(B, NO_TOKEN),
+        starts=g.rng.integers(-1, 2000, B),
+        logits=logits,
+        key=g.rng.integers(-(2**31), 2**31, 2),
+        scalars={
+            "vocab_size": V,
+            "temperature": temperature / 10,
+            "top_k": top_k,
+            "top_p": top_p / 100,
+        },
+        exact=True,
+    )
+
+
+def quantize_rows(g: Maker, N: int, I: int, J: int) -> Call:
+    """The first group is zero, and the last holds ties: its scale is 1 if its size allows."""
+    x = g.normal(N, I).reshape(-1, I // J)
+    x[-1] = g.rng.integers(-127, 127, I // J) + 0.5
+    x[-1, -1] = -127.0
+    x[0] = 0.0
+    return g.call(q=np.full((N, I), NOT_WRITTEN), x=x.reshape(N, I), exact=True)
+
+
+def matmul_int8(g: Maker, N: int, O: int, I: int, J: int) -> Call:
+    return g.call(
+        x=g.rng.integers(-127, 128, (N, I)),
+        x_scales=g.rng.uniform(0.01, 0.03, (N, J)),
+        w=g.rng.integers(-127, 128, (O, I)),
+        w_scales=g.rng.uniform(0.001, 0.003, (O, J)),
+    )
 
 
 def prepare_update(g: Maker, N: int, clipped: int, max_zscore: int) -> Call:
@@ -323,6 +437,24 @@ def _cases(make: Callable[..., Call] | str, names: str, *sizes: tuple[int, ...])
     return [Case(op, dict(zip(names.split(), size, strict=True)), make) for size in sizes]
 
 
+NO_TOKEN: Final = -2  # before `sample` writes: neither a token nor its -1
+NOT_WRITTEN: Final = -128  # before `quantize_rows` writes: it gives -127 to 127
+SAMPLE_SIZES: Final = (
+    *((1, 1, 1, 10, 0, 0), (2, 7, 8, 0, 0, 0), (3, 31, 31, 8, 5, 0), (2, 33, 40, 20, 0, 50)),
+    *((2, 127, 128, 10, 40, 90), (3, 129, 136, 5, 1, 0), (2, 1030, 1152, 7, 0, 95)),
+    *((2, 1031, 1031, 10, 1031, 100), (1, 9000, 9000, 30, 100, 99), (2, 5000, 5008, 15, 0, 0)),
+    *((2, 5000, 5008, 0, 3, 50), (1, 50257, 50304, 10, 40, 90)),
+)
+QUANTIZE_SIZES: Final = (
+    *((1, 1, 1), (3, 31, 1), (7, 33, 3), (2, 127, 127), (5, 129, 3), (2, 172, 43), (4, 288, 9)),
+    *((1, 768, 12), (3, 768, 24), (33, 64, 1)),
+)
+# Groups of 1, 3, 4, 8, 16, 32, 43, 64 and more elements; rows beyond the rows of one block.
+MATMUL_INT8_SIZES: Final = (
+    *((1, 1, 1, 1), (1, 7, 31, 31), (2, 5, 33, 11), (3, 33, 172, 43), (7, 9, 129, 3)),
+    *((4, 31, 288, 9), (1, 70, 768, 12), (9, 3, 768, 24), (33, 2, 64, 1), (8, 6, 1600, 25)),
+    *((5, 4, 40, 5), (1, 3, 4096, 1), (16, 5, 48, 3)),
+)
 EMBEDDING_SIZES: Final = (
     *((1, 1, 1, 1), (2, 7, 33, 3), (3, 31, 129, 7), (1, 129, 257, 1000)),
     *((2, 33, 40, 5), (1, 50, 2304, 9)),
@@ -348,38 +480,82 @@ SOFTMAX_FWD_SIZES: Final = (
 VOCABULARIES: Final = ((1, 1, 1), (7, 31, 32), (33, 127, 128), (5, 257, 384), (3, 1030, 1152))
 FULL_VOCABULARIES: Final = ((2, 50257, 50304), (1, 50259, 50304))
 ATTENTION_SIZES: Final = (
-    (1, 1, 1, 1),
-    (2, 7, 3, 1),
-    (2, 31, 2, 3),
-    (1, 129, 1, 16),
-    (1, 150, 2, 33),
-    (2, 33, 2, 64),
-    (1, 65, 1, 80),
-    (1, 40, 2, 128),
-    (1, 33, 1, 256),
-    (2, 129, 2, 64),
-    (1, 200, 1, 80),
-    (1, 130, 1, 96),
-    (1, 70, 2, 128),
+    (1, 1, 1, 3, 1),
+    (2, 7, 3, 9, 1),
+    (2, 31, 2, 6, 3),
+    (1, 129, 1, 3, 16),
+    (1, 150, 2, 6, 33),
+    (2, 33, 2, 6, 64),
+    (1, 65, 1, 3, 80),
+    (1, 40, 2, 6, 128),
+    (1, 33, 1, 3, 256),
+    (2, 129, 2, 6, 64),
+    (1, 200, 1, 3, 80),
+    (1, 130, 1, 3, 96),
+    (1, 70, 2, 6, 128),
+    # Groups of 2, 3, 8 and 2 query heads for each key/value head.
+    (2, 31, 4, 8, 3),
+    (2, 70, 6, 10, 64),
+    (1, 33, 8, 10, 128),
+    (1, 129, 4, 8, 33),
+)
+# Decoding with 1, 1, 2, 3, 8, 9, 1, 12 and 4 query heads for each key/value head.
+DECODE_SIZES: Final = (
+    (1, 1, 3, 1, 1, 1),
+    (3, 2, 6, 2, 7, 33),
+    (2, 4, 8, 2, 129, 64),
+    (2, 6, 10, 2, 31, 7),
+    (1, 8, 10, 1, 257, 128),
+    (2, 9, 11, 1, 127, 80),
+    (2, 1, 3, 1, 65, 256),
+    (1, 12, 14, 1, 33, 255),
+    (3, 4, 6, 1, 700, 16),
+)
+KV_APPEND_SIZES: Final = (
+    (1, 1, 3, 1, 1, 1),
+    (2, 7, 9, 3, 31, 7),
+    (3, 1, 6, 1, 33, 64),
+    (2, 31, 8, 2, 129, 33),
+    (1, 33, 3, 1, 40, 256),
+    (2, 5, 10, 1, 7, 128),
+)
+# B, T, R, D, G: D of one pair, of no whole 16-byte vectors, and of whole ones.
+ROPE_SIZES: Final = (
+    *((1, 1, 3, 2, 1), (2, 7, 4, 6, 1), (1, 31, 9, 10, 3), (1, 129, 12, 34, 2)),
+    *((3, 5, 15, 48, 3), (2, 33, 5, 64, 1), (1, 3, 40, 128, 4), (2, 2, 3, 12, 1)),
 )
 LONG_ROW: Final = (2, 8200)  # several 16-byte vectors per thread
 LENGTHS: Final = ((1,), (31,), (257,), (1000,))
 CASES: Final[tuple[Case, ...]] = (
     *_cases(embedding_fwd, "B T C V", *EMBEDDING_SIZES),
     *_cases(embedding_bwd, "B T C V", *EMBEDDING_SIZES),
+    *_cases(token_embedding_fwd, "B T C V", *EMBEDDING_SIZES),
+    *_cases(token_embedding_bwd, "B T C V", *EMBEDDING_SIZES),
     *_cases(layernorm_fwd, "N C offset", *((*size, 3) for size in ROWS), (33, 127, 30)),
     *_cases(residual_layernorm_fwd, "N C", *ROWS),
     *_cases(layernorm_bwd, "N C", *ROWS),
-    *_cases(attention_fwd, "B T H D", *ATTENTION_SIZES),
-    *_cases(attention_bwd, "B T H D", *ATTENTION_SIZES),
+    *_cases(rmsnorm_fwd, "N C", *ROWS),
+    *_cases(residual_rmsnorm_fwd, "N C", *ROWS),
+    *_cases(rmsnorm_bwd, "N C", *ROWS),
+    *_cases(rope_fwd, "B T R D G", *ROPE_SIZES),
+    *_cases(rope_bwd, "B T R D G", *ROPE_SIZES),
+    *_cases(attention_fwd, "B T H R D", *ATTENTION_SIZES),
+    *_cases(attention_bwd, "B T H R D", *ATTENTION_SIZES),
+    *_cases(kv_append, "B T R G S D", *KV_APPEND_SIZES),
+    *_cases(attention_decode, "B H R G S D", *DECODE_SIZES),
     *_cases(softmax_fwd, "N V offset inplace", *SOFTMAX_FWD_SIZES),
     *_cases(softmax_bwd, "N V inplace", *SOFTMAX_SIZES),
     *_cases(gelu_fwd, "N O", *ROWS, LONG_ROW),
     *_cases(gelu_bwd, "N O inplace", *((*size, i % 2) for i, size in enumerate((*ROWS, LONG_ROW)))),
+    *_cases(swiglu_fwd, "N F", *ROWS, LONG_ROW),
+    *_cases(swiglu_bwd, "N F", *ROWS, LONG_ROW),
     *_cases(bias_fwd, "N O", *ROWS, LONG_ROW),
     *_cases("bias_bwd", "N O", *ROWS, (5000, 3)),
     *_cases(classifier_fwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
     *_cases(classifier_fwd_bwd, "N V Vp", *VOCABULARIES, *FULL_VOCABULARIES),
+    *_cases(sample, "B V Vp temperature top_k top_p", *SAMPLE_SIZES),
+    *_cases(quantize_rows, "N I J", *QUANTIZE_SIZES),
+    *_cases(matmul_int8, "N O I J", *MATMUL_INT8_SIZES),
     *_cases("squared_norm", "n", *LENGTHS, (300_000,)),
     *_cases(
         *(prepare_update, "N clipped max_zscore"),
@@ -393,23 +569,48 @@ CASES: Final[tuple[Case, ...]] = (
     *_cases(cast_copy, "n", (31,)),
     *_cases(matmul, "M K N accumulate", (1, 1, 1, 0), (7, 31, 33, 0), (33, 129, 127, 1)),
 )
+LARGE_ATTENTION_SIZES: Final = (
+    *((2, 1024, 3, 9, 64), (1, 1000, 2, 6, 80), (1, 777, 2, 6, 128)),
+    *((1, 1000, 8, 12, 64), (1, 777, 8, 10, 128)),  # groups of 4 and of 8 query heads
+)
 # Sizes of real models, for GPUs: too slow for the emulator.
 LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases(embedding_fwd, "B T C V", (4, 1024, 768, 50257)),
     *_cases(embedding_bwd, "B T C V", (4, 1024, 768, 50257), (4, 1024, 768, 10)),
+    *_cases(token_embedding_fwd, "B T C V", (4, 1024, 576, 49152)),
+    *_cases(token_embedding_bwd, "B T C V", (4, 1024, 576, 49152), (4, 1024, 576, 10)),
     *_cases(layernorm_fwd, "N C offset", (4096, 768, 3), (1000, 1601, 30)),
     *_cases(residual_layernorm_fwd, "N C", (4096, 768), (1000, 1601)),
     *_cases(layernorm_bwd, "N C", (4096, 768), (1000, 1601)),
-    *_cases(attention_fwd, "B T H D", (2, 1024, 3, 64), (1, 1000, 2, 80), (1, 777, 2, 128)),
-    *_cases(attention_bwd, "B T H D", (2, 1024, 3, 64), (1, 1000, 2, 80), (1, 777, 2, 128)),
+    *_cases(rmsnorm_fwd, "N C", (4096, 576), (1000, 1601)),
+    *_cases(residual_rmsnorm_fwd, "N C", (4096, 576), (1000, 1601)),
+    *_cases(rmsnorm_bwd, "N C", (4096, 576), (1000, 1601)),
+    *_cases(rope_fwd, "B T R D G", (4, 1024, 15, 64, 3), (2, 777, 40, 128, 4)),
+    *_cases(rope_bwd, "B T R D G", (4, 1024, 15, 64, 3), (2, 777, 40, 128, 4)),
+    *_cases(attention_fwd, "B T H R D", *LARGE_ATTENTION_SIZES),
+    *_cases(attention_bwd, "B T H R D", *LARGE_ATTENTION_SIZES),
+    *_cases(kv_append, "B T R G S D", (4, 777, 36, 12, 1024, 64), (2, 100, 48, 8, 2048, 128)),
+    *_cases(
+        *(attention_decode, "B H R G S D"),
+        *((4, 12, 36, 12, 1024, 64), (1, 32, 48, 8, 8192, 128), (3, 8, 10, 1, 4001, 80)),
+    ),
     *_cases(softmax_fwd, "N V offset inplace", (64, 50257, 0, 0)),
     *_cases(softmax_bwd, "N V inplace", (64, 50257, 1)),
     *_cases(gelu_fwd, "N O", (4096, 3072)),
     *_cases(gelu_bwd, "N O inplace", (4096, 3072, 1)),
+    *_cases(swiglu_fwd, "N F", (4096, 1536)),
+    *_cases(swiglu_bwd, "N F", (4096, 1536)),
     *_cases(bias_fwd, "N O", (4096, 3072)),
     *_cases("bias_bwd", "N O", (4096, 3072), (20_001, 777)),
     *_cases(classifier_fwd, "N V Vp", (64, 50257, 50304)),
     *_cases(classifier_fwd_bwd, "N V Vp", (64, 50257, 50304)),
+    *_cases(
+        *(sample, "B V Vp temperature top_k top_p"),
+        *((64, 50257, 50304, 8, 40, 0), (8, 128_256, 128_256, 10, 0, 90)),
+        *((1, 50257, 50304, 0, 0, 0), (3, 32_000, 32_000, 10, 300, 95)),
+    ),
+    *_cases(quantize_rows, "N I J", (32, 11_008, 172), (1, 4096, 64)),
+    *_cases(matmul_int8, "N O I J", (1, 50_304, 768, 12), (32, 4096, 11_008, 172)),
     *_cases("squared_norm", "n", (5_000_001,)),
     *_cases(prepare_update, "N clipped max_zscore", (65_536, 1, 0)),
     *_cases(adamw, "n decayed", (3_000_001, 2_000_001)),

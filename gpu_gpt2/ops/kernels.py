@@ -17,24 +17,35 @@ from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array, Device
 from gpu_gpt2.device.launch import ELEMENT_DTYPES, MAX_GRID, MAX_THREADS, Dim3
 from gpu_gpt2.device.source import DTYPES, KernelSource, kernel_files, kernel_source
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.ops.table import GROWTH_INTERVAL, MAX_SIZE, AdamWSettings, Ops, at_most, sizes
+from gpu_gpt2.ops.table import (
+    GROWTH_INTERVAL,
+    MAX_SIZE,
+    AdamWSettings,
+    Ops,
+    at_most,
+    check_heads,
+    kv_heads,
+    sample_scalars,
+    sizes,
+)
 
 WARP: Final = 32  # threads of a warp
 THREADS: Final = 256  # threads of a block, unless the op needs another number
-ROW_THREADS: Final = 512  # most threads of a row with a bias: enough for 4 C of GPT-2 124M in bf16
+# Most threads of a row of an elementwise op: enough for 4 C of GPT-2 124M in bf16.
+ROW_THREADS: Final = 512
 VECTOR_BYTES: Final = 16  # widest load or store of one thread
 
-# Column sums (kernels/bias.cu, kernels/layernorm.cu) cut the rows into chunks and sum each chunk
-# by itself. There are as many chunks as make about CHUNK_BLOCKS blocks, several for each
-# multiprocessor of the largest GPUs, unless chunks would have fewer than MIN_CHUNK_ROWS rows or
-# their sums would not fit into scratch memory.
+# Column sums (kernels/bias.cu, kernels/layernorm.cu, kernels/rmsnorm.cu) cut the rows into chunks
+# and sum each chunk by itself. There are as many chunks as make about CHUNK_BLOCKS blocks, several
+# for each multiprocessor of the largest GPUs, unless chunks would have fewer than MIN_CHUNK_ROWS
+# rows or their sums would not fit into scratch memory.
 MIN_CHUNK_ROWS: Final = 32
 CHUNK_BLOCKS: Final = 1024
 COLUMN_WARPS: Final = 8  # warps of a block of column sums: 256 threads
 SCRATCH_FLOATS: Final = 1 << 21  # float32 elements of scratch memory for partial sums: 8 MiB
 
-# Most channels of a layernorm's row that one thread keeps in registers; the backward pass keeps
-# four such sets (z, g, dw and db).
+# Most channels of a row that one thread of a row group keeps in registers; the backward pass of
+# layernorm keeps four such sets (z, g, dw and db), that of RMSNorm three.
 CHANNELS_PER_THREAD: Final = 32
 
 NORM_BLOCKS: Final = 1024  # most blocks, and so partial sums, of squared_norm
@@ -82,13 +93,62 @@ def flash_attention_defines(head_size: int) -> dict[str, int]:
     }
 
 
-def layernorm_defines(C: int, width: int) -> dict[str, int]:
-    """The compile-time names of kernels/layernorm.cu for rows of C channels, WIDTH included."""
+# Decoding (kernels/attention_decode.cu). A block has registers for up to MAX_QUERY_HEADS query
+# heads. A split of at least MIN_SPLIT positions moves several times the bytes of its partial
+# results, and 64 positions give 192 blocks to one sequence of GPT-2 124M. More than DECODE_BLOCKS
+# blocks, about two for each that a large GPU holds at once, would only add partial results.
+DECODE_THREADS: Final = 128
+MAX_QUERY_HEADS: Final = 8
+MIN_SPLIT: Final = 64
+DECODE_BLOCKS: Final = 2048
+DECODE_TOTAL_WARPS: Final = 8
+
+
+def attention_decode_defines(head_size: int, group: int, width: int) -> dict[str, int]:
+    """The compile-time names of kernels/attention_decode.cu, WIDTH included.
+
+    `group` is the number of query heads that share a key/value head.
+    """
+    at_most("attention_decode", "D", head_size, MAX_HEAD_SIZE)
+    lanes = 1
+    while lanes < WARP and lanes * width < head_size:
+        lanes *= 2
+    return {
+        "HEAD_SIZE": head_size,
+        "WIDTH": width,
+        "LANES": lanes,
+        "QUERY_HEADS": _blocks(group, _blocks(group, MAX_QUERY_HEADS)),
+        "THREADS": DECODE_THREADS,
+        "TOTAL_WARPS": DECODE_TOTAL_WARPS,
+    }
+
+
+# Sampling (kernels/sample.cu): four warps for each scheduler of a multiprocessor hide the latency
+# of arithmetic. More would only lengthen the sums over the block.
+SAMPLE_THREADS: Final = 512
+
+# Matmuls of int8 (kernels/matmul_int8.cu): blocks of few warps spread the rows of a small matrix
+# over all multiprocessors, and up to 8 rows of x the loads of w from memory bind.
+MATMUL_INT8_WARPS: Final = 4
+MATMUL_INT8_ROWS: Final = 8
+PIECES: Final = (16, 4, 1)  # elements of int8 that a thread loads at once: 16 bytes, 4 or 1
+
+
+def matmul_int8_defines(N: int, group_size: int) -> dict[str, int]:
+    """The compile-time names of matmul_int8 for N rows of x and groups of `group_size`."""
+    rows = 1
+    while rows < min(N, MATMUL_INT8_ROWS):
+        rows *= 2
+    return {"ROWS": rows, "PIECE": next(size for size in PIECES if group_size % size == 0)}
+
+
+def row_group_defines(op: str, C: int, width: int) -> dict[str, int]:
+    """The compile-time names of kernels/row_group.cuh for rows of C channels, WIDTH included."""
     threads_per_row = WARP
     while threads_per_row * CHANNELS_PER_THREAD < C:
         threads_per_row *= 2
     if threads_per_row > MAX_THREADS:
-        raise ConfigError(f"layernorm of {C} channels: at most {MAX_THREADS * CHANNELS_PER_THREAD}")
+        raise ConfigError(f"{op}: C = {C} must be 1 to {MAX_THREADS * CHANNELS_PER_THREAD}")
     return {
         "WIDTH": width,
         "THREADS_PER_ROW": threads_per_row,
@@ -112,26 +172,38 @@ class KernelOps(Ops):
 
     # --- embedding ---
 
-    def embedding_fwd(self, x: Array, tokens: Array, wte: Array, wpe: Array) -> None:
-        B, T, C = self._sizes("embedding_fwd", "B T C", x, tokens, wte, wpe)
+    def embedding_fwd(self, x: Array, tokens: Array, starts: Array, wte: Array, wpe: Array) -> None:
+        B, T, C = self._sizes("embedding_fwd", "B T C", x, tokens, starts, wte, wpe)
         N = at_most("embedding_fwd", "B * T", B * T, MAX_SIZE)
         width = self._width(C)
         threads = _row_threads(C // width, THREADS)
-        args = (x, tokens, wte, wpe, T, C)
+        args = (x, tokens, starts, wte, wpe, T, C)
         self._launch("embedding_fwd", (N,), (threads,), args, WIDTH=width)
 
     def embedding_bwd(
         self, dwte: Array, dwpe: Array, dx: Array, tokens: Array, order: Array
     ) -> None:
         B, T, C = self._sizes("embedding_bwd", "B T C", dwte, dwpe, dx, tokens, order)
-        at_most("embedding_bwd", "C", C, MAX_GRID[1] * THREADS)
-        N = B * T
+        wpe_args = (dwpe, dx, B, T, C)
+        self._launch_by_columns("embedding_bwd", "embedding_bwd_wpe", T, C, wpe_args)
+        wte_args = (dwte, dx, tokens, order, B * T, C)
+        self._launch_by_columns("embedding_bwd", "embedding_bwd_wte", B * T, C, wte_args)
+
+    # --- token embedding without positions ---
+
+    def token_embedding_fwd(self, x: Array, tokens: Array, wte: Array) -> None:
+        op = "token_embedding_fwd"
+        B, T, C = self._sizes(op, "B T C", x, tokens, wte)
+        N = at_most(op, "B * T", B * T, MAX_SIZE)
         width = self._width(C)
         threads = _row_threads(C // width, THREADS)
-        columns = _blocks(C // width, threads)
-        launch = functools.partial(self._launch, block=(threads,), WIDTH=width)
-        launch("embedding_bwd_wpe", (T, columns), args=(dwpe, dx, B, T, C))
-        launch("embedding_bwd_wte", (N, columns), args=(dwte, dx, tokens, order, N, C))
+        self._launch(op, (N,), (threads,), (x, tokens, wte, C), WIDTH=width)
+
+    def token_embedding_bwd(self, dwte: Array, dx: Array, tokens: Array, order: Array) -> None:
+        op = "token_embedding_bwd"
+        B, T, C = self._sizes(op, "B T C", dwte, dx, tokens, order)
+        args = (dwte, dx, tokens, order, B * T, C)
+        self._launch_by_columns(op, "embedding_bwd_wte", B * T, C, args)
 
     # --- layernorm ---
 
@@ -168,7 +240,7 @@ class KernelOps(Ops):
         rstd: Array,
     ) -> None:
         N, C = self._sizes("layernorm_bwd", "N C", dx, dw, db, dy, x, w, mean, rstd)
-        defines = layernorm_defines(C, self._width(C))
+        defines = row_group_defines("layernorm_bwd", C, self._width(C))
         rows, blocks = _chunks("layernorm_bwd", N, 2 * C, CHUNK_BLOCKS)
         partial = self._scratch[: blocks * 2 * C]
         args = (dx, partial, dy, x, w, mean, rstd, N, C, rows)
@@ -177,30 +249,97 @@ class KernelOps(Ops):
         total_args = (dw, db, partial, blocks, C)
         self._launch("layernorm_bwd_total", grid, (WARP, WARP), total_args, **defines)
 
+    # --- RMSNorm ---
+
+    def rmsnorm_fwd(self, y: Array, rstd: Array, x: Array, w: Array, eps: float) -> None:
+        self._launch_by_row_groups("rmsnorm_fwd", (y, rstd, x, w), eps)
+
+    def residual_rmsnorm_fwd(
+        self, r: Array, y: Array, rstd: Array, x1: Array, x2: Array, w: Array, eps: float
+    ) -> None:
+        self._launch_by_row_groups("residual_rmsnorm_fwd", (r, y, rstd, x1, x2, w), eps)
+
+    def rmsnorm_bwd(self, dx: Array, dw: Array, dy: Array, x: Array, w: Array, rstd: Array) -> None:
+        N, C = self._sizes("rmsnorm_bwd", "N C", dx, dw, dy, x, w, rstd)
+        defines = row_group_defines("rmsnorm_bwd", C, self._width(C))
+        rows, blocks = _chunks("rmsnorm_bwd", N, C, CHUNK_BLOCKS)
+        partial = self._scratch[: blocks * C]
+        args = (dx, partial, dy, x, w, rstd, N, C, rows)
+        self._launch("rmsnorm_bwd", (blocks,), (defines["THREADS"],), args, **defines)
+        total_args = (dw, partial, blocks, C)
+        grid = (_blocks(C, WARP),)
+        self._launch("rmsnorm_bwd_total", grid, (WARP, WARP), total_args, **defines)
+
+    # --- rotary position embedding ---
+
+    def rope_fwd(self, qkv: Array, starts: Array, angles: Array, kv_heads: int) -> None:
+        self._launch_rope("rope_fwd", qkv, starts, angles, kv_heads)
+
+    def rope_bwd(self, dqkv: Array, starts: Array, angles: Array, kv_heads: int) -> None:
+        self._launch_rope("rope_bwd", dqkv, starts, angles, kv_heads)
+
     # --- attention ---
 
     def attention_fwd(self, y: Array, lse: Array, qkv: Array) -> None:
-        B, T, H, D = self._sizes("attention_fwd", "B T H D", y, lse, qkv)
+        B, T, H, D, R = self._sizes("attention_fwd", "B T H D R", y, lse, qkv)
+        heads = H, kv_heads("attention_fwd", R, H)
         if self._is_flash(D):
-            self._launch_flash("flash_attention_fwd", (B, T, H, D), (y, lse, qkv))
+            self._launch_flash("flash_attention_fwd", (B, T, *heads, D), (y, lse, qkv))
         else:
-            self._launch_attention("attention_fwd", (B, T, H, D), (y, lse, qkv))
+            self._launch_attention("attention_fwd", (B, T, *heads, D), (y, lse, qkv))
 
     def attention_bwd(
         self, dqkv: Array, delta: Array, dy: Array, qkv: Array, y: Array, lse: Array
     ) -> None:
-        B, T, H, D = self._sizes("attention_bwd", "B T H D", dqkv, delta, dy, qkv, y, lse)
+        tensors = (dqkv, delta, dy, qkv, y, lse)
+        B, T, H, D, R = self._sizes("attention_bwd", "B T H D R", *tensors)
+        sizes = (B, T, H, kv_heads("attention_bwd", R, H), D)
+        args = (dqkv, delta, dy, qkv, lse)
         if self._is_flash(D):
-            dq_args = (dqkv, delta, dy, qkv, y, lse)
-            self._launch_flash("flash_attention_bwd_dq", (B, T, H, D), dq_args)
-            self._launch_flash("flash_attention_bwd_dkv", (B, T, H, D), (dqkv, delta, dy, qkv, lse))
+            self._launch_flash("flash_attention_bwd_dq", sizes, tensors)
+            self._launch_flash("flash_attention_bwd_dkv", sizes, args)
             return
         rows = at_most("attention_bwd", "B * T * H", B * T * H, MAX_SIZE)
         defines = attention_defines(D)
         self._launch_by_warps("attention_delta", rows, (delta, dy, y, B, T, H), **defines)
-        args = (dqkv, delta, dy, qkv, lse)
-        self._launch_attention("attention_bwd_dq", (B, T, H, D), args)
-        self._launch_attention("attention_bwd_dkv", (B, T, H, D), args)
+        self._launch_attention("attention_bwd_dq", sizes, args)
+        self._launch_attention("attention_bwd_dkv", sizes, args)
+
+    # --- decoding with a KV cache ---
+
+    def kv_append(self, k: Array, v: Array, qkv: Array, starts: Array) -> None:
+        letters = "B T G S D R"
+        B, T, G, S, D, R = self._sizes("kv_append", letters, k, v, qkv, starts)
+        check_heads("kv_append", R, R - 2 * G, G)
+        rows = at_most("kv_append", "B * T", B * T, MAX_SIZE)
+        elements = at_most("kv_append", "2 * G * D", 2 * G * D, MAX_SIZE)
+        width = self._width(D)
+        threads = _row_threads(elements // width, THREADS)
+        args = (k, v, qkv, starts, T, R - 2 * G, G, D, S)
+        self._launch("kv_append", (rows,), (threads,), args, WIDTH=width)
+
+    def attention_decode(self, y: Array, qkv: Array, k: Array, v: Array, starts: Array) -> None:
+        """The splits of the cache are as short as MIN_SPLIT and DECODE_BLOCKS allow.
+
+        Their partial results must also fit into scratch memory. All of this follows from sizes.
+        """
+        op = "attention_decode"
+        B, H, D, R, G, S = self._sizes(op, "B H D R G S", y, qkv, k, v, starts)
+        check_heads(op, R, H, G)
+        defines = attention_decode_defines(D, H // G, self._width(D))
+        blocks = B * G * _blocks(H // G, defines["QUERY_HEADS"])  # of one split
+        floats = at_most(op, "B * H * (D + 2)", B * H * (D + 2), SCRATCH_FLOATS)  # of one split
+        most = min(max(1, DECODE_BLOCKS // blocks), SCRATCH_FLOATS // floats)
+        length = max(MIN_SPLIT, _blocks(S, most))
+        splits = _blocks(S, length)
+        partial = self._scratch[: splits * floats]
+        args = (partial, qkv, k, v, starts, H, G, S, length)
+        block: Dim3 = (defines["THREADS"],)
+        self._launch("attention_decode_partial", (blocks, splits), block, args, **defines)
+        grid = (B * H, _blocks(D, WARP))
+        total_args = (y, partial, starts, H, S, splits, length)
+        block = (WARP, DECODE_TOTAL_WARPS)
+        self._launch("attention_decode_total", grid, block, total_args, **defines)
 
     # --- softmax ---
 
@@ -223,6 +362,14 @@ class KernelOps(Ops):
 
     def gelu_bwd(self, dx: Array, dy: Array, x: Array, b: Array) -> None:
         self._launch_with_bias("gelu_bwd", dx, dy, x, b)
+
+    # --- SwiGLU ---
+
+    def swiglu_fwd(self, y: Array, u: Array) -> None:
+        self._launch_swiglu("swiglu_fwd", y, u)
+
+    def swiglu_bwd(self, du: Array, dy: Array, u: Array) -> None:
+        self._launch_swiglu("swiglu_bwd", du, dy, u)
 
     # --- bias ---
 
@@ -257,6 +404,45 @@ class KernelOps(Ops):
     ) -> None:
         tensors = (losses, logits, targets, loss_scale)
         self._launch_classifier("classifier_fwd_bwd", tensors, vocab_size, dloss)
+
+    # --- sampling ---
+
+    def sample(
+        self,
+        tokens: Array,
+        starts: Array,
+        logits: Array,
+        key: Array,
+        vocab_size: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> None:
+        tensors = (tokens, starts, logits, key)
+        B, Vp = self._sizes("sample", "B Vp", *tensors)
+        _check_vocabulary("sample", vocab_size, Vp)
+        scalars = sample_scalars(vocab_size, temperature, top_k, top_p)
+        width = self._width(Vp)
+        threads = _row_threads(_blocks(vocab_size, width), SAMPLE_THREADS)
+        args = (*tensors, vocab_size, Vp, *scalars)
+        self._launch("sample", (B,), (threads,), args, WIDTH=width)
+
+    # --- int8 matmuls ---
+
+    def quantize_rows(self, q: Array, scales: Array, x: Array) -> None:
+        N, I, J = self._sizes("quantize_rows", "N I J", q, scales, x)
+        group_size = _group_size("quantize_rows", I, J)
+        groups = at_most("quantize_rows", "N * J", N * J, MAX_SIZE)
+        self._launch_by_warps("quantize_rows", groups, (q, scales, x, groups, group_size))
+
+    def matmul_int8(self, y: Array, x: Array, x_scales: Array, w: Array, w_scales: Array) -> None:
+        tensors = (y, x, x_scales, w, w_scales)
+        N, O, I, J = self._sizes("matmul_int8", "N O I J", *tensors)
+        defines = matmul_int8_defines(N, _group_size("matmul_int8", I, J))
+        blocks = _blocks(O, MATMUL_INT8_WARPS) * _blocks(N, defines["ROWS"])
+        at_most("matmul_int8", "blocks", blocks, MAX_GRID[0])
+        args = (*tensors, N, O, I, J)
+        self._launch("matmul_int8", (blocks,), (MATMUL_INT8_WARPS * WARP,), args, **defines)
 
     # --- optimizer ---
 
@@ -360,28 +546,65 @@ class KernelOps(Ops):
         self._launch(op, (N,), (threads,), (*tensors, O), WIDTH=width, **defines)
 
     def _launch_by_row_groups(self, op: str, tensors: tuple[Array, ...], eps: float) -> None:
-        """One group of THREADS_PER_ROW threads per row: see kernels/layernorm.cu."""
+        """One group of THREADS_PER_ROW threads per row: see kernels/row_group.cuh."""
         N, C = self._sizes(op, "N C", *tensors)
-        defines = layernorm_defines(C, self._width(C))
+        defines = row_group_defines(op, C, self._width(C))
         threads = defines["THREADS"]
         grid = (_blocks(N, threads // defines["THREADS_PER_ROW"]),)
         self._launch(op, grid, (threads,), (*tensors, N, C, eps), **defines)
+
+    def _launch_by_columns(
+        self, op: str, name: str, rows: int, C: int, args: tuple[Any, ...]
+    ) -> None:
+        """One or several blocks per row, whose threads take one piece each."""
+        at_most(op, "C", C, MAX_GRID[1] * THREADS)
+        width = self._width(C)
+        threads = _row_threads(C // width, THREADS)
+        grid = (rows, _blocks(C // width, threads))
+        self._launch(name, grid, (threads,), args, WIDTH=width)
+
+    def _launch_rope(
+        self, op: str, qkv: Array, starts: Array, angles: Array, kv_heads: int
+    ) -> None:
+        """One block per row (b, t): see kernels/rope.cu."""
+        B, T, R, D = self._sizes(op, "B T R D", qkv, starts, angles)
+        N = at_most(op, "B * T", B * T, MAX_SIZE)
+        at_most(op, "R * D", R * D, MAX_SIZE)
+        if D % 2:
+            raise ValueError(f"{op}: D = {D} is odd, but pairs of elements are rotated")
+        queries = R - 2 * kv_heads
+        if kv_heads < 1 or queries < 1 or queries % kv_heads:
+            raise ValueError(
+                f"{op}: kv_heads {kv_heads} leaves {queries} queries of {R} heads, "
+                f"expected a positive multiple of kv_heads"
+            )
+        width = self._width(D)
+        pieces = (R - kv_heads) * D // max(width, 2)
+        args = (qkv, starts, angles, T, R, D, kv_heads)
+        self._launch(op, (N,), (_row_threads(pieces, ROW_THREADS),), args, WIDTH=width)
+
+    def _launch_swiglu(self, op: str, *tensors: Array) -> None:
+        """One block per row of tensors (N, F) and (N, 2, F)."""
+        N, F = self._sizes(op, "N F", *tensors)
+        width = self._width(F)
+        threads = _row_threads(F // width, ROW_THREADS)
+        self._launch(op, (N,), (threads,), (*tensors, F), WIDTH=width)
 
     def _launch_by_warps(self, name: str, rows: int, args: tuple[Any, ...], **defines: int) -> None:
         """One warp per row."""
         self._launch(name, (_blocks(rows, THREADS // WARP),), (THREADS,), args, **defines)
 
     def _launch_attention(
-        self, name: str, sizes: tuple[int, int, int, int], tensors: tuple[Array, ...]
+        self, name: str, sizes: tuple[int, int, int, int, int], tensors: tuple[Array, ...]
     ) -> None:
         """One group of LANES threads per query or key: see kernels/attention.cu."""
-        B, T, H, D = sizes
+        B, T, H, G, D = sizes
         defines = attention_defines(D)
         rows = defines["THREADS"] // defines["LANES"]
         at_most(name, "B * T * H", B * T * H, MAX_SIZE)
         at_most(name, "T", T, MAX_GRID[1] * rows)
-        grid = (B * H, _blocks(T, rows))
-        self._launch(name, grid, (defines["THREADS"],), (*tensors, T, H), **defines)
+        grid = (B * (G if name.endswith("_dkv") else H), _blocks(T, rows))
+        self._launch(name, grid, (defines["THREADS"],), (*tensors, T, H, G), **defines)
 
     def _is_flash(self, head_size: int) -> bool:
         """True if kernels/flash_attention.cu takes this head size here, on tensor cores.
@@ -392,24 +615,23 @@ class KernelOps(Ops):
         return fits and self.device.has_tensor_cores
 
     def _launch_flash(
-        self, name: str, sizes: tuple[int, int, int, int], tensors: tuple[Array, ...]
+        self, name: str, sizes: tuple[int, int, int, int, int], tensors: tuple[Array, ...]
     ) -> None:
         """One tile of queries or keys per block: see kernels/flash_attention.cu."""
-        B, T, H, D = sizes
+        B, T, H, G, D = sizes
         defines = flash_attention_defines(D)
-        at_most(name, "B * H", B * H, MAX_GRID[1])
-        tiles = 1 if name == "flash_attention_bwd_dkv" else defines["QUERY_TILES"]
-        rows = 16 * tiles * defines["WARPS"]
-        grid = (_blocks(T, rows), B * H)
-        self._launch(name, grid, (defines["WARPS"] * WARP,), (*tensors, T, H), **defines)
+        of_keys = name.endswith("_dkv")
+        heads = at_most(name, "B * heads", B * (G if of_keys else H), MAX_GRID[1])
+        rows = 16 * (1 if of_keys else defines["QUERY_TILES"]) * defines["WARPS"]
+        grid = (_blocks(T, rows), heads)
+        self._launch(name, grid, (defines["WARPS"] * WARP,), (*tensors, T, H, G), **defines)
 
     def _launch_classifier(
         self, op: str, tensors: tuple[Array, ...], vocab_size: int, *scalars: float
     ) -> None:
         """One block per row of logits (N, Vp)."""
         N, Vp = self._sizes(op, "N Vp", *tensors)
-        if not 1 <= vocab_size <= Vp:
-            raise ValueError(f"{op}: vocab_size {vocab_size} is not within 1 to {Vp} columns")
+        _check_vocabulary(op, vocab_size, Vp)
         width = self._width(Vp)
         threads = _row_threads(_blocks(vocab_size, width), MAX_THREADS)
         self._launch(op, (N,), (threads,), (*tensors, vocab_size, Vp, *scalars), WIDTH=width)
@@ -440,6 +662,19 @@ def _blocks(size: int, per_block: int) -> int:
 def _row_threads(columns: int, limit: int) -> int:
     """Threads of a block that works on one row of `columns`: whole warps, at most `limit`."""
     return min(_blocks(columns, WARP) * WARP, limit)
+
+
+def _check_vocabulary(op: str, vocab_size: int, columns: int) -> None:
+    """Raises ValueError if rows of logits have no column, or fewer, for `vocab_size` tokens."""
+    if not 1 <= vocab_size <= columns:
+        raise ValueError(f"{op}: vocab_size {vocab_size} is not within 1 to {columns} columns")
+
+
+def _group_size(op: str, I: int, J: int) -> int:
+    """The elements of each of J groups of a row of I; raises ValueError if I is not a multiple."""
+    if I % J:
+        raise ValueError(f"{op}: rows of I = {I} elements cannot be cut into J = {J} equal groups")
+    return I // J
 
 
 def _chunks(op: str, rows: int, sums: int, most: int) -> tuple[int, int]:

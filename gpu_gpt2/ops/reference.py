@@ -32,7 +32,12 @@ from gpu_gpt2.ops.table import (
     Factors,
     Ops,
     Report,
+    SampleScalars,
+    check_heads,
+    kv_heads,
+    sample_scalars,
 )
+from gpu_gpt2.rng.philox import MASK, philox
 
 NDArray = npt.NDArray[Any]
 Item = TypeVar("Item")
@@ -40,6 +45,15 @@ Result = TypeVar("Result")
 
 GELU_SCALE: Final = math.sqrt(2.0 / math.pi)
 GELU_CUBIC: Final = 0.044715
+# The constants of kernels/sample.cu: log2 of the weight of the largest logit, the lowest log2 of a
+# weight relative to it, and the coefficients ln(2)^k / k! of 2^f, k = 7, 6, ..., 0.
+WEIGHT_LOG2: Final = 40
+LOWEST_LOG2: Final = np.float32(-64.0)
+EXP2_COEFFICIENTS: Final = tuple(
+    np.float32(math.log(2.0) ** k / math.factorial(k)) for k in range(7, -1, -1)
+)
+LARGEST_INT8: Final = 127  # of a quantized element; -128 is not used
+LARGEST_INT8_PRODUCT: Final = 128 * 128
 # Elements of one array in a block of rows: as many as fit into an L2 cache, because threads take
 # turns at the interpreter lock between any two array operations.
 BLOCK_ELEMENTS: Final = 1 << 17
@@ -127,17 +141,29 @@ class ReferenceOps(Ops):
 
     # --- embedding ---
 
-    def embedding_fwd(self, x: NDArray, tokens: NDArray, wte: NDArray, wpe: NDArray) -> None:
-        np.add(wte[tokens], wpe[: tokens.shape[1]], out=x)
+    def embedding_fwd(
+        self, x: NDArray, tokens: NDArray, starts: NDArray, wte: NDArray, wpe: NDArray
+    ) -> None:
+        np.add(wte[tokens], wpe[_positions(starts, tokens.shape[1])], out=x)
 
     def embedding_bwd(
         self, dwte: NDArray, dwpe: NDArray, dx: NDArray, tokens: NDArray, order: NDArray
     ) -> None:
         dwpe[: dx.shape[1]] += dx.sum(axis=0)
+        self.token_embedding_bwd(dwte, dx, tokens, order)
+
+    # --- token embedding without positions ---
+
+    def token_embedding_fwd(self, x: NDArray, tokens: NDArray, wte: NDArray) -> None:
+        x[...] = wte[tokens]
+
+    def token_embedding_bwd(
+        self, dwte: NDArray, dx: NDArray, tokens: NDArray, order: NDArray
+    ) -> None:
         in_order = tokens.reshape(-1)[order]
-        starts = np.flatnonzero(np.diff(in_order, prepend=-1))
+        firsts = np.flatnonzero(np.diff(in_order, prepend=-1))
         rows = dx.reshape(-1, dx.shape[2])[order]
-        dwte[in_order[starts]] += np.add.reduceat(rows, starts, axis=0)
+        dwte[in_order[firsts]] += np.add.reduceat(rows, firsts, axis=0)
 
     # --- layernorm ---
 
@@ -211,46 +237,130 @@ class ReferenceOps(Ops):
             dw += dw_part
             db += db_part
 
+    # --- RMSNorm ---
+
+    def rmsnorm_fwd(self, y: NDArray, rstd: NDArray, x: NDArray, w: NDArray, eps: float) -> None:
+        def work(i: slice) -> None:
+            mean_square = np.einsum("nc,nc->n", x[i], x[i])
+            mean_square /= x.shape[1]
+            mean_square += eps
+            np.divide(1.0, np.sqrt(mean_square, out=mean_square), out=rstd[i])
+            np.multiply(x[i], rstd[i, None], out=y[i])
+            y[i] *= w
+
+        _by_rows(x, work)
+
+    def residual_rmsnorm_fwd(
+        self,
+        r: NDArray,
+        y: NDArray,
+        rstd: NDArray,
+        x1: NDArray,
+        x2: NDArray,
+        w: NDArray,
+        eps: float,
+    ) -> None:
+        _by_rows(r, lambda i: np.add(x1[i], x2[i], out=r[i]))
+        self.rmsnorm_fwd(y, rstd, r, w, eps)
+
+    def rmsnorm_bwd(
+        self, dx: NDArray, dw: NDArray, dy: NDArray, x: NDArray, w: NDArray, rstd: NDArray
+    ) -> None:
+        def work(i: slice) -> NDArray:
+            normed = x[i] * rstd[i, None]
+            g = dy[i] * w
+            g_normed_mean = np.einsum("nc,nc->n", g, normed)[:, None] / x.shape[1]
+            g -= normed * g_normed_mean
+            g *= rstd[i, None]
+            dx[i] += g
+            normed *= dy[i]
+            return _column_sums(normed)
+
+        for part in _by_rows(x, work):
+            dw += part
+
+    # --- rotary position embedding ---
+
+    def rope_fwd(self, qkv: NDArray, starts: NDArray, angles: NDArray, kv_heads: int) -> None:
+        _rotate(qkv, starts, _complex(angles), kv_heads)
+
+    def rope_bwd(self, dqkv: NDArray, starts: NDArray, angles: NDArray, kv_heads: int) -> None:
+        _rotate(dqkv, starts, _complex(angles).conj(), kv_heads)
+
     # --- attention ---
 
     def attention_fwd(self, y: NDArray, lse: NDArray, qkv: NDArray) -> None:
-        q, k, v = _heads(qkv)
-        y_heads = y.transpose(0, 2, 1, 3)  # (B, H, T, D)
+        q, k, v = _heads("attention_fwd", qkv, y.shape[2])
+        heads = list(zip(q, _by_group(y, len(q)), _lse_by_group(lse, len(q)), strict=True))
 
         def work(part: tuple[slice, slice]) -> None:
-            p = _scores(q[part], k[part])
-            largest = p.max(axis=-1, keepdims=True)
-            p -= largest
-            np.exp(p, out=p)
-            total = p.sum(axis=-1, keepdims=True)
-            lse[part] = (largest + np.log(total))[..., 0]
-            p /= total
-            np.matmul(p, v[part], out=y_heads[part])
+            for q_i, y_i, lse_i in heads:
+                p = _scores(q_i[part], k[part])
+                largest = p.max(axis=-1, keepdims=True)
+                p -= largest
+                np.exp(p, out=p)
+                total = p.sum(axis=-1, keepdims=True)
+                lse_i[part] = (largest + np.log(total))[..., 0]
+                p /= total
+                np.matmul(p, v[part], out=y_i[part])
 
-        _by_heads(q.shape, work)
+        _by_heads(k.shape, work)
 
     def attention_bwd(
         self, dqkv: NDArray, delta: NDArray, dy: NDArray, qkv: NDArray, y: NDArray, lse: NDArray
     ) -> None:
-        q, k, v = _heads(qkv)
-        dq, dk, dv = _heads(dqkv)
-        dy_heads = dy.transpose(0, 2, 1, 3)
+        q, k, v = _heads("attention_bwd", qkv, y.shape[2])
+        dq, dk, dv = _heads("attention_bwd", dqkv, y.shape[2])
         delta[...] = np.einsum("bthd,bthd->bht", dy, y)
+        m = len(q)
+        statistics = _lse_by_group(lse, m), _lse_by_group(delta, m)
+        heads = list(zip(q, dq, _by_group(dy, m), *statistics, strict=True))
         scale = 1.0 / math.sqrt(q.shape[-1])
 
         def work(part: tuple[slice, slice]) -> None:
-            p = _scores(q[part], k[part])
-            p -= lse[part][..., None]
-            np.exp(p, out=p)
-            np.matmul(p.swapaxes(-1, -2), dy_heads[part], out=dv[part])
-            dp = dy_heads[part] @ v[part].swapaxes(-1, -2)
-            dp -= delta[part][..., None]
-            dp *= p
-            dp *= scale
-            np.matmul(dp, k[part], out=dq[part])
-            np.matmul(dp.swapaxes(-1, -2), q[part], out=dk[part])
+            for i, (q_i, dq_i, dy_i, lse_i, delta_i) in enumerate(heads):
+                p = _scores(q_i[part], k[part])
+                p -= lse_i[part][..., None]
+                np.exp(p, out=p)
+                _matmul(dv[part], p.swapaxes(-1, -2), dy_i[part], accumulate=i > 0)
+                dp = dy_i[part] @ v[part].swapaxes(-1, -2)
+                dp -= delta_i[part][..., None]
+                dp *= p
+                dp *= scale
+                np.matmul(dp, k[part], out=dq_i[part])
+                _matmul(dk[part], dp.swapaxes(-1, -2), q_i[part], accumulate=i > 0)
 
-        _by_heads(q.shape, work)
+        _by_heads(k.shape, work)
+
+    # --- decoding with a KV cache ---
+
+    def kv_append(self, k: NDArray, v: NDArray, qkv: NDArray, starts: NDArray) -> None:
+        (_, G, S, _), (_, T, R, _) = k.shape, qkv.shape
+        check_heads("kv_append", R, R - 2 * G, G)
+        for b, start in enumerate(starts.tolist()):
+            T_kept = min(T, S - start)
+            if T_kept > 0:
+                rows = qkv[b, :T_kept].swapaxes(0, 1)  # (R, T_kept, D)
+                k[b, :, start : start + T_kept] = rows[R - 2 * G : R - G]
+                v[b, :, start : start + T_kept] = rows[R - G :]
+
+    def attention_decode(
+        self, y: NDArray, qkv: NDArray, k: NDArray, v: NDArray, starts: NDArray
+    ) -> None:
+        (_, _, H, D), (B, G, S, _) = y.shape, k.shape
+        check_heads("attention_decode", qkv.shape[2], H, G)
+        q = qkv[:, 0, :H].reshape(B, G, H // G, D) * qkv.dtype.type(1.0 / math.sqrt(D))
+        y_heads = y.reshape(B, G, H // G, D)
+        counts = np.minimum(starts + 1, S).tolist()
+
+        def work(b: int) -> None:
+            p = q[b] @ k[b, :, : counts[b]].swapaxes(-1, -2)  # (G, H / G, count)
+            p -= p.max(axis=-1, keepdims=True)
+            np.exp(p, out=p)
+            np.matmul(p, v[b, :, : counts[b]], out=y_heads[b])
+            y_heads[b] /= p.sum(axis=-1, keepdims=True)
+
+        _in_parallel(list(range(B)), work)
 
     # --- softmax ---
 
@@ -299,6 +409,32 @@ class ReferenceOps(Ops):
 
         _by_rows(x, work)
 
+    # --- SwiGLU ---
+
+    def swiglu_fwd(self, y: NDArray, u: NDArray) -> None:
+        def work(i: slice) -> None:
+            t = _one_plus_exp(u[i, 0])
+            np.divide(u[i, 0], t, out=t)
+            np.multiply(t, u[i, 1], out=y[i])
+
+        _by_rows(y, work)
+
+    def swiglu_bwd(self, du: NDArray, dy: NDArray, u: NDArray) -> None:
+        def work(i: slice) -> None:
+            # d/dz z s(z) = s + z s (1 - s), with the sigmoid s
+            gate, up = u[i, 0], u[i, 1]
+            s = _one_plus_exp(gate)
+            np.divide(1.0, s, out=s)
+            silu = gate * s
+            np.multiply(dy[i], silu, out=du[i, 1])
+            slope = 1.0 - s
+            slope *= silu
+            slope += s
+            slope *= up
+            np.multiply(dy[i], slope, out=du[i, 0])
+
+        _by_rows(dy, work)
+
     # --- bias ---
 
     def bias_fwd(self, y: NDArray, b: NDArray) -> None:
@@ -340,6 +476,59 @@ class ReferenceOps(Ops):
             logits[i, vocab_size:] = 0.0
 
         _by_rows(logits, work)
+
+    # --- sampling ---
+
+    def sample(
+        self,
+        tokens: NDArray,
+        starts: NDArray,
+        logits: NDArray,
+        key: NDArray,
+        vocab_size: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> None:
+        settings = sample_scalars(vocab_size, temperature, top_k, top_p)
+        words = int(key[0]) & MASK, int(key[1]) & MASK
+        starts += 1
+        for b, start in enumerate(starts.tolist()):
+            low, high, *_ = philox((start & MASK, b, 0, 0), words)
+            row = logits[b, :vocab_size].astype(np.float32, copy=False)
+            tokens[b] = _drawn_token(row, settings, high << 32 | low)
+
+    # --- int8 matmuls ---
+
+    def quantize_rows(self, q: NDArray, scales: NDArray, x: NDArray) -> None:
+        groups = x.reshape(*scales.shape, -1)
+        np.divide(np.abs(groups).max(axis=2), LARGEST_INT8, out=scales)
+        usable = (scales > 0) & np.isfinite(scales)
+        ratio = np.zeros_like(groups)
+        np.divide(groups, scales[..., None], out=ratio, where=usable[..., None])
+        # np.rint would round halves to even. The fraction, unlike ratio + 1/2, is exact.
+        whole = np.trunc(ratio)
+        whole += np.copysign(np.abs(ratio - whole) >= 0.5, ratio)
+        # A scale below the normal float32 numbers is so inexact that a ratio can exceed 127.
+        np.clip(whole, -LARGEST_INT8, LARGEST_INT8, out=whole)
+        q[...] = whole.reshape(q.shape)
+
+    def matmul_int8(
+        self, y: NDArray, x: NDArray, x_scales: NDArray, w: NDArray, w_scales: NDArray
+    ) -> None:
+        (N, I), J = x.shape, x_scales.shape[1]
+        # Every partial sum is an integer, so sums of floats are exact in any order.
+        dtype = np.float32 if I // J * LARGEST_INT8_PRODUCT <= 2**24 else np.float64
+        x_groups = x.reshape(N, J, -1).astype(dtype).transpose(1, 2, 0)  # (J, I / J, N)
+
+        def work(i: slice) -> None:
+            w_groups = w[i].reshape(-1, J, I // J).astype(dtype).transpose(1, 0, 2)
+            dots = np.matmul(w_groups, x_groups).astype(y.dtype, copy=False)  # (J, rows of w, N)
+            dots *= w_scales[i].T[:, :, None]
+            dots *= x_scales.T[:, None, :]
+            y[:, i] = dots.sum(axis=0).T  # in rising order of groups
+
+        _by_rows(w, work)
 
     # --- optimizer ---
 
@@ -465,24 +654,87 @@ class ReferenceOps(Ops):
             y[...] = x
 
 
-def _heads(qkv: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Returns q, k and v as (B, H, T, D) views of qkv (B, T, 3, H, D)."""
-    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-    return q, k, v
+def _positions(starts: NDArray, T: int) -> NDArray:
+    """Returns the position (B, T) of every token, from that of each sequence's first (B,)."""
+    positions: NDArray = starts[:, None] + np.arange(T, dtype=starts.dtype)
+    return positions
+
+
+def _complex(x: NDArray) -> NDArray:
+    """Returns x (..., D) as a view (..., D / 2) whose elements are the pairs of x: a + b i."""
+    pairs: NDArray = x.view(np.result_type(x.dtype, np.complex64))
+    return pairs
+
+
+def _rotate(x: NDArray, starts: NDArray, turns: NDArray, kv_heads: int) -> None:
+    """Rotates the pairs of all heads of x (B, T, R, D) but the last `kv_heads`, in place.
+
+    turns (>= T, D / 2) are complex: a pair (a, b) is rotated by an angle when a + b i is multiplied
+    by cos + i sin of the angle.
+    """
+    B, T, R, D = x.shape
+    pairs = _complex(x).reshape(B * T, R, D // 2)[:, : R - kv_heads]
+    positions = _positions(starts, T).reshape(-1)
+
+    def work(i: slice) -> None:
+        pairs[i] *= turns[positions[i], None]
+
+    _by_blocks(B * T, R * D, work)
+
+
+def _one_plus_exp(z: NDArray) -> NDArray:
+    """Returns 1 + exp(-z) as a new array: infinity where z is far below zero."""
+    t = np.negative(z)
+    with np.errstate(over="ignore"):
+        np.exp(t, out=t)
+    t += 1.0
+    return t
+
+
+def _heads(op: str, qkv: NDArray, H: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Returns views of qkv (B, T, R, D): q (H / G, B, G, T, D), k and v (B, G, T, D).
+
+    q[i, :, g] is query head i of those that use head g of k and v.
+    """
+    G = kv_heads(op, qkv.shape[2], H)
+    k, v = qkv[:, :, H : H + G], qkv[:, :, H + G :]
+    return _by_group(qkv[:, :, :H], H // G), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def _by_group(x: NDArray, m: int) -> NDArray:
+    """Returns x (B, T, H, D) as a view (m, B, H / m, T, D)."""
+    B, T, H, D = x.shape
+    grouped: NDArray = x.reshape(B, T, H // m, m, D).transpose(3, 0, 2, 1, 4)
+    return grouped
+
+
+def _lse_by_group(lse: NDArray, m: int) -> NDArray:
+    """Returns lse or delta (B, H, T) as a view (m, B, H / m, T)."""
+    B, H, T = lse.shape
+    grouped: NDArray = lse.reshape(B, H // m, m, T).transpose(2, 0, 1, 3)
+    return grouped
+
+
+def _matmul(out: NDArray, a: NDArray, b: NDArray, *, accumulate: bool) -> None:
+    """out = a @ b, or += with `accumulate`."""
+    if accumulate:
+        out += a @ b
+    else:
+        np.matmul(a, b, out=out)
 
 
 def _by_heads(shape: tuple[int, ...], work: Callable[[tuple[slice, slice]], None]) -> None:
     """Calls work((batches, heads)) in parallel, on parts of at most SCORE_ELEMENTS scores.
 
-    `shape` is (B, H, T, D). A part is at least one head, whatever its size.
+    `shape` is (B, G, T, D). A part is at least one head, whatever its size.
     """
-    B, H, T, _ = shape
-    heads = min(H, max(1, SCORE_ELEMENTS // (T * T)))
-    batches = max(1, min(B, SCORE_ELEMENTS // (T * T * H)))
+    B, G, T, _ = shape
+    heads = min(G, max(1, SCORE_ELEMENTS // (T * T)))
+    batches = max(1, min(B, SCORE_ELEMENTS // (T * T * G)))
     parts = [
-        (slice(b, b + batches), slice(h, h + heads))
+        (slice(b, b + batches), slice(g, g + heads))
         for b in range(0, B, batches)
-        for h in range(0, H, heads)
+        for g in range(0, G, heads)
     ]
     _in_parallel(parts, work)
 
@@ -516,6 +768,49 @@ def _add_losses(losses: NDArray, x: NDArray, targets: NDArray) -> NDArray:
     total: NDArray = x.sum(axis=1)
     losses += np.log(total) - picked
     return total
+
+
+def _drawn_token(row: NDArray, settings: SampleScalars, random_bits: int) -> int:
+    """Returns the token that `sample` draws from a row of logits (V,) float32, or -1."""
+    largest = row.max()
+    if not np.isfinite(largest):  # a NaN among the logits makes the largest one a NaN
+        return -1
+    if settings.scale == 0:
+        return int(row.argmax())
+    ids = None
+    if settings.top_k:
+        place = row.size - settings.top_k
+        (ids,) = (row >= np.partition(row, place)[place]).nonzero()
+        row = row[ids]
+    weights = _integer_weights(row, largest, settings.scale)
+    if settings.share:
+        target = -(-int(weights.sum()) * settings.share >> 63)  # top_p of the total, rounded up
+        order = np.argsort(row)[::-1]
+        last = order[np.searchsorted(np.cumsum(weights[order]), target)]
+        weights[row < row[last]] = 0
+    running = np.cumsum(weights)
+    drawn = random_bits * int(running[-1]) >> 64
+    place = int(np.searchsorted(running, drawn, side="right"))
+    return place if ids is None else int(ids[place])
+
+
+def _integer_weights(row: NDArray, largest: np.float32, scale: float) -> NDArray:
+    """Returns the weights of logits (n,) float32 as int64: weight_of in kernels/sample.cu.
+
+    Each operation is that of the kernel, in the same order, so that both give the same integers.
+    """
+    with np.errstate(over="ignore"):  # a difference of logits may be -infinity
+        t = row - largest
+        t *= np.float32(scale)
+    np.maximum(t, LOWEST_LOG2, out=t)
+    n = np.rint(t)
+    t -= n
+    p = np.full_like(t, EXP2_COEFFICIENTS[0])
+    for coefficient in EXP2_COEFFICIENTS[1:]:
+        p *= t
+        p += coefficient
+    p *= (n.astype(np.int32) + (WEIGHT_LOG2 + 127) << 23).view(np.float32)  # times 2^(n + 40)
+    return p.astype(np.int64)
 
 
 def _append(window: NDArray, value: float) -> float:

@@ -8,12 +8,15 @@ role. "mean, rstd (N) float32 =" stands for two tensors.
   micro-batches accumulate.
 - Order: outputs, inputs, saved statistics, then scalars, which are not in the row. Sizes come from
   the shapes.
-- Shape: B batch, T time, C channels, O columns of a linear layer's output, H heads, D = C / H,
-  V vocabulary, Vp padded vocabulary, N = B * T rows, n elements of a flat array. A letter has one
-  value in all tensors of a call; `>= T` is any size from T on, and `B * T` a product.
+- Shape: B batch, T time, C channels, H query heads, D head size, G key/value heads, R = H + 2 G
+  heads of a packed row of q, k and v, S positions of a KV cache, I and O columns of a linear
+  layer's input and output, F hidden width of Llama's MLP, J groups of an int8 row, V vocabulary,
+  Vp padded vocabulary, N = B * T rows, n elements of a flat array. A letter has one value in all
+  tensors of a call; `>= T` is any size from T on, and `B * T` a product.
+- Pairs of RoPE are neighbours: elements 2 j and 2 j + 1 of a head.
 - dtype: X is that of activations and weights: float32, bfloat16 or float16. Saved statistics,
   losses and parameter gradients are float32 whatever X is, and sums are kept in float32. `any` is
-  float32, bfloat16 or float16, whichever the tensor has.
+  float32, bfloat16 or float16, whichever the tensor has. int8 is that of quantized matrices.
 - All arrays are C-contiguous. Outputs do not overlap other tensors unless the docstring says so.
 
 Two classes implement the table: `reference.ReferenceOps` in NumPy and `kernels.KernelOps` as
@@ -34,7 +37,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array, Device
+from gpu_gpt2.device.base import FLOAT32, INT8, INT32, X_DTYPES, Array, Device
 from gpu_gpt2.errors import ConfigError, LaunchError
 
 MAX_SIZE: Final = 2**30  # largest dimension and most rows, so that no int counter overflows
@@ -45,8 +48,13 @@ WINDOW: Final = 128  # losses, and gradient norms, among which outliers are foun
 # Why a step made no update, numbered as in Report.skipped; "" stands for an update.
 SKIPPED: Final = ("", "loss spike", "gradient spike", "not finite", "halted")
 ANY: Final = tuple(X_DTYPES.values())  # the dtypes that "any" stands for
+# The dtypes that a row names themselves.
+FIXED_DTYPES: Final[dict[str, np.dtype[Any]]] = {"float32": FLOAT32, "int32": INT32, "int8": INT8}
+# Most columns that `sample` draws from: so many weights of at most 2^40 sum to at most 2^62.
+MAX_VOCABULARY: Final = 2**22
+LOG2_E: Final = 1.0 / math.log(2.0)
 
-ROW_TEXT: Final = re.compile(r"(\w+(?:, \w+)*) \(([^)]+)\) (X|float32|int32|any)(?: (\+?=))?")
+ROW_TEXT: Final = re.compile(r"(\w+(?:, \w+)*) \(([^)]+)\) (X|float32|int32|int8|any)(?: (\+?=))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,7 @@ class OpTensor:
 
     name: str
     shape: tuple[str, ...]  # each a number, a letter, a bound ">= T" or a product "B * T"
-    dtype: str  # "X", "float32", "int32" or "any"
+    dtype: str  # "X", "float32", "int32", "int8" or "any"
     role: str  # "=", "+=" or "in"
 
     def __str__(self) -> str:
@@ -107,7 +115,7 @@ def sizes(op: str, letters: str, X: np.dtype[Any], layout: Layout) -> tuple[int,
             if not _fits(item, size, found):
                 raise _wrong_shape(op, tensor, shape, found)
             at_most(op, item, size, MAX_ELEMENTS if item == "n" else MAX_SIZE)
-        allowed = {"X": (X,), "float32": (FLOAT32,), "int32": (INT32,), "any": ANY}[tensor.dtype]
+        allowed = {"X": (X,), "any": ANY}.get(tensor.dtype) or (FIXED_DTYPES[tensor.dtype],)
         if dtype not in allowed:
             expected = " or ".join(map(str, allowed))
             raise LaunchError(f"{op}: {tensor.name}: expected dtype {expected}, got {dtype}")
@@ -136,6 +144,22 @@ def at_most(op: str, name: str, size: int, limit: int) -> int:
     if not 1 <= size <= limit:
         raise ConfigError(f"{op}: {name} = {size} must be 1 to {limit}")
     return size
+
+
+def kv_heads(op: str, R: int, H: int) -> int:
+    """Returns G, the key/value heads of rows of R = H + 2 G heads. Raises as `check_heads` does."""
+    G = (R - H) // 2
+    check_heads(op, R, H, G)
+    return G
+
+
+def check_heads(op: str, R: int, H: int, G: int) -> None:
+    """Raises ConfigError unless R = H + 2 G, and each of G key/value heads serves H / G queries."""
+    if min(H, G) < 1 or R != H + 2 * G or H % G:
+        raise ConfigError(
+            f"{op}: R = {R} heads in a row of q, k and v do not fit H = {H} query heads and "
+            f"G = {G} key/value heads; R must be H + 2 G, and H a multiple of G"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,18 +208,59 @@ class Counts(NamedTuple):
     halted: float  # 1 if a step has diverged and nothing may change; else 0
 
 
+class SampleScalars(NamedTuple):
+    """The scalars of `sample` as every device uses them; `sampling` makes them."""
+
+    scale: float  # log2(e) / temperature as a float32; 0 for the argmax
+    top_k: int  # 0 if off
+    share: int  # top_p times 2^63, 0 if off
+
+
+def sample_scalars(vocab_size: int, temperature: float, top_k: int, top_p: float) -> SampleScalars:
+    """Returns the scalars of `sample` for these settings.
+
+    Raises ConfigError for a setting that is negative or not finite, and for a vocabulary of more
+    than MAX_VOCABULARY tokens.
+    """
+    at_most("sample", "vocab_size", vocab_size, MAX_VOCABULARY)
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for name, value in settings.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"sample: {name} = {value} must be a finite number >= 0")
+    scale = 0.0
+    if temperature > 0:
+        # Neither 0 nor infinite in float32, however extreme the temperature is.
+        finite = np.finfo(np.float32)
+        scale = float(np.float32(np.clip(LOG2_E / temperature, finite.tiny, finite.max)))
+    return SampleScalars(
+        scale=scale,
+        top_k=top_k if top_k < vocab_size else 0,
+        share=int(top_p * 2.0**63) if top_p < 1 else 0,
+    )
+
+
 class Ops(ABC):
-    """The operations of GPT-2, forward and backward, on one device."""
+    """The operations of GPT-2 and Llama, forward and backward, on one device."""
 
     device: Device
     dtype: str  # X: "fp32", "bf16" or "fp16"
 
     # --- embedding: kernels/embedding.cu ---
 
-    @tensors("x (B, T, C) X =", "tokens (B, T) int32", "wte (Vp, C) X", "wpe (>= T, C) X")
+    @tensors(
+        "x (B, T, C) X =",
+        "tokens (B, T) int32",
+        "starts (B) int32",
+        "wte (Vp, C) X",
+        "wpe (>= T, C) X",
+    )
     @abstractmethod
-    def embedding_fwd(self, x: Array, tokens: Array, wte: Array, wpe: Array) -> None:
-        """x = wte[tokens] + wpe[t]; tokens are in [0, V)."""
+    def embedding_fwd(self, x: Array, tokens: Array, starts: Array, wte: Array, wpe: Array) -> None:
+        """x = wte[tokens] + wpe[starts + t]; tokens are in [0, V).
+
+        starts[b] is the position of the first token of sequence b: 0 in training. wpe has a row for
+        every position.
+        """
 
     @tensors(
         "dwte (Vp, C) float32 +=",
@@ -208,11 +273,28 @@ class Ops(ABC):
     def embedding_bwd(
         self, dwte: Array, dwpe: Array, dx: Array, tokens: Array, order: Array
     ) -> None:
-        """dwte += the rows of dx by token; dwpe[:T] += the sum of dx over B.
+        """dwte += the rows of dx by token; dwpe[:T] += the sum of dx over B: all starts are 0.
 
         `order` is the stable argsort of the flattened tokens: rows of one token lie together, so
         each token's rows are summed in one fixed order without atomics.
         """
+
+    # --- token embedding without positions: kernels/embedding.cu ---
+
+    @tensors("x (B, T, C) X =", "tokens (B, T) int32", "wte (Vp, C) X")
+    @abstractmethod
+    def token_embedding_fwd(self, x: Array, tokens: Array, wte: Array) -> None:
+        """x = wte[tokens]; tokens are in [0, V)."""
+
+    @tensors(
+        "dwte (Vp, C) float32 +=",
+        "dx (B, T, C) X",
+        "tokens (B, T) int32",
+        "order (B * T) int32",
+    )
+    @abstractmethod
+    def token_embedding_bwd(self, dwte: Array, dx: Array, tokens: Array, order: Array) -> None:
+        """dwte += the rows of dx by token; `order` is that of `embedding_bwd`."""
 
     # --- layernorm, alone and fused with the residual sum: kernels/layernorm.cu ---
 
@@ -264,21 +346,72 @@ class Ops(ABC):
     ) -> None:
         """dx, dw, db += the gradients of `layernorm_fwd` with respect to x, w and b."""
 
+    # --- RMSNorm, alone and fused with the residual sum: kernels/rmsnorm.cu ---
+
+    @tensors("y (N, C) X =", "rstd (N) float32 =", "x (N, C) X", "w (C) X")
+    @abstractmethod
+    def rmsnorm_fwd(self, y: Array, rstd: Array, x: Array, w: Array, eps: float) -> None:
+        """y = x * rstd * w over each row, rstd = 1 / sqrt(sum(x^2) / C + eps).
+
+        Source: Zhang & Sennrich 2019, equation 4.
+        """
+
+    @tensors("r, y (N, C) X =", "rstd (N) float32 =", "x1, x2 (N, C) X", "w (C) X")
+    @abstractmethod
+    def residual_rmsnorm_fwd(
+        self, r: Array, y: Array, rstd: Array, x1: Array, x2: Array, w: Array, eps: float
+    ) -> None:
+        """r = x1 + x2, rounded to X, then y, rstd = `rmsnorm_fwd` of that r."""
+
+    @tensors(
+        "dx (N, C) X +=",
+        "dw (C) float32 +=",
+        "dy, x (N, C) X",
+        "w (C) X",
+        "rstd (N) float32",
+    )
+    @abstractmethod
+    def rmsnorm_bwd(self, dx: Array, dw: Array, dy: Array, x: Array, w: Array, rstd: Array) -> None:
+        """dx, dw += the gradients of `rmsnorm_fwd` with respect to x and w."""
+
+    # --- rotary position embedding: kernels/rope.cu ---
+
+    @tensors("qkv (B, T, R, D) X +=", "starts (B) int32", "angles (>= T, D) float32")
+    @abstractmethod
+    def rope_fwd(self, qkv: Array, starts: Array, angles: Array, kv_heads: int) -> None:
+        """Rotates the queries and keys of qkv in place by the angles of their positions.
+
+        Each pair (a, b) of elements 2 j and 2 j + 1 of the heads 0 ... R - kv_heads - 1 becomes
+        (a cos - b sin, a sin + b cos), with cos = angles[p, 2 j], sin = angles[p, 2 j + 1] and the
+        position p = starts[b] + t (Su et al. 2021, equation 34). D is even; angles has a row for
+        every position.
+        """
+
+    @tensors("dqkv (B, T, R, D) X +=", "starts (B) int32", "angles (>= T, D) float32")
+    @abstractmethod
+    def rope_bwd(self, dqkv: Array, starts: Array, angles: Array, kv_heads: int) -> None:
+        """Rotates back what `rope_fwd` has rotated: the gradient of its output becomes its input's.
+
+        The tensors are as in `rope_fwd`.
+        """
+
     # --- causal self-attention: kernels/attention.cu, kernels/flash_attention.cu ---
 
-    @tensors("y (B, T, H, D) X =", "lse (B, H, T) float32 =", "qkv (B, T, 3, H, D) X")
+    @tensors("y (B, T, H, D) X =", "lse (B, H, T) float32 =", "qkv (B, T, R, D) X")
     @abstractmethod
     def attention_fwd(self, y: Array, lse: Array, qkv: Array) -> None:
         """y = softmax(q k^T / sqrt(D), over t2 <= t) v (Dao 2023, algorithm 1).
 
-        lse = log of the sum of exponentials of the scaled scores; qkv holds q, k and v.
+        lse = log of the sum of exponentials of the scaled scores. A row of qkv has R = H + 2 G
+        heads: H of q, then G of k, then G of v. Query head h uses head h / (H / G) of k and v
+        (Ainslie et al. 2023). ConfigError if there is no such G, or if it does not divide H.
         """
 
     @tensors(
-        "dqkv (B, T, 3, H, D) X =",
+        "dqkv (B, T, R, D) X =",
         "delta (B, H, T) float32 =",
         "dy (B, T, H, D) X",
-        "qkv (B, T, 3, H, D) X",
+        "qkv (B, T, R, D) X",
         "y (B, T, H, D) X",
         "lse (B, H, T) float32",
     )
@@ -288,7 +421,34 @@ class Ops(ABC):
     ) -> None:
         """dqkv = the gradients of q, k and v (Dao 2023, algorithm 2); delta = sum over D of dy * y.
 
-        y and lse are the outputs of `attention_fwd`.
+        y and lse are the outputs of `attention_fwd`. The gradients of a head of k and v are sums
+        over the query heads that use it.
+        """
+
+    # --- decoding with a KV cache: kernels/kv_cache.cu, kernels/attention_decode.cu ---
+
+    @tensors("k, v (B, G, S, D) X +=", "qkv (B, T, R, D) X", "starts (B) int32")
+    @abstractmethod
+    def kv_append(self, k: Array, v: Array, qkv: Array, starts: Array) -> None:
+        """Copies the keys and values of qkv into a cache, from position starts[b] >= 0 on.
+
+        k[b, g, starts[b] + t] = qkv[b, t, R - 2 G + g], v[b, g, starts[b] + t] = qkv[b, t, R - G +
+        g]. Positions from S on are dropped, and all other positions of the cache are unchanged.
+        """
+
+    @tensors(
+        "y (B, 1, H, D) X =",
+        "qkv (B, 1, R, D) X",
+        "k, v (B, G, S, D) X",
+        "starts (B) int32",
+    )
+    @abstractmethod
+    def attention_decode(self, y: Array, qkv: Array, k: Array, v: Array, starts: Array) -> None:
+        """y = softmax(q k^T / sqrt(D), over positions 0 ... starts[b] of the cache) v.
+
+        The query of sequence b is at position starts[b], from 0 to S - 1 (a larger one sees all S
+        positions). Its own key and value are read from the cache: `kv_append` comes first. Of qkv
+        only q is read, and of the cache nothing behind starts[b].
         """
 
     # --- softmax: kernels/softmax.cu ---
@@ -314,6 +474,18 @@ class Ops(ABC):
     @abstractmethod
     def gelu_bwd(self, dx: Array, dy: Array, x: Array, b: Array) -> None:
         """dx = dy * the derivative of GELU at x + b; dx may be dy."""
+
+    # --- SwiGLU: kernels/swiglu.cu ---
+
+    @tensors("y (N, F) X =", "u (N, 2, F) X")
+    @abstractmethod
+    def swiglu_fwd(self, y: Array, u: Array) -> None:
+        """y = silu(u[:, 0]) * u[:, 1], silu(z) = z / (1 + exp(-z)) (Shazeer 2020, equation 6)."""
+
+    @tensors("du (N, 2, F) X =", "dy (N, F) X", "u (N, 2, F) X")
+    @abstractmethod
+    def swiglu_bwd(self, du: Array, dy: Array, u: Array) -> None:
+        """du = the gradient of `swiglu_fwd` with respect to u."""
 
     # --- bias: kernels/bias.cu ---
 
@@ -356,6 +528,68 @@ class Ops(ABC):
         """`classifier_fwd`, and logits become their gradient in the same pass.
 
         logits[:, :V] = (softmax - onehot(target)) * dloss * loss_scale; logits[:, V:] = 0.
+        """
+
+    # --- sampling: kernels/sample.cu ---
+
+    @tensors("tokens (B) int32 =", "starts (B) int32 +=", "logits (B, Vp) X", "key (2) int32")
+    @abstractmethod
+    def sample(
+        self,
+        tokens: Array,
+        starts: Array,
+        logits: Array,
+        key: Array,
+        vocab_size: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> None:
+        """tokens = the next token of each sequence, drawn from logits[:, :V], V = vocab_size.
+
+        The columns of logits from V on are never read. `starts` is the position of the newest token
+        of each sequence; it becomes that of the drawn token, starts + 1.
+
+        temperature 0 takes the argmax, of equal logits the lowest id. Otherwise a token has the
+        weight exp((logit - largest logit) / temperature). top_k > 0 keeps the tokens whose logit is
+        at least the k-th largest. Then 0 < top_p < 1 keeps the smallest set of likeliest tokens
+        whose share of the kept weight is at least top_p. Tokens that are equal to the last one kept
+        are kept as well; top_k = 0, top_k >= V, top_p = 0 and top_p >= 1 are off.
+
+        One random number picks the token among the kept weights in rising order of ids. It is the
+        Philox4x32-10 of counter (starts + 1, b, 0, 0) and the two words of `key`, so a sequence
+        depends neither on the others of the batch nor on earlier draws. Every device draws the
+        same token from the same logits: weights are integers (see kernels/sample.cu).
+
+        If one of the V logits is a NaN, or the largest is infinite, the token is -1.
+        """
+
+    # --- int8 matmuls: kernels/matmul_int8.cu ---
+
+    @tensors("q (N, I) int8 =", "scales (N, J) float32 =", "x (N, I) X")
+    @abstractmethod
+    def quantize_rows(self, q: Array, scales: Array, x: Array) -> None:
+        """q = round(x / scale), scale = max |x| / 127, in each group of I / J elements of a row.
+
+        I is a multiple of J. Halves are rounded away from zero, as llama2.c's runq does. A group
+        of zeros has the scale 0 and q = 0. A group with a NaN or an infinity has q = 0 and a scale
+        that is not finite, so that products with the group are NaN.
+        """
+
+    @tensors(
+        "y (N, O) X =",
+        "x (N, I) int8",
+        "x_scales (N, J) float32",
+        "w (O, I) int8",
+        "w_scales (O, J) float32",
+    )
+    @abstractmethod
+    def matmul_int8(self, y: Array, x: Array, x_scales: Array, w: Array, w_scales: Array) -> None:
+        """y = x w^T, of matrices quantized in groups of I / J elements of a row.
+
+        y[n, o] = the sum over groups of (x . w over the group) * w_scale * x_scale: the products of
+        int8 are exact, the sum over groups is float32. I is a multiple of J. For few rows: text
+        generation.
         """
 
     # --- optimizer: kernels/squared_norm.cu, kernels/adamw.cu ---

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array
-from gpu_gpt2.ops.cases import CASES, Call, Case
+from gpu_gpt2.device.base import FLOAT32, X_DTYPES, Array
+from gpu_gpt2.ops.cases import CASES, INTEGERS, Call, Case
 from gpu_gpt2.ops.reference import ReferenceOps
 from gpu_gpt2.ops.table import Ops
 
@@ -97,6 +97,19 @@ class RoundingReference(ReferenceOps):
     ) -> None:
         r[...] = (x1 + (x2 + bias)).astype(FLOAT32).astype(self.x_dtype)
         self.layernorm_fwd(y, mean, rstd, r, w, b, eps)
+
+    def residual_rmsnorm_fwd(
+        self,
+        r: NDArray,
+        y: NDArray,
+        rstd: NDArray,
+        x1: NDArray,
+        x2: NDArray,
+        w: NDArray,
+        eps: float,
+    ) -> None:
+        r[...] = (x1 + x2).astype(FLOAT32).astype(self.x_dtype)
+        self.rmsnorm_fwd(y, rstd, r, w, eps)
 
 
 def run_checks(
@@ -175,7 +188,7 @@ def _in_numpy(
             arrays[name] = arrays[tensor.value]
         else:
             value = tensor.copy()
-            arrays[name] = value if tensor.dtype == INT32 else value.astype(dtype)
+            arrays[name] = value if tensor.dtype in INTEGERS else value.astype(dtype)
     getattr(RoundingReference(x_dtype), op)(*arrays.values(), **call.scalars)
     return arrays
 
@@ -235,7 +248,8 @@ def _extra(case: Case, dtype: str, output_dtype: np.dtype[Any]) -> float:
     with the square root of K), and tensor cores truncate instead of rounding after every few
     (errors grow with K). Attention on tensor cores rounds p and ds to X before a matmul.
     """
-    if case.op.startswith("attention") and dtype != "fp32" and output_dtype == X_DTYPES[dtype]:
+    flash = case.op in ("attention_fwd", "attention_bwd")
+    if flash and dtype != "fp32" and output_dtype == X_DTYPES[dtype]:
         return float(ml_dtypes.finfo(output_dtype).eps) / 2
     if case.op != "matmul":
         return 0.0

@@ -14,7 +14,8 @@ thread, array, index and line of the .cu file, for:
 - a race: two threads access one element, at least one of them writes, and nothing orders the two
   accesses; blocks are never ordered, so no block may read what another writes in the same launch;
 - a read of shared memory that no thread of the block has written, or of an element of an `empty`
-  array that has never been written; an output of which the kernel has written no element;
+  array that has never been written; an output of which the kernel has written no element (both not
+  in arrays of int8: every value of one byte is an ordinary value);
 - `__trap`, a division by zero, a recursion without end, a loop that never reaches a barrier.
 
 With `EmulatorDevice(sanitize=True)` the compiler's address and undefined behaviour sanitizers check

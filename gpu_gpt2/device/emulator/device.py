@@ -141,7 +141,8 @@ class EmulatorDevice(CpuDevice):
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """A new array in which every element is a NaN, or a large integer.
 
-        A kernel that reads such an element before it has been written is reported.
+        A kernel that reads such an element before it has been written is reported, unless the
+        array is of int8.
         """
         array, words = _aligned(shape, np.dtype(dtype))
         words.fill(POISON)

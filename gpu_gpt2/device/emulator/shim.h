@@ -161,6 +161,27 @@ float fminf(float, float);
 float fabsf(float);
 float floorf(float);
 float ceilf(float);
+float rintf(float);
+float roundf(float);
+}
+
+// A product and a sum that are rounded one after the other, never contracted into a fused
+// multiply-add.
+EMULATOR_INLINE float __fmul_rn(float a, float b) { return a * b; }
+EMULATOR_INLINE float __fadd_rn(float a, float b) { return a + b; }
+
+// The upper 64 bits of a product of 128.
+EMULATOR_INLINE unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
+
+// c + the sum of the products of the four signed bytes of a and of b.
+EMULATOR_INLINE int __dp4a(int a, int b, int c) {
+    unsigned int sum = (unsigned int)c;
+    for (int shift = 0; shift < 32; shift += 8) {
+        sum += (unsigned int)((signed char)(a >> shift) * (signed char)(b >> shift));
+    }
+    return (int)sum;
 }
 
 EMULATOR_INLINE float rsqrtf(float value) { return 1.0f / sqrtf(value); }

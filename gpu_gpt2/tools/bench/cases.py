@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,13 +11,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.config import DEFAULTS, LAYER_NORM_EPSILON, ModelConfig
-from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES, Array
+from gpu_gpt2.config import DEFAULTS, LAYER_NORM_EPSILON, RMS_NORM_EPS, ModelConfig
+from gpu_gpt2.device.base import FLOAT32, INT8, INT32, X_DTYPES, Array
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.ops.table import TABLE, AdamWSettings, Ops
 
 BLOCK: Final = 1 << 20  # random numbers made for an array, which repeats them
+INT8_GROUP: Final = 64  # elements of an int8 group in llama2.c's files, where sizes allow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,10 @@ class Tensors:
         self.device.upload(array, values.astype(INT32))
         return array
 
+    def int8(self, *shape: int) -> Array:
+        """Zeros: the time of an int8 matmul does not depend on its values."""
+        return self.device.zeros(shape, INT8)
+
     def tokens(self, V: int, *shape: int) -> npt.NDArray[np.int64]:
         return self._rng.integers(0, V, shape)
 
@@ -110,7 +116,9 @@ def _case(
 
 
 def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
-    """The ops of a training step, in its order, at batches of (B, T).
+    """The ops of GPT-2's training step, in its order, at batches of (B, T), then other ops.
+
+    The others are those of Llama and those of generation.
 
     Arrays live until the next case is asked for.
     """
@@ -121,6 +129,12 @@ def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     yield from _classifier(ops, c, B, T)
     yield from _matmuls(ops, c, B * T)
     yield from _optimizer(ops, c)
+    yield from _token_embedding(ops, c, B, T)
+    yield from _rmsnorm(ops, c, B * T)
+    yield from _rope(ops, c, B, T)
+    yield from _swiglu(ops, c, B * T)
+    yield from _sampling(ops, c)
+    yield from _int8_matmul(ops, c)
 
 
 def _embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
@@ -132,8 +146,9 @@ def _embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     tokens = new.ints(host)
     order = new.ints(Batch.of(host, host).order)
     x, wte, wpe = new(B, T, C), new(Vp, C), new(T, C)
+    starts = new.device.zeros((B,), INT32)
     touched = {"wte": distinct * C * new.X.itemsize}
-    yield _case(ops, "embedding_fwd", x, tokens, wte, wpe, touched=touched)
+    yield _case(ops, "embedding_fwd", x, tokens, starts, wte, wpe, touched=touched)
     dwte, dwpe = new.float32(Vp, C), new.float32(T, C)
     touched = {"dwte": distinct * C * FLOAT32.itemsize}
     yield _case(ops, "embedding_bwd", dwte, dwpe, x, tokens, order, touched=touched)
@@ -156,10 +171,10 @@ def _attention(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     """The backward pass need not move delta, which only its own kernels read."""
     new = Tensors(ops)
     H, D = c.n_head, c.head_size
-    qkv, y, lse = new(B, T, 3, H, D), new(B, T, H, D), new.float32(B, H, T)
+    qkv, y, lse = new(B, T, 3 * H, D), new(B, T, H, D), new.float32(B, H, T)
     one_matmul = B * H * D * T * (T + 1)
     yield _case(ops, "attention_fwd", y, lse, qkv, flops=2 * one_matmul)
-    dqkv, delta, dy = new(B, T, 3, H, D), new.float32(B, H, T), new(B, T, H, D)
+    dqkv, delta, dy = new(B, T, 3 * H, D), new.float32(B, H, T), new(B, T, H, D)
     ops.attention_fwd(y, lse, qkv)
     args = dqkv, delta, dy, qkv, y, lse
     yield _case(ops, "attention_bwd", *args, touched={"delta": 0}, flops=5 * one_matmul)
@@ -232,3 +247,67 @@ def _optimizer(ops: Ops, c: ModelConfig) -> Iterator[BenchCase]:
     yield _case(ops, "adamw", master, m, v, param, grad, factors, n // 2, settings)
     if separate:
         yield _case(ops, "cast", param, master)
+
+
+def _token_embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
+    """Yields the token embedding ops, which touch only the rows of distinct tokens."""
+    new = Tensors(ops)
+    C, Vp = c.n_embd, c.padded_vocab_size
+    host = new.tokens(c.vocab_size, B, T)
+    elements = len(np.unique(host)) * C
+    tokens, order = new.ints(host), new.ints(Batch.of(host, host).order)
+    x, wte, dwte = new(B, T, C), new(Vp, C), new.float32(Vp, C)
+    touched = {"wte": elements * new.X.itemsize}
+    yield _case(ops, "token_embedding_fwd", x, tokens, wte, touched=touched)
+    touched = {"dwte": elements * FLOAT32.itemsize}
+    yield _case(ops, "token_embedding_bwd", dwte, x, tokens, order, touched=touched)
+
+
+def _rmsnorm(ops: Ops, c: ModelConfig, N: int) -> Iterator[BenchCase]:
+    new = Tensors(ops)
+    C, eps = c.n_embd, RMS_NORM_EPS
+    x, y, x2, r = new(N, C), new(N, C), new(N, C), new(N, C)
+    w, dw, rstd = new(C), new.float32(C), new.positive(N)
+    yield _case(ops, "residual_rmsnorm_fwd", r, y, rstd, x, x2, w, eps)
+    yield _case(ops, "rmsnorm_fwd", y, rstd, x, w, eps)
+    yield _case(ops, "rmsnorm_bwd", r, dw, y, x, w, rstd)
+
+
+def _rope(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
+    """Yields the RoPE ops, which leave the values as they are: a third of qkv if G = H."""
+    H, D = c.n_head, c.head_size
+    if D % 2:  # pairs of elements are rotated
+        return
+    new = Tensors(ops)
+    qkv, angles = new(B, T, 3 * H, D), new.float32(T, D)
+    starts = new.device.zeros((B,), INT32)
+    rotated = qkv.nbytes * 2 // 3
+    yield _case(ops, "rope_fwd", qkv, starts, angles, H, touched={"qkv": rotated})
+    yield _case(ops, "rope_bwd", qkv, starts, angles, H, touched={"dqkv": rotated})
+
+
+def _swiglu(ops: Ops, c: ModelConfig, N: int) -> Iterator[BenchCase]:
+    new = Tensors(ops)
+    F = 4 * c.n_embd
+    u, y = new(N, 2, F), new(N, F)
+    yield _case(ops, "swiglu_fwd", y, u)
+    yield _case(ops, "swiglu_bwd", new(N, 2, F), y, u)
+
+
+def _sampling(ops: Ops, c: ModelConfig) -> Iterator[BenchCase]:
+    """Yields the draw of one sequence's token as `generate` draws it; it reads V columns."""
+    new = Tensors(ops)
+    V, Vp = c.vocab_size, c.padded_vocab_size
+    tokens, starts, key = (new.device.zeros((n,), INT32) for n in (1, 1, 2))
+    args = tokens, starts, new(1, Vp), key, V, 1.0, min(40, V), 0.0
+    yield _case(ops, "sample", *args, moved=V * new.X.itemsize)
+
+
+def _int8_matmul(ops: Ops, c: ModelConfig) -> Iterator[BenchCase]:
+    """Yields the int8 matmul of one sequence, x (1, C) w (4C, C), and the quantization of x."""
+    new = Tensors(ops)
+    C, O = c.n_embd, 4 * c.n_embd
+    J = C // math.gcd(C, INT8_GROUP)
+    q, scales, x = new.int8(1, C), new.float32(1, J), new(1, C)
+    yield _case(ops, "quantize_rows", q, scales, x)
+    yield _case(ops, "matmul_int8", new(1, O), q, scales, new.int8(O, C), new.float32(O, J))
