@@ -19,7 +19,7 @@ LAYERS = [
     "compare convert evaluate plot",
     "generate",
     "open_model",
-    "samplers",
+    "samplers text",
     "data.prepare",
     "data",
     "tokenizer",

@@ -1,0 +1,190 @@
+"""Shared by `generate` and `chat`: their options, the tokenizer, the decoder and the output."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Annotated, Final
+
+import typer
+
+from gpu_gpt2.device import choose_dtype, open_device
+from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.generate import HostSampler
+from gpu_gpt2.models.decoder import Decoder, Sampling
+from gpu_gpt2.models.families import new_model
+from gpu_gpt2.models.weights import WeightSource, load_arena
+from gpu_gpt2.open_model import tokenizer_of
+from gpu_gpt2.ops import ops_for
+from gpu_gpt2.samplers import Llama2cSampler, LlmcSampler
+from gpu_gpt2.tokenizer import Tokenizer, make_tokenizer
+
+DEFAULT: Final = "default"
+LLMC: Final = "llmc"
+LLAMA2C: Final = "llama2c"
+SAMPLERS: Final = (DEFAULT, LLMC, LLAMA2C)
+# The options that the sampler of another program does not know.
+_UNKNOWN: Final = {
+    DEFAULT: (),
+    LLMC: ("temperature", "top_k", "top_p"),
+    LLAMA2C: ("top_k",),
+}
+# Where these samplers start if --seed is not given. llm.c starts every sample with 1337. llama2.c
+# takes the time, which would give another text at every call.
+_SEEDS: Final = {LLMC: 1337, LLAMA2C: 1}
+_LLAMA2C_TEMPERATURE: Final = 1.0  # default of llama2.c's run
+_LLAMA2C_TOP_P: Final = 0.9  # default of llama2.c's run
+MAX_SEED: Final = 2**63 - 1  # leaves room for the seeds of further samples, which count up
+_DEFAULTS: Final = Sampling()
+
+MODEL_HELP: Final = (
+    "a run, a checkpoint, a Hugging Face folder of GPT-2 or Llama, a .safetensors file, or a .bin "
+    "file of llm.c or llama2.c."
+)
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="Divisor of the logits before sampling: higher gives more varied text, 0 always "
+        "takes the likeliest token.",
+        show_default=str(_DEFAULTS.temperature),
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="Sample among this many of the likeliest tokens; 0 means among all.",
+        show_default=str(_DEFAULTS.top_k),
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="Sample among the likeliest tokens whose probabilities together exceed this number; "
+        "1 means among all.",
+        show_default=str(_DEFAULTS.top_p),
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Seed of the sampling; another seed gives another text.",
+        show_default=str(_DEFAULTS.seed),
+    ),
+]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        help="Tokenizer to use instead of the model's own: a file, a folder, or gpt2.",
+        metavar="PATH|gpt2",
+    ),
+]
+
+
+def sampling_of(
+    sampler: str,
+    *,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    samples: int = 1,
+) -> Sampling | Sequence[HostSampler]:
+    """Returns the sampler that the options describe, None for one not given; ConfigError.
+
+    The samplers of llm.c and llama2.c are one object per sample, with seeds that count up.
+    """
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"--sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in _UNKNOWN[sampler]:
+        if name in given:
+            raise ConfigError(
+                f"--sampler {sampler} has no {_flag(name)}, as the program that it stands for has "
+                f"none; leave it out"
+            )
+    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
+        raise ConfigError(f"--temperature must be a finite number >= 0, not {temperature:g}")
+    if top_k is not None and top_k < 0:
+        raise ConfigError(f"--top-k must be a whole number >= 0, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"--top-p must be a number > 0 and <= 1, not {top_p:g}")
+    lowest = 0 if sampler == DEFAULT else 1  # their generator gives only zeros with 0
+    if seed is not None and not lowest <= seed <= MAX_SEED:
+        raise ConfigError(f"--seed must be a whole number from {lowest} to 2^63 - 1, not {seed}")
+    if sampler == DEFAULT:
+        return Sampling(**given)  # type: ignore[arg-type]  # the names are its fields
+    first = _SEEDS[sampler] if seed is None else seed
+    seeds = range(first, first + samples)
+    if sampler == LLMC:
+        return [LlmcSampler(seed) for seed in seeds]
+    temperature = _LLAMA2C_TEMPERATURE if temperature is None else temperature
+    top_p = _LLAMA2C_TOP_P if top_p is None else top_p
+    return [Llama2cSampler(temperature=temperature, top_p=top_p, seed=seed) for seed in seeds]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def vocabulary(source: WeightSource, named: str | None) -> Tokenizer:
+    """Returns the tokenizer that --tokenizer names, or the model's own if it is None; UserError."""
+    if named is None:
+        return tokenizer_of(source)
+    tokenizer = make_tokenizer(named, ())
+    if tokenizer.vocab_size != source.config.vocab_size:
+        raise ConfigError(
+            f"--tokenizer {named} has {tokenizer.vocab_size} tokens and the model "
+            f"{source.config.vocab_size}; give the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def decoder_of(
+    source: WeightSource, device_name: str, dtype: str, *, batch: int, length: int
+) -> Decoder:
+    """Returns a decoder of the loaded model for `batch` sequences of up to `length` tokens."""
+    device = open_device(device_name)
+    model = new_model(
+        source.config,
+        ops_for(device, choose_dtype(dtype, device)),
+        max_batch=batch,
+        max_seq_len=length,
+        training=False,
+        with_logits=False,
+    )
+    model.load(load_arena(source))
+    return Decoder(model, batch=batch, length=length)
+
+
+def show(text: str) -> None:
+    """Writes `text` to standard output at once, as it is, also where that is a pipe."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class Stopwatch:
+    """Measures the speed of decoding: tokens after the first of each sequence."""
+
+    def __init__(self) -> None:
+        self.tokens = 0  # of all sequences
+        self._first = 0  # tokens that the prefill gave
+        self._begin = self._end = 0.0
+
+    def count(self, tokens: int) -> None:
+        """Counts `tokens` that came at once."""
+        self._end = time.perf_counter()
+        if not self.tokens:
+            self._begin, self._first = self._end, tokens
+        self.tokens += tokens
+
+    def report(self) -> str:
+        """Returns the number of tokens, and tokens per second without the prefill if known."""
+        seconds = self._end - self._begin
+        counted = f"generated {self.tokens:,} tokens"
+        if seconds <= 0:
+            return counted
+        return f"{counted}, {(self.tokens - self._first) / seconds:,.1f} tokens/s"
