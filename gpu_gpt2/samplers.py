@@ -79,7 +79,8 @@ def _softmax(logits: FloatArray) -> FloatArray:
     """Returns the probabilities (V,) of logits (V,), summed from the first to the last."""
     unnormalized: FloatArray = np.exp(logits - logits.max())
     # np.sum adds in pairs; np.cumsum adds one after the other, as C does.
-    return unnormalized / np.cumsum(unnormalized)[-1]
+    p: FloatArray = unnormalized / np.cumsum(unnormalized)[-1]
+    return p
 
 
 def _first_above(cdf: FloatArray, value: np.float32) -> int:

@@ -13,7 +13,7 @@ _PRINTED_BYTES: Final = frozenset((*range(0x20, 0x7F), *range(0x09, 0x0E)))
 class Pieces(Protocol):
     """A tokenizer that decodes one token at a time."""
 
-    def piece(self, token: int, previous: int) -> bytes:
+    def piece(self, token: int, previous: int | None) -> bytes:
         """Returns the bytes of `token`, which may depend on the token in front of it."""
         ...
 
@@ -28,10 +28,10 @@ class TextStream:
     def __init__(
         self,
         tokenizer: Pieces,
-        previous: int,
+        previous: int | None,
         change: Callable[[bytes], bytes] | None = None,
     ) -> None:
-        """previous: the token in front of the first, or -1; change: is applied to every piece."""
+        """previous: the token in front of the first, if any; change: is applied to every piece."""
         self._tokenizer, self._previous, self._change = tokenizer, previous, change
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

@@ -17,7 +17,7 @@ LAYERS = [
     "run",
     "parts summary",
     "compare convert evaluate plot",
-    "generate",
+    "chat generate",
     "open_model",
     "samplers text",
     "data.prepare",

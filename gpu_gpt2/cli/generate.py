@@ -194,11 +194,9 @@ class Sample:
         self._stream: TextStream | None = None
         self.texts = [""]  # the prompt, then the continuation as it came
         if words is not None:
-            # The token with which every prompt begins has no text.
-            start = words.prompt_ids("")
-            hidden = len(start) if prompt[: len(start)] == start else 0
-            previous = start[-1] if hidden else -1
-            self._stream = TextStream(words, previous, printed_by_llama2c if printed_as_c else None)
+            hidden = prompt[:1] == [words.eot]  # the token that begins a document has no text
+            change = printed_by_llama2c if printed_as_c else None
+            self._stream = TextStream(words, words.eot if hidden else None, change)
             self.texts = [self._stream.add(prompt[hidden:])]
 
     def add(self, token: int) -> None:
@@ -339,5 +337,5 @@ def _that_fit(ids: list[int], context: int, *, truncate: bool) -> list[int]:
 def _stop_ids(words: Tokenizer | None, *, as_llama2c: bool) -> frozenset[int]:
     """Returns the tokens that end a text; llama2.c's run ends only at BOS."""
     if as_llama2c:
-        return frozenset(words.prompt_ids("")[:1] if words else (LLAMA2C_BOS,))
+        return frozenset((words.eot if words else LLAMA2C_BOS,))
     return words.stop_ids if words else frozenset()

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -19,7 +20,7 @@ from gpu_gpt2.models.weights import WeightSource, load_arena
 from gpu_gpt2.open_model import tokenizer_of
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.samplers import Llama2cSampler, LlmcSampler
-from gpu_gpt2.tokenizer import Tokenizer, make_tokenizer
+from gpu_gpt2.tokenizer import Tokenizer
 
 DEFAULT: Final = "default"
 LLMC: Final = "llmc"
@@ -28,14 +29,15 @@ SAMPLERS: Final = (DEFAULT, LLMC, LLAMA2C)
 # The options that the sampler of another program does not know.
 _UNKNOWN: Final = {
     DEFAULT: (),
-    LLMC: ("temperature", "top_k", "top_p"),
-    LLAMA2C: ("top_k",),
+    LLMC: ("--temperature", "--top-k", "--top-p"),
+    LLAMA2C: ("--top-k",),
 }
 # Where these samplers start if --seed is not given. llm.c starts every sample with 1337. llama2.c
 # takes the time, which would give another text at every call.
 _SEEDS: Final = {LLMC: 1337, LLAMA2C: 1}
 _LLAMA2C_TEMPERATURE: Final = 1.0  # default of llama2.c's run
 _LLAMA2C_TOP_P: Final = 0.9  # default of llama2.c's run
+MAX_TOP_K: Final = 2**31 - 1  # an int32 on the device; above the vocabulary it changes nothing
 MAX_SEED: Final = 2**63 - 1  # leaves room for the seeds of further samples, which count up
 _DEFAULTS: Final = Sampling()
 
@@ -47,30 +49,27 @@ Temperature = Annotated[
     float | None,
     typer.Option(
         help="Divisor of the logits before sampling: higher gives more varied text, 0 always "
-        "takes the likeliest token.",
-        show_default=str(_DEFAULTS.temperature),
+        f"takes the likeliest token. {_DEFAULTS.temperature} if not given.",
     ),
 ]
 TopK = Annotated[
     int | None,
     typer.Option(
-        help="Sample among this many of the likeliest tokens; 0 means among all.",
-        show_default=str(_DEFAULTS.top_k),
+        help=f"Sample among this many of the likeliest tokens, {_DEFAULTS.top_k} if not given; 0 "
+        f"means among all.",
     ),
 ]
 TopP = Annotated[
     float | None,
     typer.Option(
         help="Sample among the likeliest tokens whose probabilities together exceed this number; "
-        "1 means among all.",
-        show_default=str(_DEFAULTS.top_p),
+        "1, or no number, means among all.",
     ),
 ]
 Seed = Annotated[
     int | None,
     typer.Option(
-        help="Seed of the sampling; another seed gives another text.",
-        show_default=str(_DEFAULTS.seed),
+        help=f"Seed of the sampling, {_DEFAULTS.seed} if not given; another seed gives another text.",
     ),
 ]
 TokenizerName = Annotated[
@@ -90,7 +89,7 @@ def sampling_of(
     top_k: int | None,
     top_p: float | None,
     seed: int | None,
-    samples: int = 1,
+    samples: int,
 ) -> Sampling | Sequence[HostSampler]:
     """Returns the sampler that the options describe, None for one not given; ConfigError.
 
@@ -98,25 +97,18 @@ def sampling_of(
     """
     if sampler not in SAMPLERS:
         raise ConfigError(f"--sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in _UNKNOWN[sampler]:
-        if name in given:
+    given = {"--temperature": temperature, "--top-k": top_k, "--top-p": top_p}
+    for flag in _UNKNOWN[sampler]:
+        if given[flag] is not None:
             raise ConfigError(
-                f"--sampler {sampler} has no {_flag(name)}, as the program that it stands for has "
-                f"none; leave it out"
+                f"--sampler {sampler} has no {flag}, as the program that it stands for has none; "
+                f"leave it out"
             )
-    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
-        raise ConfigError(f"--temperature must be a finite number >= 0, not {temperature:g}")
-    if top_k is not None and top_k < 0:
-        raise ConfigError(f"--top-k must be a whole number >= 0, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"--top-p must be a number > 0 and <= 1, not {top_p:g}")
-    lowest = 0 if sampler == DEFAULT else 1  # their generator gives only zeros with 0
-    if seed is not None and not lowest <= seed <= MAX_SEED:
-        raise ConfigError(f"--seed must be a whole number from {lowest} to 2^63 - 1, not {seed}")
     if sampler == DEFAULT:
-        return Sampling(**given)  # type: ignore[arg-type]  # the names are its fields
+        return device_sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    _check(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if seed == 0:
+        raise ConfigError(f"--seed 0 gives only zeros with --sampler {sampler}; use 1 or more")
     first = _SEEDS[sampler] if seed is None else seed
     seeds = range(first, first + samples)
     if sampler == LLMC:
@@ -126,15 +118,38 @@ def sampling_of(
     return [Llama2cSampler(temperature=temperature, top_p=top_p, seed=seed) for seed in seeds]
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def device_sampling(
+    *, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
+) -> Sampling:
+    """Returns the settings of the default sampler, None for an option not given; ConfigError."""
+    _check(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return Sampling(
+        temperature=_DEFAULTS.temperature if temperature is None else temperature,
+        top_k=_DEFAULTS.top_k if top_k is None else top_k,
+        top_p=_DEFAULTS.top_p if top_p is None else top_p,
+        seed=_DEFAULTS.seed if seed is None else seed,
+    )
+
+
+def _check(
+    *, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
+) -> None:
+    """Raises ConfigError, which names the option, for a value out of its range."""
+    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
+        raise ConfigError(f"--temperature must be a finite number >= 0, not {temperature:g}")
+    if top_k is not None and not 0 <= top_k <= MAX_TOP_K:
+        raise ConfigError(f"--top-k must be a whole number from 0 to {MAX_TOP_K:,}, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"--top-p must be a number > 0 and <= 1, not {top_p:g}")
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"--seed must be a whole number from 0 to 2^63 - 1, not {seed}")
 
 
 def vocabulary(source: WeightSource, named: str | None) -> Tokenizer:
     """Returns the tokenizer that --tokenizer names, or the model's own if it is None; UserError."""
     if named is None:
         return tokenizer_of(source)
-    tokenizer = make_tokenizer(named, ())
+    tokenizer = Tokenizer.gpt2() if named == "gpt2" else Tokenizer.open(Path(named))
     if tokenizer.vocab_size != source.config.vocab_size:
         raise ConfigError(
             f"--tokenizer {named} has {tokenizer.vocab_size} tokens and the model "

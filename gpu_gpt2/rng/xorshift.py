@@ -32,4 +32,5 @@ class Xorshift64Star:
 
     def uniform(self) -> np.float32:
         """Returns a uniform number in [0, 1) from the high 24 bits of the next draw."""
-        return np.float32((self.draw() >> 8) / (1 << 24))
+        uniform: np.float32 = np.float32((self.draw() >> 8) / (1 << 24))
+        return uniform
