@@ -194,7 +194,7 @@ def test_a_head_that_differs_at_its_end_is_found(
     assert hf.open_folder(folder).config == CONFIG
     head[-1, -1] += 1
     save_file(tensors, folder / hf.MODEL_FILE)
-    with pytest.raises(DataError, match="in rows 255 to 256; only models that share these two"):
+    with pytest.raises(DataError, match=r"in rows 255 to 256, and config\.json says that they"):
         hf.open_folder(folder)
 
 
@@ -246,7 +246,7 @@ def with_a_third_layer(tensors: Tensors) -> None:
         (with_one_missing, f"tensor {QKV} of shape (48, 144) is missing"),
         (
             with_another_head,
-            "lm_head.weight differs from transformer.wte.weight in rows 0 to 256; ",
+            "lm_head.weight differs from transformer.wte.weight in rows 0 to 256, and ",
         ),
         (with_a_larger_head, "lm_head.weight: expected shape (257, 48), found (258, 48)"),
         (with_a_third_layer, "'transformer.h.2.ln_1.weight' (1 such) is not a tensor of a GPT-2"),
@@ -266,8 +266,10 @@ def test_wrong_tensors_are_named(
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("model_type", "llama", "model_type is 'llama'; only 'gpt2' can be read"),
+        ("model_type", "bert", "model_type is 'bert'; only 'gpt2' and 'llama' can be read"),
+        ("model_type", "llama", "max_position_embeddings, hidden_size, num_hidden_"),
         ("model_type", None, "model_type is None"),
+        ("model_type", ["gpt2"], "model_type is ['gpt2']"),
         ("activation_function", "relu", "activation_function is 'relu'; only 'gelu_new' or"),
         ("layer_norm_epsilon", 0.0, "layer_norm_epsilon must be a positive number, not 0.0"),
         ("layer_norm_epsilon", True, "layer_norm_epsilon must be a positive number, not True"),

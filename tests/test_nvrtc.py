@@ -88,6 +88,12 @@ def test_kernels_with_compile_time_widths_compile_for_other_widths(C: int, n_hea
             assert (r.stack_bytes, r.spill_bytes) == (0, 0), (source, r)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_compiles_for_heads_of_no_whole_vectors(dtype: str) -> None:
+    for r in compile_for(kernel_source("rope.cu", dtype, WIDTH=1), "sm_80"):
+        assert (r.stack_bytes, r.spill_bytes) == (0, 0), r
+
+
 @pytest.mark.parametrize("text", ["int x = y;", "#define WARP 31"])
 def test_an_error_or_a_warning_is_raised_with_file_and_line(text: str, kernel_folder: Path) -> None:
     (kernel_folder / "common.cuh").write_text("#define WARP 32\n")

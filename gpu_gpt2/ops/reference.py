@@ -88,8 +88,9 @@ def _in_parallel(items: list[Item], work: Callable[[Item], Result]) -> list[Resu
     BLAS is limited to the thread that calls it: when several threads each split their matmul
     over all cores, the matmuls wait for each other (attention took 20 times as long).
     """
-    threads = min(os.cpu_count() or 1, len(items))
-    if threads <= 1:
+    # os.cpu_count takes longer than an op on one row: when text is generated, there is one item.
+    threads = min(os.cpu_count() or 1, len(items)) if len(items) > 1 else 1
+    if threads == 1:
         return [work(item) for item in items]
     cuts = [len(items) * i // threads for i in range(threads + 1)]
     runs = [items[start:stop] for start, stop in itertools.pairwise(cuts)]
