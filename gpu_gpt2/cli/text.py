@@ -69,7 +69,8 @@ TopP = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(
-        help=f"Seed of the sampling, {_DEFAULTS.seed} if not given; another seed gives another text.",
+        help=f"Seed of the sampling, {_DEFAULTS.seed} if not given; another seed gives another "
+        f"text.",
     ),
 ]
 TokenizerName = Annotated[
