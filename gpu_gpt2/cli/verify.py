@@ -20,7 +20,7 @@ from gpu_gpt2.formats.debug_state import read_debug_state
 from gpu_gpt2.formats.tokenizer_bin import TOKENIZER_BIN
 from gpu_gpt2.models.weights import load_arena
 from gpu_gpt2.open_model import open_model
-from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.tokenizer import GPT2Tokenizer
 from gpu_gpt2.tools.verify.compare import expected_losses, verify
 
 BATCH: Final = (4, 64)  # (B, T) of the pairs that --make makes, as in llm.c's debug state
@@ -86,7 +86,7 @@ def _make(model: str, folder: Path) -> None:
 
     source = open_model(model)
     B, T = BATCH[0], min(BATCH[1], source.config.n_positions)
-    tokenizer = Tokenizer.gpt2()
+    tokenizer = GPT2Tokenizer.gpt2()
     if source.config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"{model} has another vocabulary than GPT-2's; choose one that has it")
     weights = load_arena(source)

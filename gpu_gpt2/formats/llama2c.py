@@ -394,13 +394,13 @@ def _write_int8(
     O, I = values.shape
     step = max(1, BLOCK_BYTES // (I * _FLOAT32.itemsize))
     for row in range(0, O, step):
-        q, scales = quantize(values[row : row + step], group_size)
-        if not np.isfinite(scales).all():
+        if not np.isfinite(values[row : row + step]).all():
             layer = "" if piece.layer is None else f" of layer {piece.layer}"
             raise DataError(
                 f"{piece.name}{layer} has values that are not finite, which int8 cannot hold; "
                 f"the model is damaged"
             )
+        q, scales = quantize(values[row : row + step], group_size)
         write_array(file, offset + row * I, q, _INT8)
         group = row * I // group_size
         write_array(file, offset + O * I + group * _FLOAT32.itemsize, scales, _FLOAT32)

@@ -50,17 +50,18 @@ def parse_tokenizer(path: Path, content: bytes) -> tuple[list[bytes], list[float
     scores: list[float] = []
     offset = _HEADER.size
     while offset < len(content):
-        score, length = (
-            _ENTRY.unpack_from(content, offset)
-            if offset + _ENTRY.size <= len(content)
-            else (0.0, -1)
-        )
         start = offset + _ENTRY.size
+        if start > len(content):
+            found = f"{len(content) - offset} bytes behind {len(words)} tokens"
+            raise unexpected(
+                path, found, offset, f"none, or another token of {_ENTRY.size} or more"
+            )
+        score, length = _ENTRY.unpack_from(content, offset)
         if not 1 <= length <= len(content) - start:
             raise unexpected(
                 path,
-                f"token {len(words)} of length {length} and {max(0, len(content) - start)} bytes "
-                f"to the end",
+                f"token {len(words)} of length {length} and {len(content) - start} bytes to the "
+                f"end",
                 offset,
                 "a length of 1 or more and so many bytes",
                 "it was cut off, or is damaged or of another kind",
