@@ -1,8 +1,13 @@
 """The samplers of llm.c and llama2.c: what both C programs choose from the same logits."""
 
+import llama2c_models
 import numpy as np
 import pytest
+from llama2c_models import A, B
 
+from gpu_gpt2.cli.text import decoder_of
+from gpu_gpt2.config import LlamaConfig
+from gpu_gpt2.generate import generate
 from gpu_gpt2.rng.xorshift import Xorshift64Star
 from gpu_gpt2.samplers import Llama2cSampler, LlmcSampler
 
@@ -125,3 +130,31 @@ def test_llmc_s_first_coins_decide() -> None:
 def test_llmc_overflows_to_the_last_token_as_llm_c_does() -> None:
     logits = np.array([0, 100, 100, 0], np.float32)
     assert LlmcSampler(1337).choose(logits) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "tokens"),
+    [
+        (A, (0.0, 0.9, 1), "204 204 " + "240 " * 30),
+        (B, (0.0, 0.9, 1),
+         "196 259 20 127 100 139 1 68 128 205 128 208 240 151 2 228 205 66 151 2 228 146 220 221"),
+        (A, (1.0, 0.9, 42),
+         "204 204 247 247 247 247 247 59 96 121 238 2 124 93 12 12 12 12 32 67 64 64 64 64 64 64 "
+         "64 64 64 64 64 64"),
+        (A, (1.0, 0.0, 42),
+         "204 204 247 247 247 247 172 172 172 172 12 12 32 108 115 73 178 103 268 268 268 268 268 "
+         "268 268 242 14 147 220 220 84 84"),
+        (B, (3.0, 0.95, 133742),
+         "276 218 55 1 51 18 193 110 215 15 15 260 38 75 262 209 164 122 275 191 108 241 161 11"),
+    ],
+)  # fmt: skip
+def test_a_model_continues_as_in_llama2c(
+    config: LlamaConfig, settings: tuple[float, float, int], tokens: str
+) -> None:
+    """Tokens that llama2.c's run drew from BOS on, up to the end of the context."""
+    temperature, top_p, seed = settings
+    S = config.n_positions
+    decoder = decoder_of(llama2c_models.model(config), "cpu", "fp32", batch=1, length=S)
+    sampler = Llama2cSampler(temperature=temperature, top_p=top_p, seed=seed)
+    drawn = generate(decoder, [np.array([1], np.int32)], max_tokens=S, sampling=[sampler])
+    assert [token for (token,) in drawn] == [int(token) for token in tokens.split()]

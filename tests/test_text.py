@@ -4,7 +4,7 @@ import pytest
 from llama_words import BOS, EOS, FIRST_BYTE, WORDS, LlamaWords, byte_ids
 
 from gpu_gpt2.text import TextStream, printed_by_llama2c
-from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.tokenizer import GPT2Tokenizer
 
 TEXT = "aé日本\n😀\u0301 z"
 
@@ -29,7 +29,7 @@ def test_text_does_not_depend_on_how_its_tokens_come(size: int) -> None:
 
 
 def test_gpt2_s_tokens_that_split_a_character() -> None:
-    tokenizer = Tokenizer.gpt2()
+    tokenizer = GPT2Tokenizer.gpt2()
     tokens = tokenizer.encode("😀日本語").tolist()
     stream = TextStream(tokenizer, tokenizer.eot)
     parts = [stream.add([token]) for token in tokens]

@@ -20,7 +20,7 @@ from gpu_gpt2.models.weights import WeightSource, load_arena
 from gpu_gpt2.open_model import tokenizer_of
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.samplers import Llama2cSampler, LlmcSampler
-from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.tokenizer import GPT2Tokenizer, Tokenizer, open_tokenizer
 
 DEFAULT: Final = "default"
 LLMC: Final = "llmc"
@@ -150,7 +150,7 @@ def vocabulary(source: WeightSource, named: str | None) -> Tokenizer:
     """Returns the tokenizer that --tokenizer names, or the model's own if it is None; UserError."""
     if named is None:
         return tokenizer_of(source)
-    tokenizer = Tokenizer.gpt2() if named == "gpt2" else Tokenizer.open(Path(named))
+    tokenizer = GPT2Tokenizer.gpt2() if named == "gpt2" else open_tokenizer(Path(named))
     if tokenizer.vocab_size != source.config.vocab_size:
         raise ConfigError(
             f"--tokenizer {named} has {tokenizer.vocab_size} tokens and the model "
