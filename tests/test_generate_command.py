@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import llama2c_models
 import numpy as np
 import pytest
-from llama2c_models import A, B
 from llama_words import BOS, EOS, LlamaWords, byte_ids
 from models import noisy_weights
 
@@ -377,18 +375,3 @@ def test_speed_excludes_the_first_token_of_each_sequence(monkeypatch: pytest.Mon
     watch.count(4)
     watch.count(2)
     assert watch.report() == "generated 10 tokens, 3.0 tokens/s"
-
-
-@pytest.mark.parametrize(
-    ("config", "max_tokens", "text"), [(A, 32, ""), (A, 99, ""), (B, 24, "th|a"), (B, 3, "th")]
-)
-def test_the_text_that_run_prints_of_a_file(
-    run: Run, monkeypatch: pytest.MonkeyPatch, config: LlamaConfig, max_tokens: int, text: str
-) -> None:
-    """Outputs of llama2.c's run with -t 0. Model B draws BOS as its eighth token."""
-    monkeypatch.undo()
-    llama2c_models.model_file(Path("model.bin"), config)
-    llama2c_models.tokenizer_file(Path("tokenizer.bin"))
-    options = ("--sampler", "llama2c", "--temperature", "0", "--max-tokens", str(max_tokens))
-    code, out, err = run("generate", "model.bin", "--device", "cpu", *options)
-    assert (code, out) == (0, f"{text}\n"), err

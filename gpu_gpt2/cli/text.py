@@ -11,14 +11,12 @@ from typing import Annotated, Final
 
 import typer
 
-from gpu_gpt2.device import choose_dtype, open_device
+from gpu_gpt2.cli.common import model_on_device
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.generate import HostSampler
 from gpu_gpt2.models.decoder import Decoder, Sampling
-from gpu_gpt2.models.families import new_model
-from gpu_gpt2.models.weights import WeightSource, load_arena
+from gpu_gpt2.models.weights import WeightSource
 from gpu_gpt2.open_model import tokenizer_of
-from gpu_gpt2.ops import ops_for
 from gpu_gpt2.samplers import Llama2cSampler, LlmcSampler
 from gpu_gpt2.tokenizer import GPT2Tokenizer, Tokenizer, open_tokenizer
 
@@ -163,16 +161,7 @@ def decoder_of(
     source: WeightSource, device_name: str, dtype: str, *, batch: int, length: int
 ) -> Decoder:
     """Returns a decoder of the loaded model for `batch` sequences of up to `length` tokens."""
-    device = open_device(device_name)
-    model = new_model(
-        source.config,
-        ops_for(device, choose_dtype(dtype, device)),
-        max_batch=batch,
-        max_seq_len=length,
-        training=False,
-        with_logits=False,
-    )
-    model.load(load_arena(source))
+    model = model_on_device(source, device_name, dtype, batch, length, with_logits=False)
     return Decoder(model, batch=batch, length=length)
 
 
