@@ -162,7 +162,7 @@ def test_a_new_model_by_name(run: Run) -> None:
         (("a.bin", "a.bin", "--to", "hf"), "a.bin exists already and is no empty folder; name"),
         (("a.bin", "no/b", "--to", "hf"), "/no: no such folder; make it first"),
         (("a.bin", "b" * 250, "--to", "hf"), ": File name too long; nothing of it is left"),
-        (("c.bin", "b.bin", "--to", "llmc-fp32"), "cannot read the model file of llm.c c.bin: No"),
+        (("c.bin", "b.bin", "--to", "llmc-fp32"), "cannot read the file c.bin: No such file"),
         (("c.safetensors", "b", "--to", "hf"), "c.safetensors: no such file"),
         (("nowhere", "b", "--to", "hf"), "nowhere: no checkpoint here; make one with: gpu-gpt2"),
         (("empty", "b", "--to", "hf"), "empty: no checkpoint here; make one with: gpu-gpt2"),

@@ -185,7 +185,8 @@ def _named_tokens(folder: Path, vocab: Mapping[str, int], size: int) -> dict[str
             if isinstance(word, dict):
                 word = word.get("content")
             given = values.get(f"{role}_id")
-            for i in [vocab.get(word)] + (given if isinstance(given, list) else [given]):
+            found_here = [vocab.get(str(word)), *(given if isinstance(given, list) else [given])]
+            for i in found_here:
                 if type(i) is int and 0 <= i < size and i not in ids:
                     ids.append(i)
     return found

@@ -185,9 +185,9 @@ class Llama2cTokenizer(Tokenizer):
         for i, word in enumerate(self._words):
             vocab.setdefault(special.get(i) or word.decode().replace(" ", _SPACE), i)
         merges = []
-        for word, i in sorted(vocab.items(), key=lambda item: (-self._scores[item[1]], item[1])):
+        for union, i in sorted(vocab.items(), key=lambda item: (-self._scores[item[1]], item[1])):
             if i >= FIRST_PIECE:
-                pairs = [(word[:cut], word[cut:]) for cut in range(1, len(word))]
+                pairs = [(union[:cut], union[cut:]) for cut in range(1, len(union))]
                 merges += [[a, b] for a, b in pairs if a in vocab and b in vocab]
         added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         space, text = {"String": " "}, {"Sequence": {"id": "A", "type_id": 0}}
