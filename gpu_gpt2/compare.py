@@ -12,7 +12,7 @@ import math
 import shlex
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
@@ -22,6 +22,7 @@ import numpy as np
 from gpu_gpt2.config import OPTIONS, GPT2Config, ModelConfig, TrainConfig
 from gpu_gpt2.errors import CheckpointError, ConfigError, DataError
 from gpu_gpt2.formats import hf
+from gpu_gpt2.models.families import CONFIGS
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.history import FloatArray, IntArray, read_history, smoothed
 
@@ -51,6 +52,7 @@ WITHOUT_EFFECT: Final = frozenset(
 )  # fmt: skip
 
 _MODEL: Final = "model"
+_FAMILY: Final = "family"  # an entry of the model; files made before there were Llamas lack it
 _TOKENS: Final = "tokens per step"
 
 
@@ -183,7 +185,7 @@ def make_reference(run_dirs: Sequence[Path], out: Path) -> None:
     settings, model = saved[0]
     header = {
         "command": _command(settings),
-        _MODEL: json.dumps(asdict(model)),
+        _MODEL: json.dumps({_FAMILY: model.family, **asdict(model)}),
         _TOKENS: str(settings.total_batch_tokens),
         "seeds": ", ".join(str(settings.seed) for settings, _ in saved),
         "moving average": f"{WINDOW} steps",
@@ -217,9 +219,10 @@ def read_reference(path: Path) -> Reference:
         if not lines[number - 1].startswith("#")
     ]
     try:
-        model = GPT2Config(**json.loads(header[_MODEL]))
+        sizes = json.loads(header[_MODEL])
+        model = CONFIGS[sizes.pop(_FAMILY, GPT2Config.family)](**sizes)
         tokens_per_step = int(header[_TOKENS])
-    except (KeyError, ValueError, TypeError, ConfigError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, ConfigError) as error:
         raise DataError(
             f"{path}: the comments {_MODEL!r} and {_TOKENS!r} are missing or damaged; use another "
             f"copy of the file"
@@ -341,10 +344,13 @@ def _check_same(run_dirs: Sequence[Path], saved: Iterable[tuple[TrainConfig, Mod
 
 
 def _model_text(model: ModelConfig) -> str:
-    return (
-        f"{model.n_layer} layers of {model.n_embd} with {model.n_head} heads, vocabulary "
-        f"{model.vocab_size}, context {model.n_positions}"
+    text = (
+        f"{model.title} with {model.n_layer} layers of {model.n_embd} with {model.n_head} heads, "
+        f"vocabulary {model.vocab_size}, context {model.n_positions}"
     )
+    shared = {field.name for field in fields(ModelConfig)}
+    own = {name: value for name, value in asdict(model).items() if name not in shared}
+    return ", ".join([text, *(f"{name} {value}" for name, value in own.items())])
 
 
 def _command(settings: TrainConfig) -> str:

@@ -18,10 +18,13 @@ def run_summary(config: TrainConfig, model: ModelConfig, data: Dataset) -> str:
     flops = flops_per_token(model, config.seq_len)
     name = f"from {config.init_from}" if config.init_from else config.model
     groups = ", ".join(f"{group} {short(size)}" for group, size in parameter_groups(model).items())
+    heads = f"{model.n_head}"
+    if model.kv_heads != model.n_head:
+        heads += f" ({model.kv_heads} of keys and values)"
     return (
-        f"GPT-2 {name}: {n:,} parameters, {config.dtype} on {config.device}\n"
+        f"{model.title} {name}: {n:,} parameters, {config.dtype} on {config.device}\n"
         f"  {groups}; {short(decayed_count(model))} with weight decay\n"
-        f"  layers {model.n_layer}, channels {model.n_embd}, heads {model.n_head}, context "
+        f"  layers {model.n_layer}, channels {model.n_embd}, heads {heads}, context "
         f"{model.n_positions}\n"
         f"{data.name}: {train_tokens:,} tokens to train on, {len(data.val):,} held out, "
         f"tokenizer {config.tokenizer}\n"

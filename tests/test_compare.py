@@ -230,7 +230,11 @@ def test_a_reference_that_cannot_be_written(runs: Runs, tmp_path: Path) -> None:
     ("total", "model", "message"),
     [
         (512, "nano", r"tokens per step: 512 in the run, 256 in the reference; choose"),
-        (256, "mini", r"model: 2 layers of 256 with 4 heads, .*2 layers of 32 with 2 heads"),
+        (
+            256,
+            "mini",
+            r"model: GPT-2 with 2 layers of 256 with 4 heads, .*2 layers of 32 with 2 heads",
+        ),
     ],
 )
 def test_other_models_and_batches_are_not_compared(

@@ -275,7 +275,7 @@ def test_flops_and_groups_are_counted_as_in_llmc() -> None:
     groups = parameter_groups(d12)
     assert sum(groups.values()) == 124_475_904
     assert groups["embeddings"] == (50_304 + 1024) * 768
-    assert groups["layernorms"] == (4 * 12 + 2) * 768
+    assert groups["norms"] == (4 * 12 + 2) * 768
     assert groups["attention"] == 12 * (4 * 768 * 768 + 4 * 768)
 
 
@@ -286,7 +286,7 @@ def test_a_run_prints_its_size_before_it_begins(run: Run) -> None:
     )  # fmt: skip
     assert code == 0, err
     assert out.startswith("GPT-2 nano: 38,784 parameters, fp32 on cpu\n")
-    assert "embeddings 13.3 k, attention 8.45 k, MLP 16.7 k, layernorms 320; 37.9 k with w" in out
+    assert "embeddings 13.3 k, attention 8.45 k, MLP 16.7 k, norms 320; 37.9 k with w" in out
     assert "256 tokens in all: " in out
     assert "0.0066 tokens per parameter; 245 kFLOP per token, 62.7 MFLOP in all" in out
 

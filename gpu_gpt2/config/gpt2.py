@@ -17,6 +17,7 @@ class GPT2Config(ModelConfig):
     """Sizes and constants of a GPT-2, under the names of Hugging Face's config.json."""
 
     family: ClassVar[str] = "gpt2"
+    title: ClassVar[str] = "GPT-2"
 
     vocab_size: int = GPT2_VOCAB_SIZE
     n_positions: int = 1024

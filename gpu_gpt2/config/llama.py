@@ -26,6 +26,7 @@ class LlamaConfig(ModelConfig):
     """
 
     family: ClassVar[str] = "llama"
+    title: ClassVar[str] = "Llama"
 
     n_kv_head: int
     n_inner: int  # channels between the two matmuls of the MLP

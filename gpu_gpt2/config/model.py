@@ -20,6 +20,7 @@ class ModelConfig:
     """
 
     family: ClassVar[str]  # model_type in Hugging Face's config.json
+    title: ClassVar[str]  # name of the family in output and messages
 
     vocab_size: int
     n_positions: int  # longest context

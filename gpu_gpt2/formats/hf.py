@@ -242,7 +242,7 @@ def _checked(
     ]
     if others:
         raise DataError(
-            f"{where}: {others[0]!r} ({len(others)} such) is not a tensor of a {family.title} of "
+            f"{where}: {others[0]!r} ({len(others)} such) is not a tensor of a {config.title} of "
             f"these sizes"
         )
     return HFModel(

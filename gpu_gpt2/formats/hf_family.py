@@ -58,7 +58,6 @@ class StoredTensor:
 class HFFamily(ABC):
     """Names, layouts and settings of one family in Hugging Face's files."""
 
-    title: ClassVar[str]  # name of the family in messages
     architecture: ClassVar[str]  # transformers' class of the whole model
     prefix: ClassVar[str]  # begins the tensors' names in `architecture`, but not in the base model
     ignored: ClassVar[re.Pattern[str]]  # names, without prefix, of tensors that hold no weights

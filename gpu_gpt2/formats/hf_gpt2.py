@@ -54,7 +54,6 @@ _PUBLISHED_HEAD_SIZE: Final = 64  # all of OpenAI's models have heads of this si
 class HFGPT2(HFFamily):
     """GPT2LMHeadModel and GPT2Model."""
 
-    title = "GPT-2"
     architecture = "GPT2LMHeadModel"
     prefix = "transformer."
     ignored = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks that older files carry

@@ -56,7 +56,6 @@ _ROPE_DICTS: Final = ("rope_parameters", "rope_scaling")
 class HFLlama(HFFamily):
     """LlamaForCausalLM and LlamaModel."""
 
-    title = "Llama"
     architecture = "LlamaForCausalLM"
     prefix = "model."
     ignored = re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in older files

@@ -161,6 +161,16 @@ class Llama2cModel:
         return self.layout.group_size
 
     @property
+    def has_int8_rows(self) -> bool:
+        """True if the file holds int8 whose groups lie within rows, so that `read_int8` works.
+
+        llama2.c's exporter does not check that its groups divide the width of the MLP. Where they
+        do not, its runq computes something else than the model. `read` is right for such a file.
+        """
+        widths = self.config.n_embd, self.layout.config.n_inner
+        return self.group_size > 0 and not any(width % self.group_size for width in widths)
+
+    @property
     def eot(self) -> int | None:
         """BOS, which separates the texts that llama2.c trains on."""
         return BOS if BOS < self.config.vocab_size else None
@@ -394,13 +404,13 @@ def _write_int8(
     O, I = values.shape
     step = max(1, BLOCK_BYTES // (I * _FLOAT32.itemsize))
     for row in range(0, O, step):
-        q, scales = quantize(values[row : row + step], group_size)
-        if not np.isfinite(scales).all():
+        if not np.isfinite(values[row : row + step]).all():
             layer = "" if piece.layer is None else f" of layer {piece.layer}"
             raise DataError(
                 f"{piece.name}{layer} has values that are not finite, which int8 cannot hold; "
                 f"the model is damaged"
             )
+        q, scales = quantize(values[row : row + step], group_size)
         write_array(file, offset + row * I, q, _INT8)
         group = row * I // group_size
         write_array(file, offset + O * I + group * _FLOAT32.itemsize, scales, _FLOAT32)

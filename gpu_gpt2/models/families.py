@@ -54,6 +54,11 @@ def decayed_count(config: ModelConfig) -> int:
     return element_count(spec for spec in parameters(config) if spec.decay)
 
 
+def constants(config: ModelConfig, T: int) -> tuple[TensorSpec, ...]:
+    """Returns the tensors that are computed once: see Model.constants."""
+    return _MODELS[config.family].constants(config, T)
+
+
 def activations(
     config: ModelConfig,
     B: int,

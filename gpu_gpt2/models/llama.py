@@ -103,7 +103,7 @@ class Llama(Model):
             TensorSpec("dres", (N, C)),  # gradient of the residual stream
             TensorSpec("dswiglu", (N, F)),
             TensorSpec("dfc", (N, 2, F)),
-            TensorSpec("dqkv", (B, T, R, D), shares="dfc" if R * D <= 2 * F else ""),
+            TensorSpec("dqkv", (B, T, R, D), shares="dfc" if R * D < 2 * F else ""),
             TensorSpec("delta", (B, H, T), "float32"),
             TensorSpec("order", (N,), "int32"),
         )
@@ -113,6 +113,11 @@ class Llama(Model):
             *scratch,
             *(backward if training else ()),
         )
+
+    @staticmethod
+    def constants(c: LlamaConfig, T: int) -> tuple[TensorSpec, ...]:
+        """Returns the table of RoPE's angles."""
+        return (TensorSpec("angles", (T, c.head_size), "float32"),)
 
     @property
     def head(self) -> Array:

@@ -27,7 +27,12 @@ class Int8Source(WeightSource, Protocol):
 
     @property
     def group_size(self) -> int:
-        """The elements of a row that share a scale; 0 if the file holds floats."""
+        """The elements that share a scale; 0 if the file holds floats."""
+        ...
+
+    @property
+    def has_int8_rows(self) -> bool:
+        """True if the file holds int8 whose groups lie within rows, as int8 matmuls need."""
         ...
 
     def read_piece(self, piece: Piece) -> FloatArray:

@@ -135,6 +135,11 @@ class Model(ABC):
         logits nor losses.
         """
 
+    @staticmethod
+    def constants(c: Any, T: int) -> tuple[TensorSpec, ...]:
+        """Returns the tensors that are computed once, for sequences of up to T tokens."""
+        return ()
+
     @abstractmethod
     def hidden(self, a: SimpleNamespace) -> None:
         """Forward pass of the tokens that lie in `a`, up to and including the last norm, a.lnf."""

@@ -12,8 +12,8 @@ from rich.table import Table
 from gpu_gpt2.config import MAX_BATCH_TOKENS, MAX_RECOMPUTE, ModelConfig
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.models.arena import bytes_of
-from gpu_gpt2.models.families import activations, parameter_count
+from gpu_gpt2.models.arena import bytes_of, element_count
+from gpu_gpt2.models.families import activations, constants, parameter_count
 from gpu_gpt2.ops.kernels import SCRATCH_FLOATS
 
 # Bytes that a process takes on a GPU beside its tensors: the CUDA context, cuBLAS with its
@@ -72,11 +72,13 @@ def memory_plan(
         ("optimizer state, float32", 2 * n * FLOAT32.itemsize),
         ("logits", bytes_of(logits, x)),
         ("other activations", bytes_of(specs, x) - bytes_of(logits, x)),
+        ("angles of RoPE, float32", element_count(constants(config, seq_len)) * FLOAT32.itemsize),
         ("kernel scratch", SCRATCH_FLOATS * FLOAT32.itemsize),
     ]
     if host_copies:
         rows.append(("checkpoint copies", HOST_COPIES * n * FLOAT32.itemsize))
-    return MemoryPlan(batch_size=batch_size, recompute=recompute, rows=tuple(rows))
+    present = tuple((purpose, size) for purpose, size in rows if size)
+    return MemoryPlan(batch_size=batch_size, recompute=recompute, rows=present)
 
 
 def planned_bytes(
