@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
@@ -13,8 +13,6 @@ from gpu_gpt2.config import GPT2_VOCAB_SIZE
 from gpu_gpt2.convert import TARGETS, bytes_of
 from gpu_gpt2.convert import convert as convert_model
 from gpu_gpt2.open_model import open_model
-
-_TITLES: Final = {"gpt2": "GPT-2", "llama": "Llama"}
 
 
 def convert(
@@ -46,8 +44,8 @@ def convert(
         task = progress.add_task("", total=bytes_of(source))
         convert_model(source, dst, to, lambda count: progress.advance(task, count))
     say(
-        f"wrote {dst}: a {_TITLES[c.family]} of {c.n_layer} layers of {c.n_embd}, vocabulary {c.vocab_size}, "
-        f"context {c.n_positions}, from {source.dtype} to {to}"
+        f"wrote {dst}: a {c.title} of {c.n_layer} layers of {c.n_embd}, vocabulary "
+        f"{c.vocab_size}, context {c.n_positions}, from {source.dtype} to {to}"
     )
     program = to.replace("llama2c", "llama2.c").replace("llmc", "llm.c").partition("-")[0]
     tokenizer = open_model(dst).tokenizer_path
