@@ -24,7 +24,8 @@ LLAMA3_PIECES = (
 )
 KINDS = ("llama2", "llama2 metaspace", "smollm", "llama3", "eot first")
 TEXTS = [
-    "", " ", "a", "the and", "  two  spaces ", "I'm 1234567 years\n\n\told. ", "naïve café 日本語 👩‍👩",
+    "", " ", "a", "the and", "  two  spaces ",
+    "I'm 1234567 years\n\n\told. ", "naïve café 日本語 👩‍👩",
     "    if x:\n        return 'll  \n", "x" * 300, "\x00\x7f\u2028",
 ]  # fmt: skip
 
@@ -265,5 +266,5 @@ def test_a_damaged_file_is_refused(
     content = json.loads((folders["smollm"] / "tokenizer.json").read_text("utf-8"))
     content["model"][part] = value
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="tokenizer.json.*is damaged or|cannot read it: "):
+    with pytest.raises(DataError, match=r"tokenizer\.json.*is damaged or|cannot read it: "):
         open_tokenizer(tmp_path)

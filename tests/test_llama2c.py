@@ -209,9 +209,9 @@ def test_a_run_keeps_its_tokenizer(run: Run) -> None:
     source = open_model("run")
     assert isinstance(tokenizer_of(source), Llama2cTokenizer)
     assert (source.config.vocab_size, source.eot) == (288, 1)
-    code, out, err = run("generate", "run", "--prompt", "the and", "--max-tokens", "3")
+    code, _, err = run("generate", "run", "--prompt", "the and", "--max-tokens", "3")
     assert code == 0, err
-    assert run("train", "--resume", "run", "--steps", "3")[0] == 0
+    assert run("train", "--resume", "--run-dir", "run", "--steps", "3")[0] == 0
     assert run("convert", "run", "a.bin", "--to", "llama2c-v2")[0] == 0
     assert load_arena(open_model("a.bin")).size == load_arena(open_model("run")).size
     assert Path("tokenizer.bin").is_file()

@@ -26,6 +26,7 @@ TOKENIZER_BIN: Final = "tokenizer.bin"  # llama2.c's programs look for this name
 
 _HEADER: Final = struct.Struct("<I")
 _ENTRY: Final = struct.Struct("<fi")
+_ADVICE: Final = "it was cut off, or is damaged or of another kind"
 
 
 def tokenizer_beside(model: Path, vocab_size: int) -> Path | None:
@@ -53,9 +54,7 @@ def parse_tokenizer(path: Path, content: bytes) -> tuple[list[bytes], list[float
         start = offset + _ENTRY.size
         if start > len(content):
             found = f"{len(content) - offset} bytes behind {len(words)} tokens"
-            raise unexpected(
-                path, found, offset, f"none, or another token of {_ENTRY.size} or more"
-            )
+            raise unexpected(path, found, offset, "the end or another token", _ADVICE)
         score, length = _ENTRY.unpack_from(content, offset)
         if not 1 <= length <= len(content) - start:
             raise unexpected(
@@ -64,7 +63,7 @@ def parse_tokenizer(path: Path, content: bytes) -> tuple[list[bytes], list[float
                 f"end",
                 offset,
                 "a length of 1 or more and so many bytes",
-                "it was cut off, or is damaged or of another kind",
+                _ADVICE,
             )
         words.append(content[start : start + length])
         scores.append(score)
