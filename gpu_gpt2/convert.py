@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -14,19 +13,21 @@ from gpu_gpt2.errors import ConfigError, DataError
 from gpu_gpt2.formats import hf, llama2c, llmc, tokenizer_bin
 from gpu_gpt2.formats.files import whole
 from gpu_gpt2.formats.llama2c_tokenizer import TOKENIZER_BIN, tokenizer_beside
+from gpu_gpt2.formats.vocabulary import holds_vocabulary
 from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import Weights, WeightSource, pieces
 from gpu_gpt2.open_model import tokenizer_of
-from gpu_gpt2.tokenizer import GPT2Tokenizer, Llama2cTokenizer
+from gpu_gpt2.tokenizer import GPT2Tokenizer, Llama2cTokenizer, Tokenizer
 
 TARGETS: Final = (
     "hf",
     *(f"llmc-{dtype}" for dtype in llmc.DTYPES),
     *(f"llama2c-v{version}" for version in llama2c.VERSIONS),
 )
-TOKENIZER_FILES: Final = (
+# Files beside the weights in a folder that say how text becomes tokens, and where a text ends.
+TEXT_FILES: Final = (
     "tokenizer.bin", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json",
+    "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
 
 _SMALL_FILES: Final = 4 << 20  # bytes of JSON and headers; GPT-2's tokenizer.json is most of it
@@ -112,13 +113,12 @@ def _check_room(destination: Path, needed: int) -> None:
 
 def _write_tokenizer(folder: Path, source: WeightSource) -> None:
     """Copies the source's tokenizer files, or writes the tokenizer that belongs to the source."""
-    here = source.folder
-    found = [here / name for name in TOKENIZER_FILES if (here / name).is_file()] if here else []
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
-    if not found:
-        with suppress(DataError):  # a model without a tokenizer can be converted too
-            tokenizer_of(source).save(folder)
+    if source.folder:
+        for name in TEXT_FILES:
+            if (path := source.folder / name).is_file():
+                shutil.copyfile(path, folder / name)
+    if not holds_vocabulary(folder) and (tokenizer := _known_tokenizer(source)):
+        tokenizer.save(folder)
 
 
 def _write_llmc_tokenizer(folder: Path, source: WeightSource) -> None:
@@ -126,17 +126,23 @@ def _write_llmc_tokenizer(folder: Path, source: WeightSource) -> None:
     path = folder / tokenizer_bin.TOKENIZER_BIN
     if path.exists():
         return
-    with suppress(DataError):  # a model without a tokenizer can be converted too
-        tokenizer = tokenizer_of(source)
-        if isinstance(tokenizer, GPT2Tokenizer):
-            tokenizer.save_bin(path)
+    tokenizer = _known_tokenizer(source)
+    if isinstance(tokenizer, GPT2Tokenizer):
+        tokenizer.save_bin(path)
 
 
 def _write_llama2c_tokenizer(model: Path, source: WeightSource) -> None:
     """Writes tokenizer.bin beside a model, unless there is one, if the source's is llama2.c's."""
     if tokenizer_beside(model, source.config.vocab_size) is not None:
         return
-    with suppress(DataError):  # a model without a tokenizer can be converted too
-        tokenizer = tokenizer_of(source)
-        if isinstance(tokenizer, Llama2cTokenizer):
-            tokenizer.save_bin(model.parent / TOKENIZER_BIN)
+    tokenizer = _known_tokenizer(source)
+    if isinstance(tokenizer, Llama2cTokenizer):
+        tokenizer.save_bin(model.parent / TOKENIZER_BIN)
+
+
+def _known_tokenizer(source: WeightSource) -> Tokenizer | None:
+    """The tokenizer of a model; None if it has none, as such a model can be converted too."""
+    try:
+        return tokenizer_of(source)
+    except DataError:
+        return None

@@ -180,6 +180,9 @@ def test_every_file_that_names_special_tokens_counts(
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"neither BOS nor EOS is known; name bos_token or eos_to"):
         open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": 7}')
+    with pytest.raises(DataError, match="neither BOS nor EOS is known"):
+        open_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 1, 5000, null]}')
     found = open_tokenizer(tmp_path)
     assert (found.eot, found.stop_ids) == (2, {1, 2})

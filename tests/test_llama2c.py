@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from gpu_gpt2 import convert
 from gpu_gpt2.data.dataset import prepare
 from gpu_gpt2.device import open_device
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats import hf
+from gpu_gpt2.formats import files, hf, llama2c
 from gpu_gpt2.formats.tokens import read_tokens
 from gpu_gpt2.models.families import new_model
 from gpu_gpt2.models.init import InitialWeights
@@ -162,6 +164,28 @@ def test_a_vocabulary_that_tokenizer_bin_cannot_hold(run: Run) -> None:
     assert "no tokenizer.bin: the source has no tokenizer that this file of llama2.c can" in out
     assert "try it" not in out
     assert sorted(os.listdir()) == ["a.bin", "folder"]
+
+
+@pytest.mark.parametrize("to", ["llama2c-v0", "llama2c-v2"])
+def test_a_disk_that_fills_up_leaves_nothing(
+    to: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [20]
+
+    def write_array(*args: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        files.write_array(*args)
+
+    model_file(Path("a.bin"))
+    monkeypatch.setattr(llama2c, "write_array", write_array)
+    code, _, err = run("convert", "a.bin", "b", "--to", to)
+    assert code == 1
+    assert err.endswith(
+        "/b: No space left on device; nothing of it is left, so mend that and try again\n"
+    )
+    assert os.listdir() == ["a.bin"]
 
 
 @pytest.mark.parametrize("to", ["llama2c-v0", "llama2c-v2"])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.files import new_file, unexpected
+from gpu_gpt2.formats.files import unexpected
 
 UNKNOWN: Final = 0
 BOS: Final = 1  # begins every text
@@ -72,12 +72,10 @@ def parse_tokenizer(path: Path, content: bytes) -> tuple[list[bytes], list[float
     return words, scores
 
 
-def write_tokenizer(path: Path, words: Sequence[bytes], scores: Sequence[float]) -> None:
-    """Writes the tokens with their scores, so that `path` is complete or untouched; DataError."""
-    with new_file(path) as file:
-        file.write(_HEADER.pack(max(map(len, words))))
-        for word, score in zip(words, scores, strict=True):
-            file.write(_ENTRY.pack(score, len(word)) + word)
+def tokenizer_content(words: Sequence[bytes], scores: Sequence[float]) -> bytes:
+    """The content of a file with these tokens and their scores."""
+    entries = (_ENTRY.pack(score, len(w)) + w for w, score in zip(words, scores, strict=True))
+    return _HEADER.pack(max(map(len, words))) + b"".join(entries)
 
 
 def byte_word(byte: int) -> bytes:

@@ -188,8 +188,8 @@ def _named_tokens(folder: Path, vocab: Mapping[str, int], size: int) -> dict[str
             if isinstance(word, dict):
                 word = word.get("content")
             given = values.get(f"{role}_id")
-            found_here = [vocab.get(str(word)), *(given if isinstance(given, list) else [given])]
-            for i in found_here:
+            given = given if isinstance(given, list) else [given]
+            for i in [vocab.get(word) if isinstance(word, str) else None, *given]:
                 if type(i) is int and 0 <= i < size and i not in ids:
                     ids.append(i)
     return found
