@@ -261,7 +261,7 @@ def _cache_folder(corpus: Corpus, spec: str) -> Path | None:
 def _read_cache(folder: Path, name: str) -> Dataset:
     """The dataset in `folder`; OSError, ValueError or DataError if any byte of it is wrong."""
     sums = json.loads((folder / SUMS).read_bytes())
-    if not set(CACHED) < sums.keys() or sums != _sums(folder):
+    if sums != _sums(folder) or not set(CACHED) < sums.keys():
         raise ValueError(f"{folder} is damaged")
     tokenizer = open_tokenizer(folder)
     return _dataset(

@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from gpu_gpt2.formats.files import new_file
 from gpu_gpt2.formats.llama2c_tokenizer import (
     BOS,
     EOS,
@@ -26,7 +27,7 @@ from gpu_gpt2.formats.llama2c_tokenizer import (
     FIRST_PIECE,
     TOKENIZER_BIN,
     UNKNOWN,
-    write_tokenizer,
+    tokenizer_content,
 )
 from gpu_gpt2.tokenizer.base import Tokenizer, without_lone_surrogates
 
@@ -100,8 +101,9 @@ class Llama2cTokenizer(Tokenizer):
         return hashlib.sha256(entries.encode()).hexdigest()
 
     def save_bin(self, path: Path) -> None:
-        """Writes llama2.c's tokenizer.bin. Raises DataError."""
-        write_tokenizer(path, self._words, self._scores)
+        """Writes llama2.c's tokenizer.bin, so that `path` is complete or untouched; DataError."""
+        with new_file(path) as file:
+            file.write(tokenizer_content(self._words, self._scores))
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.bin, and the same vocabulary for transformers as tokenizer.json.
@@ -110,7 +112,7 @@ class Llama2cTokenizer(Tokenizer):
         spaces otherwise. It takes U+2581 for a space. A vocabulary with words that are not UTF-8,
         which tokenizer.json cannot hold, is written as tokenizer.bin only.
         """
-        self.save_bin(folder / TOKENIZER_BIN)
+        (folder / TOKENIZER_BIN).write_bytes(tokenizer_content(self._words, self._scores))
         try:
             files = self._transformers_files()
         except UnicodeDecodeError:
@@ -185,9 +187,9 @@ class Llama2cTokenizer(Tokenizer):
         for i, word in enumerate(self._words):
             vocab.setdefault(special.get(i) or word.decode().replace(" ", _SPACE), i)
         merges = []
-        for word, i in sorted(vocab.items(), key=lambda item: (-self._scores[item[1]], item[1])):
+        for union, i in sorted(vocab.items(), key=lambda item: (-self._scores[item[1]], item[1])):
             if i >= FIRST_PIECE:
-                pairs = [(word[:cut], word[cut:]) for cut in range(1, len(word))]
+                pairs = [(union[:cut], union[cut:]) for cut in range(1, len(union))]
                 merges += [[a, b] for a, b in pairs if a in vocab and b in vocab]
         added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         space, text = {"String": " "}, {"Sequence": {"id": "A", "type_id": 0}}
