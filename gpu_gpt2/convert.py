@@ -17,7 +17,6 @@ from gpu_gpt2.formats.files import whole
 from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import Weights, WeightSource, pieces
 from gpu_gpt2.open_model import tokenizer_of
-from gpu_gpt2.tokenizer import Tokenizer
 
 TARGETS: Final = ("hf", "llmc-fp32", "llmc-bf16")
 TOKENIZER_FILES: Final = (
@@ -96,7 +95,7 @@ def _write_tokenizer(folder: Path, source: WeightSource) -> None:
     for path in found:
         shutil.copyfile(path, folder / path.name)
     if not found and source.config.vocab_size == GPT2_VOCAB_SIZE:
-        Tokenizer.gpt2().save(folder)
+        GPT2Tokenizer.gpt2().save(folder)
 
 
 def _write_tokenizer_bin(folder: Path, source: WeightSource) -> None:

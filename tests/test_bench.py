@@ -49,6 +49,9 @@ def case(name: str) -> BenchCase:
         # products of 8 elements forward and 5 backward, with 2 flops an element.
         ("attention_fwd", 4 * 16 * 16 * 4 + 32 * 4, 2 * 2 * 8 * 36 * 4),
         ("attention_bwd", 8 * 16 * 16 * 4 + 32 * 4, 5 * 2 * 8 * 36 * 4),
+        # Two sequences, whose caches hold 8 positions of 16 elements of k and as many of v.
+        ("kv_append", 2 * 2 * 2 * 16 * 4, 0),
+        ("attention_decode", 2 * 2 * 8 * 16 * 4 + 2 * 2 * 16 * 4, 2 * 8 * 16 * 4),
         ("matmul y = x w^T", (16 * 16 + 64 * 16 + 16 * 64) * 4, 2 * 16 * 16 * 64),
         ("matmul dw += dy^T x", (16 * 16 + 16 * 64) * 4 + 8 * 64 * 16, 2 * 16 * 16 * 64),
     ],
@@ -115,6 +118,7 @@ def test_pytorchs_attention_follows_ours_on_a_gpu(
     assert attention == {
         "attention_fwd": 2.0, "attention_fwd of PyTorch": 1.0,
         "attention_bwd": 2.0, "attention_bwd of PyTorch": 4.0,
+        "attention_decode": 2.0,
     }  # fmt: skip
 
 

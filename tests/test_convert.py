@@ -30,7 +30,7 @@ from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.init import InitialWeights
 from gpu_gpt2.models.weights import Arena, FloatArray, load_arena, named
 from gpu_gpt2.open_model import open_model, tokenizer_of
-from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.tokenizer import GPT2Tokenizer, Tokenizer
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.optimizer import UpdateState
 
@@ -97,7 +97,7 @@ def test_a_run_is_converted_with_its_tokenizer(run: Run) -> None:
             model=CONFIG, train=train, step=step, tokens=1, loader={}, weights=arena * step,
             m=arena, v=arena, update=UpdateState(updates=step, good_steps=0, loss_scale=1.0),
         )  # fmt: skip
-        checkpoint.save(Path("run"), state, Tokenizer.of_bytes())
+        checkpoint.save(Path("run"), state, GPT2Tokenizer.of_bytes())
     newest = Path("run/step_00000020")
     code, out, err = run("convert", "run", "out", "--to", "hf")
     assert (code, err) == (0, "")
@@ -339,10 +339,12 @@ def test_a_models_own_vocabulary_goes_to_llm_c_and_is_found_there(tmp_path: Path
     config = GPT2Config(vocab_size=257, n_positions=8, n_embd=8, n_layer=1, n_head=1)
     folder = tmp_path / "hf"
     hf.write_model(folder, InitialWeights(config=config, seed=1))
-    Tokenizer.of_bytes().save(folder)
+    GPT2Tokenizer.of_bytes().save(folder)
     convert.convert(open_model(folder), tmp_path / "a.bin", "llmc-fp32", lambda _: None)
     written = (tmp_path / "gpt2_tokenizer.bin").read_bytes()
-    assert tokenizer_of(open_model(tmp_path / "a.bin")).tokens() == Tokenizer.of_bytes().tokens()
+    assert (
+        tokenizer_of(open_model(tmp_path / "a.bin")).tokens() == GPT2Tokenizer.of_bytes().tokens()
+    )
     gpt2 = InitialWeights(config=replace(config, vocab_size=50257), seed=1)
     convert.convert(gpt2, tmp_path / "b.bin", "llmc-bf16", lambda _: None)
     assert (tmp_path / "gpt2_tokenizer.bin").read_bytes() == written

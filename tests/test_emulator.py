@@ -267,6 +267,21 @@ def test_atomic_sums_of_integers_are_exact_in_every_order(order: Order) -> None:
     assert counts.tolist() == [38, 39]
 
 
+def test_arithmetic_functions_return_what_cuda_defines(emulator: EmulatorDevice) -> None:
+    out = emulator.empty((6,), I32)
+    a, b = [-128, 5, 127, -1], [-128, -7, 127, 3]
+    x = np.array([a, b], np.int8).view(I32).reshape(2)
+    x = np.append(x, I32(1000))
+    # The product is rounded to 1, so the sum is 0; a fused multiply-add would give 2^-36.
+    z = np.array([1 + 2**-12, 1 - 2**-12 + 2**-24, -1, 2.5], F32)
+    emulator.launch(kernel_source("right.cu", "fp32"), "arithmetic", (1,), (1,), (out, x, z))
+    wide = int(x[0].view(np.uint32)) << 32 | int(x[1].view(np.uint32))
+    upper = np.array([wide * wide >> 96, wide * wide >> 64 & 0xFFFFFFFF], np.uint32).view(I32)
+    expected_sum = (z[0] * z[1] + z[2]).view(I32)
+    dot = 1000 + 128 * 128 - 35 + 127 * 127 - 3
+    assert out.tolist() == [dot, *upper, expected_sum, 2, 3]
+
+
 # --- the device ---
 
 

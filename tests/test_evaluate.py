@@ -36,7 +36,7 @@ from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.model import Model
 from gpu_gpt2.models.weights import load_arena
 from gpu_gpt2.open_model import open_model
-from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.tokenizer import GPT2Tokenizer
 from gpu_gpt2.training.optimizer import AdamW
 
 V, T = 257, 24  # the vocabulary of --tokenizer bytes, and the context
@@ -53,7 +53,7 @@ def torch_model(tmp_path_factory: pytest.TempPathFactory) -> GPT2LMHeadModel:
     model = GPT2LMHeadModel(config).eval()
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
-    Tokenizer.of_bytes().save(folder)
+    GPT2Tokenizer.of_bytes().save(folder)
     model.folder = str(folder)
     return model
 

@@ -29,6 +29,7 @@ LAYERS = [
     "models.decoder",
     "models.init",
     "models.size",
+    "models.llama_int8",
     "models.weights",
     "models.families",
     "models.gpt2 models.llama",

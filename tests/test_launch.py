@@ -18,7 +18,9 @@ from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.device.source import kernel_files, kernel_source
 from gpu_gpt2.errors import ConfigError, LaunchError
 from gpu_gpt2.ops import kernels
-from gpu_gpt2.ops.kernels import KernelOps, attention_defines
+from gpu_gpt2.ops.kernels import KernelOps, attention_decode_defines, attention_defines
+from gpu_gpt2.ops.reference import ReferenceOps
+from gpu_gpt2.ops.table import Ops
 
 EMBEDDING = kernel_source("embedding.cu", "fp32")
 SOFTMAX = kernel_source("softmax.cu", "fp32")
@@ -243,9 +245,36 @@ def test_wrong_number_of_dimensions() -> None:
         _ops().bias_fwd(_floats(3, 5, 1), _floats(5))
 
 
-def test_qkv_without_its_three_parts() -> None:
-    with pytest.raises(ValueError, match=r"qkv is \(1, 4, 2, 1, 8\), expected \(B, T, 3, H, D\)"):
-        _ops().attention_fwd(_floats(1, 4, 1, 8), _floats(1, 1, 4), _floats(1, 4, 2, 1, 8))
+def test_qkv_of_another_number_of_dimensions() -> None:
+    with pytest.raises(ValueError, match=r"qkv is \(1, 4, 3, 1, 8\), expected \(B, T, R, D\)"):
+        _ops().attention_fwd(_floats(1, 4, 1, 8), _floats(1, 1, 4), _floats(1, 4, 3, 1, 8))
+
+
+@pytest.mark.parametrize("ops", [_ops(), ReferenceOps()], ids=["kernels", "reference"])
+@pytest.mark.parametrize(
+    ("H", "R", "G"),
+    [(1, 2, 0), (2, 2, 0), (2, 5, 1), (4, 10, 3), (3, 2, -1), (2, 6, 1)],
+    ids=["odd", "no keys", "odd, one key", "no divisor", "fewer than H", "another G"],
+)
+def test_rows_whose_heads_do_not_fit(H: int, R: int, G: int, ops: Ops) -> None:
+    """kv_append and attention_decode take G from the cache, attention_fwd and _bwd from R."""
+    y, lse, qkv = _floats(1, 1, H, 4), _floats(1, H, 1), _floats(1, 1, R, 4)
+    cache, starts = _floats(1, max(G, 1), 3, 4), np.zeros(1, INT32)
+    if R != 3 * H:
+        with pytest.raises(ConfigError, match=f"attention_fwd: rows of R = {R} .* H = {H} query"):
+            ops.attention_fwd(y, lse, qkv)
+        with pytest.raises(ConfigError, match=f"attention_bwd: rows of R = {R} .* H = {H} query"):
+            ops.attention_bwd(qkv, lse, y, qkv, y, lse)
+    with pytest.raises(ConfigError, match=f"attention_decode: rows of R = {R} heads do not fit"):
+        ops.attention_decode(y, qkv, cache, cache, starts)
+
+
+@pytest.mark.parametrize("ops", [_ops(), ReferenceOps()], ids=["kernels", "reference"])
+@pytest.mark.parametrize(("R", "G"), [(2, 1), (1, 1), (7, 2)])
+def test_rows_whose_heads_do_not_fit_into_a_cache(R: int, G: int, ops: Ops) -> None:
+    cache, starts = _floats(1, G, 3, 4), np.zeros(1, INT32)
+    with pytest.raises(ConfigError, match=f"kv_append: rows of R = {R} heads .* G = {G} key/value"):
+        ops.kv_append(cache, cache, _floats(1, 1, R, 4), starts)
 
 
 def test_elements_of_different_shapes() -> None:
@@ -288,6 +317,8 @@ def test_order_that_leaves_rows_out() -> None:
 def test_head_size_that_does_not_fit(size: int) -> None:
     with pytest.raises(ConfigError, match=f"head size {size}: kernels/attention.cu takes 1 to 256"):
         attention_defines(size)
+    with pytest.raises(ConfigError, match=f"attention_decode: D = {size} must be 1 to 256"):
+        attention_decode_defines(size, group=1, width=1)
 
 
 def test_columns_beyond_the_scratch_memory(monkeypatch: pytest.MonkeyPatch) -> None:

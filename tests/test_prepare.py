@@ -28,7 +28,8 @@ from gpu_gpt2.data.prepare.shards import Plan, Prepared, finished, prepare
 from gpu_gpt2.errors import ConfigError, DataError, UserError
 from gpu_gpt2.formats.multiple_choice import read_choices
 from gpu_gpt2.formats.tokens import read_tokens
-from gpu_gpt2.tokenizer import _PIECES, Tokenizer
+from gpu_gpt2.tokenizer import GPT2Tokenizer, Tokenizer
+from gpu_gpt2.tokenizer.gpt2 import _PIECES
 
 T = TypeVar("T")
 WORDS = ["Hark", "thou", "cat\n", "1,024", "don't", "  ", "\n\n", "fünf", "x" * 40, "."]
@@ -36,7 +37,7 @@ WORDS = ["Hark", "thou", "cat\n", "1,024", "don't", "  ", "\n\n", "fünf", "x" *
 
 @pytest.fixture(scope="module")
 def gpt2() -> Tokenizer:
-    return Tokenizer.gpt2()
+    return GPT2Tokenizer.gpt2()
 
 
 def sentence(rng: random.Random, words: int) -> str:
@@ -112,7 +113,7 @@ def test_text_without_a_place_to_cut_is_cut_all_the_same(tmp_path: Path) -> None
     path = tmp_path / "blank.txt"
     path.write_text("\n" * 1_200_000 + "x")  # more than tiktoken can take at once
     done = prepare(own([path], tmp_path / "out", tokenizer="gpt2", val_tokens=0), quiet)
-    text = Tokenizer.gpt2().decode(tokens_of(done, tmp_path / "out/blank")[1:])
+    text = GPT2Tokenizer.gpt2().decode(tokens_of(done, tmp_path / "out/blank")[1:])
     assert text == path.read_text()
 
 
@@ -236,7 +237,7 @@ def test_documents_run_on_from_shard_to_shard(tmp_path: Path) -> None:
     texts = [sentence(random.Random(seed), 5) for seed in range(9)]
     path = write_jsonl(tmp_path / "own.jsonl", texts)
     done = prepare(own([path], tmp_path, shard_tokens=50, val_tokens=20), quiet)
-    ids = expected_tokens(Tokenizer.of_bytes(), texts)
+    ids = expected_tokens(GPT2Tokenizer.of_bytes(), texts)
     assert tokens_of(done, tmp_path / "own").tolist() == ids
     rest = (len(ids) - 20) % 50
     assert [s.tokens for s in done.shards] == [20, *[50] * ((len(ids) - 20) // 50), rest]
@@ -468,7 +469,7 @@ def test_tinystories_goes_on_with_the_file_that_is_missing(tmp_path: Path, at: i
         prepare(plan, Interrupt(at))
     done = prepare(plan, quiet)
     assert tokens_of(done, plan.folder).tolist() == expected_tokens(
-        Tokenizer.of_bytes(),
+        GPT2Tokenizer.of_bytes(),
         shuffled_stories(0, 1337) + shuffled_stories(1, 1337) + shuffled_stories(2, 1338),
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from threadpoolctl import threadpool_info
 
 from gpu_gpt2.models.batch import Batch
@@ -183,10 +184,16 @@ def test_layernorm(shape: tuple[int, int, int], fused: bool) -> None:
         assert_near("dbias", (dx - 1).sum(axis=0), numeric_gradient(forward, bias, dy))
 
 
-@pytest.mark.parametrize("B_T_H_D", [(1, 1, 1, 1), (2, 5, 2, 3), (1, 9, 3, 4)])
-def test_attention(B_T_H_D: tuple[int, int, int, int]) -> None:
-    B, T, H, D = B_T_H_D
-    qkv, dy = rng(0).normal(size=(B, T, 3, H, D)), rng(1).normal(size=(B, T, H, D))
+ATTENTION_SIZES = [  # (B, T, H, G, D)
+    *((1, 1, 1, 1, 1), (2, 5, 2, 2, 3), (1, 9, 3, 3, 4)),
+    *((2, 5, 4, 2, 3), (1, 4, 6, 2, 2), (1, 3, 8, 1, 3)),
+]
+
+
+@pytest.mark.parametrize("sizes", ATTENTION_SIZES)
+def test_attention(sizes: tuple[int, int, int, int, int]) -> None:
+    B, T, H, G, D = sizes
+    qkv, dy = rng(0).normal(size=(B, T, H + 2 * G, D)), rng(1).normal(size=(B, T, H, D))
     lse, y = np.empty((B, H, T)), np.empty((B, T, H, D))
 
     def forward() -> np.ndarray:
@@ -199,15 +206,35 @@ def test_attention(B_T_H_D: tuple[int, int, int, int]) -> None:
     assert_near("dqkv", dqkv, numeric_gradient(forward, qkv, dy))
 
 
+@pytest.mark.parametrize("sizes", [*ATTENTION_SIZES, (2, 33, 8, 2, 16)])
+def test_attention_is_that_of_pytorch(sizes: tuple[int, int, int, int, int]) -> None:
+    B, T, H, G, D = sizes
+    qkv, dy = rng(0).normal(size=(B, T, H + 2 * G, D)), rng(1).normal(size=(B, T, H, D))
+    lse, y = np.empty((B, H, T)), np.empty((B, T, H, D))
+    OPS.attention_fwd(y, lse, qkv)
+    dqkv, delta = np.empty_like(qkv), np.empty_like(lse)
+    OPS.attention_bwd(dqkv, delta, dy, qkv, y, lse)
+    rows = torch.from_numpy(qkv).requires_grad_()
+    q, k, v = rows.transpose(1, 2).split([H, G, G], dim=1)  # each (B, heads, T, D)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    expected.backward(torch.from_numpy(dy))
+    assert_near("y", y, expected.detach().numpy())
+    assert rows.grad is not None
+    assert_near("dqkv", dqkv, rows.grad.numpy())
+
+
 def test_attention_forward_reads_like_the_formula() -> None:
-    B, T, H, D = 2, 6, 2, 3
-    qkv = rng(0).normal(size=(B, T, 3, H, D))
+    B, T, H, G, D = 2, 6, 4, 2, 3
+    qkv = rng(0).normal(size=(B, T, H + 2 * G, D))
     y, lse = np.empty((B, T, H, D)), np.empty((B, H, T))
     OPS.attention_fwd(y, lse, qkv)
     for b, t, h in np.ndindex(B, T, H):
-        scores = np.array([qkv[b, t, 0, h] @ qkv[b, s, 1, h] for s in range(t + 1)]) / math.sqrt(D)
+        k, v = qkv[b, :, H + h // 2], qkv[b, :, H + G + h // 2]
+        scores = np.array([qkv[b, t, h] @ k[s] for s in range(t + 1)]) / math.sqrt(D)
         weights = np.exp(scores) / np.exp(scores).sum()
-        expected = sum(weights[s] * qkv[b, s, 2, h] for s in range(t + 1))
+        expected = sum(weights[s] * v[s] for s in range(t + 1))
         np.testing.assert_allclose(y[b, t, h], expected, rtol=1e-12)
         np.testing.assert_allclose(lse[b, h, t], np.log(np.exp(scores).sum()), rtol=1e-12)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from devices import assert_case, every_device, make_ops, op_cases, upload
 
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES
+from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops.cases import Case
 from gpu_gpt2.ops.reference import ReferenceOps
 
@@ -28,6 +30,15 @@ def test_epsilon_is_added_to_the_mean_square(dtype: str, device: str) -> None:
     ops.residual_rmsnorm_fwd(r, y, rstd, x, zero, one, 15.0)
     assert ops.device.download(rstd).tolist() == [0.25]
     assert ops.device.download(y).astype(float).tolist() == [[-0.25, 0.25, -0.25, 0.25]]
+
+
+def test_more_channels_than_a_row_group_holds() -> None:
+    ops = make_ops("emulator", "fp32")
+    x, w, rstd = (np.zeros(shape, np.float32) for shape in ((1, 32769), 32769, 1))
+    with pytest.raises(ConfigError, match="rmsnorm_fwd: C = 32769 must be 1 to 32768"):
+        ops.rmsnorm_fwd(x, rstd, x, w, 1e-5)
+    with pytest.raises(ConfigError, match="rmsnorm_bwd: C = 32769 must be 1 to 32768"):
+        ops.rmsnorm_bwd(x, w, x, x, w, rstd)
 
 
 def test_numpy_agrees_with_pytorch() -> None:

@@ -15,10 +15,10 @@ from gpu_gpt2.errors import DataError, UserError
 from gpu_gpt2.formats.llmc_header import header_bytes
 from gpu_gpt2.formats.multiple_choice import Example, write_choices
 from gpu_gpt2.formats.tokens import LLAMA3, write_tokens
-from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.tokenizer import GPT2Tokenizer
 from gpu_gpt2.tools.show import describe
 
-BYTES = Tokenizer.of_bytes()
+BYTES = GPT2Tokenizer.of_bytes()
 
 
 def made(kind: str, folder: Path) -> Path:

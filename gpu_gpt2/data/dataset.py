@@ -29,11 +29,18 @@ from gpu_gpt2.formats.tokens import (
     stem_and_split,
     write_tokens,
 )
-from gpu_gpt2.tokenizer import Tokenizer, cache_key, make_tokenizer, vocab_size_of
+from gpu_gpt2.tokenizer import (
+    Tokenizer,
+    cache_key,
+    make_tokenizer,
+    open_tokenizer,
+    vocab_size_of,
+)
 
 CACHE_VERSION: Final = 3  # raised whenever the same text would give other tokens
 MAX_VAL_TOKENS: Final = 1 << 20  # evaluated of a long text: enough for three digits of the loss
-CACHED: Final = ("train.bin", "val.bin", "tokenizer.json", "tokenizer_config.json")
+CACHED: Final = ("train.bin", "val.bin")  # beside the files of the tokenizer
+SUMS: Final = "meta.json"  # the SHA-256 of each file of a cached data set
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -253,10 +260,10 @@ def _cache_folder(corpus: Corpus, spec: str) -> Path | None:
 
 def _read_cache(folder: Path, name: str) -> Dataset:
     """The dataset in `folder`; OSError, ValueError or DataError if any byte of it is wrong."""
-    sums = json.loads((folder / "meta.json").read_bytes())
-    if sums != {file: sha256_of(folder / file) for file in CACHED}:
+    sums = json.loads((folder / SUMS).read_bytes())
+    if not set(CACHED) < sums.keys() or sums != _sums(folder):
         raise ValueError(f"{folder} is damaged")
-    tokenizer = Tokenizer.open(folder)
+    tokenizer = open_tokenizer(folder)
     return _dataset(
         name, tokenizer, [read_tokens(folder / "train.bin")], read_tokens(folder / "val.bin")
     )
@@ -270,9 +277,14 @@ def _write_cache(folder: Path, dataset: Dataset) -> None:
         write_tokens(temporary / "train.bin", dataset.train[0])
         write_tokens(temporary / "val.bin", dataset.val)
         dataset.tokenizer.save(temporary)
-        sums = {file: sha256_of(temporary / file) for file in CACHED}
-        (temporary / "meta.json").write_text(json.dumps(sums, indent=1) + "\n")
+        (temporary / SUMS).write_text(json.dumps(_sums(temporary), indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a cached data set by its name, without the file of sums."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    return {name: sha256_of(folder / name) for name in names}

@@ -87,6 +87,12 @@ class Header:
             )
 
 
+def magic_of(path: Path) -> int:
+    """The first int32 of a file, 0 if the file is empty; DataError if it cannot be read."""
+    with reading(path, "file"), path.open("rb") as file:
+        return int.from_bytes(file.read(4), "little")
+
+
 def read_header(path: Path, kind: str) -> Header:
     """The header of the file `path`, which should be a `kind`, as in "token file"; DataError."""
     with reading(path, kind), path.open("rb") as file:

@@ -1,7 +1,8 @@
-"""Byte-level BPE vocabularies in tokenizer.json, vocab.json with merges.txt, or llm.c's file.
+"""The files of tokenizers, and the byte-level BPE vocabularies in those of GPT-2's kind.
 
-A vocabulary is read as ranks: the id of every byte string, 0 to V - 2, in the order in which the
-pairs merge. The last id, V - 1, is <|endoftext|>.
+These are tokenizer.json, vocab.json with merges.txt, or llm.c's file. Such a vocabulary is read as
+ranks: the id of every byte string, 0 to V - 2, in the order in which the pairs merge. The last id,
+V - 1, is <|endoftext|>.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats import tokenizer_bin
+from gpu_gpt2.formats import llama2c_tokenizer, tokenizer_bin
 from gpu_gpt2.formats.llmc_header import TOKENIZER_MAGIC
 
 Ranks: TypeAlias = dict[bytes, int]
@@ -29,12 +31,21 @@ MAX_VOCAB_SIZE: Final = 65535  # ids are stored as uint16
 MAX_TOKEN_BYTES: Final = tokenizer_bin.MAX_TOKEN_BYTES  # limit of llm.c's file
 MAX_FILE_BYTES: Final = 64 << 20  # thirty times GPT-2's tokenizer.json; a longer file is none
 
+TOKENIZER_JSON: Final = "tokenizer.json"
+TOKENIZER_CONFIG: Final = "tokenizer_config.json"  # names the special tokens, for transformers
 # The first of these files that a folder has is its tokenizer.
-_FILES: Final = ("tokenizer.json", "vocab.json", tokenizer_bin.TOKENIZER_BIN)
+_FILES: Final = (
+    llama2c_tokenizer.TOKENIZER_BIN,
+    TOKENIZER_JSON,
+    "vocab.json",
+    tokenizer_bin.TOKENIZER_BIN,
+)
 _PAIR: Final = ("vocab.json", "merges.txt")
 
 _GPT2_URL: Final = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 _GPT2_SHA256: Final = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+_MAGIC: Final = TOKENIZER_MAGIC.to_bytes(4, "little")  # begins llm.c's file
 
 # Settings in a tokenizer.json that change the ids, with the values under which it encodes as GPT-2
 # does. The first value is the one that a missing entry implies.
@@ -58,6 +69,14 @@ _BYTE_OF: Final = {chr(b): b for b in _PRINTABLE} | {
     chr(BYTE_VALUES + i): b for i, b in enumerate(_OTHERS)
 }
 _CHAR_OF: Final = {b: c for c, b in _BYTE_OF.items()}
+
+
+class Kind(Enum):
+    """The kinds of tokenizers."""
+
+    GPT2 = "byte-level BPE that cuts text as GPT-2 does"
+    LLAMA2C = "llama2.c's tokenizer.bin"
+    HF = "any other tokenizer.json"
 
 
 def bytes_of(word: str) -> bytes:
@@ -91,15 +110,15 @@ def gpt2_ranks() -> Ranks:
 
 
 def holds_vocabulary(folder: Path) -> bool:
-    """True if the folder has a file that `read_vocabulary` would read."""
+    """True if the folder has a file that `read_file` would read."""
     return any((folder / name).is_file() for name in _FILES)
 
 
-def read_vocabulary(path: Path) -> Ranks:
-    """The vocabulary in a file or folder, all of it checked; DataError.
+def read_file(path: Path) -> tuple[Path, bytes]:
+    """The path and the content of the tokenizer's file in a file or folder; DataError.
 
-    `path` is a tokenizer.json, a vocab.json or merges.txt with the other one beside it, llm.c's
-    gpt2_tokenizer.bin, or a folder with one of these, looked for in this order.
+    In a folder, llama2.c's tokenizer.bin is looked for first, then tokenizer.json, vocab.json and
+    llm.c's gpt2_tokenizer.bin.
     """
     if path.is_dir():
         found = [path / name for name in _FILES if (path / name).is_file()]
@@ -109,10 +128,45 @@ def read_vocabulary(path: Path) -> Ranks:
                 f"that has it"
             )
         path = found[0]
+    return path, _read(path)
+
+
+def kind_of(path: Path, content: bytes) -> Kind:
+    """The kind of tokenizer in a file of this name and content; files of no kind count as GPT-2's.
+
+    A tokenizer.json is of GPT-2's kind if it cuts text as GPT-2 does and has no special token but
+    <|endoftext|>, which is not its first token.
+    """
+    if b"\0" in content[:4]:  # neither JSON nor llm.c's magic number has a zero byte there
+        return Kind.LLAMA2C
+    if path.name in _PAIR or content[:4] == _MAGIC:
+        return Kind.GPT2
+    tokenizer = _json(path, content)
+    try:
+        added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        alike = all(
+            values.get(key, allowed[0]) in allowed
+            for values, settings in (
+                (tokenizer["model"], _MODEL),
+                (tokenizer["pre_tokenizer"] or {"type": None}, _PRE_TOKENIZER),
+            )
+            for key, allowed in settings.items()
+        )
+        if alike and tokenizer.get("normalizer") is None and added.keys() <= {END_OF_TEXT}:
+            return Kind.HF if added.get(END_OF_TEXT) == 0 else Kind.GPT2
+    except (KeyError, TypeError, AttributeError) as e:
+        raise no_tokenizer(path) from e
+    return Kind.HF
+
+
+def parse_vocabulary(path: Path, content: bytes) -> Ranks:
+    """The vocabulary in the `content` of a file of GPT-2's kind, all of it checked; DataError.
+
+    Of vocab.json and merges.txt, `path` is one, and the other is read from beside it.
+    """
     if path.name in _PAIR:
         return _read_pair(path.parent)
-    content = _read(path)
-    if content[:4] == TOKENIZER_MAGIC.to_bytes(4, "little"):
+    if content[:4] == _MAGIC:
         tokens, eot = tokenizer_bin.read_tokenizer_bin(path)
         ranks = {token: rank for rank, token in enumerate(tokens) if rank != eot}
         _check(path, ranks, eot)
@@ -174,33 +228,10 @@ def _read_pair(folder: Path) -> Ranks:
 def _read_tokenizer_json(path: Path, content: bytes) -> Ranks:
     tokenizer = _json(path, content)
     try:
-        model, pre_tokenizer = tokenizer["model"], tokenizer["pre_tokenizer"] or {"type": None}
-        vocab, pairs = model["vocab"], model["merges"]
-        added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-        found = [
-            (f"{part}.{key}", values.get(key, allowed[0]), allowed)
-            for part, values, settings in (
-                ("model", model, _MODEL),
-                ("pre_tokenizer", pre_tokenizer, _PRE_TOKENIZER),
-            )
-            for key, allowed in settings.items()
-        ]
-        found.append(("normalizer", tokenizer.get("normalizer"), (None,)))
-        others = sorted(added.keys() - {END_OF_TEXT})
-        vocab = {**vocab, **added}
+        vocab, pairs = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+        vocab = {**vocab, **{token["content"]: token["id"] for token in tokenizer["added_tokens"]}}
     except (KeyError, TypeError, AttributeError) as e:
-        raise _no_tokenizer(path) from e
-    for name, value, allowed in found:
-        if value not in allowed:
-            raise DataError(
-                f"{path}: {name} is {value!r}, expected {allowed[0]!r}; it cuts text otherwise "
-                f"than GPT-2, so use a GPT-2 tokenizer"
-            )
-    if others:
-        raise DataError(
-            f"{path}: {len(others)} added tokens beside {END_OF_TEXT}, such as {others[0]!r}; "
-            f"GPT-2 has no others, so use its own tokenizer"
-        )
+        raise no_tokenizer(path) from e
     return _ranks(path, vocab, pairs, path)
 
 
@@ -217,7 +248,7 @@ def _ranks(path: Path, vocab: Any, pairs: Any, pairs_path: Path) -> Ranks:
         )
         listed = [tuple(p.split(" ") if isinstance(p, str) else p) for p in pairs]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise _no_tokenizer(path) from e
+        raise no_tokenizer(path) from e
     implied = _check(path, ranks, eot)
     for i, pair in enumerate(implied):
         found = listed[i] if i < len(listed) else None
@@ -288,11 +319,12 @@ def _json(path: Path, content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as e:
-        raise _no_tokenizer(path) from e
+        raise no_tokenizer(path) from e
 
 
-def _no_tokenizer(path: Path) -> DataError:
+def no_tokenizer(path: Path) -> DataError:
+    """The error for a file that is no tokenizer, or a damaged one."""
     return DataError(
         f"{path} is damaged or not a byte-level BPE tokenizer; expected a tokenizer.json, "
-        f"vocab.json with merges.txt, or llm.c's gpt2_tokenizer.bin"
+        f"vocab.json with merges.txt, llm.c's gpt2_tokenizer.bin or llama2.c's tokenizer.bin"
     )

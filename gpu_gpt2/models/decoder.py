@@ -147,12 +147,12 @@ class Decoder:
         last = a.proj[: self.batch]  # scratch that is free after the last layer
         # The op that looks up embeddings picks the rows of the last tokens.
         ops.token_embedding_fwd(last.reshape(self.batch, 1, -1), self._rows, a.lnf)
-        ops.matmul(self.logits, last, model.head.T)
+        model.classify(self.logits, last)
 
     def _decode(self) -> None:
         model = self.model
         model.hidden(self._step_views)
-        model.ops.matmul(self.logits, self._step_views.lnf, model.head.T)
+        model.classify(self.logits, self._step_views.lnf)
 
     def _sample(self, sampling: Sampling) -> None:
         self.model.ops.sample(

@@ -131,7 +131,7 @@ class Llama(Model):
         for l in range(c.n_layer):
             x, w = a.layers[l], self._layer_params[l]
             self._block(a, l)
-            o.matmul(a.proj, x.swiglu, w.fcprojw.T)
+            self._linear(a.proj, x.swiglu, w.fcprojw)
             if l + 1 < c.n_layer:
                 y, v = a.layers[l + 1], self._layer_params[l + 1]
                 o.residual_rmsnorm_fwd(x.res_mlp, y.ln1, y.ln1_rstd, x.res_att, a.proj, v.ln1w, eps)
@@ -146,15 +146,19 @@ class Llama(Model):
         """Layer l after its first norm, up to and including SwiGLU."""
         c, o, x, w = self.config, self.ops, a.layers[l], self._layer_params[l]
         N, C = a.proj.shape
-        o.matmul(x.qkv.reshape(N, -1), x.ln1, w.qkvw.T)
+        self._linear(x.qkv.reshape(N, -1), x.ln1, w.qkvw)
         o.rope_fwd(x.qkv, a.starts, self._angles, c.n_kv_head)
         self._attention(a, l)
-        o.matmul(a.proj, x.att.reshape(N, C), w.attprojw.T)
+        self._linear(a.proj, x.att.reshape(N, C), w.attprojw)
         o.residual_rmsnorm_fwd(
             x.res_att, x.ln2, x.ln2_rstd, x.residual, a.proj, w.ln2w, c.rms_norm_eps
         )
-        o.matmul(x.fc.reshape(N, -1), x.ln2, w.fcw.T)
+        self._linear(x.fc.reshape(N, -1), x.ln2, w.fcw)
         o.swiglu_fwd(x.swiglu, x.fc)
+
+    def _linear(self, y: Array, x: Array, w: Array) -> None:
+        """y (N, O) = x (N, I) times the transpose of the weight w (O, I)."""
+        self.ops.matmul(y, x, w.T)
 
     def _recompute(self, a: SimpleNamespace, l: int) -> None:
         """Recomputes the activations that layer l shares with other layers.

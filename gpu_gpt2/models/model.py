@@ -267,7 +267,11 @@ class Model(ABC):
         """Forward pass of sequences that lie in `a` and begin at position 0, up to the logits."""
         self.ops.device.fill_zero(a.starts)
         self.hidden(a)
-        self.ops.matmul(a.logits, a.lnf, self.head.T)
+        self.classify(a.logits, a.lnf)
+
+    def classify(self, logits: Array, lnf: Array) -> None:
+        """logits (N, Vp) = the last norm (N, C) times the head."""
+        self.ops.matmul(logits, lnf, self.head.T)
 
     def _attention(self, a: SimpleNamespace, l: int) -> None:
         """Attention of layer l: over the tokens of `a`, or over a KV cache while it decodes.

@@ -93,15 +93,15 @@ def flash_attention_defines(head_size: int) -> dict[str, int]:
     }
 
 
-# Decoding (kernels/attention_decode.cu). A block has registers for up to MAX_QUERY_HEADS query
-# heads. A split of at least MIN_SPLIT positions moves several times the bytes of its partial
-# results, and 64 positions give 192 blocks to one sequence of GPT-2 124M. More than DECODE_BLOCKS
-# blocks, about two for each that a large GPU holds at once, would only add partial results.
+# Decoding (kernels/attention_decode.cu). The cache is cut into splits of at least MIN_SPLIT
+# positions: these give 192 blocks to one sequence of GPT-2 124M, and the cache's bytes of a split
+# are still several times those of its partial results. Splits are longer where they would make more
+# than DECODE_BLOCKS blocks, about two for each that a large GPU holds at once.
 DECODE_THREADS: Final = 128
-MAX_QUERY_HEADS: Final = 8
+MAX_QUERY_HEADS: Final = 8  # query heads that a block holds in registers without spills
 MIN_SPLIT: Final = 64
 DECODE_BLOCKS: Final = 2048
-DECODE_TOTAL_WARPS: Final = 8
+DECODE_TOTAL_WARPS: Final = 8  # warps that combine the splits: runs of 16 for 8192 positions
 
 
 def attention_decode_defines(head_size: int, group: int, width: int) -> dict[str, int]:
@@ -282,34 +282,33 @@ class KernelOps(Ops):
 
     def attention_fwd(self, y: Array, lse: Array, qkv: Array) -> None:
         B, T, H, D, R = self._sizes("attention_fwd", "B T H D R", y, lse, qkv)
-        heads = H, kv_heads("attention_fwd", R, H)
+        shape = (B, T, H, kv_heads("attention_fwd", R, H), D)
         if self._is_flash(D):
-            self._launch_flash("flash_attention_fwd", (B, T, *heads, D), (y, lse, qkv))
+            self._launch_flash("flash_attention_fwd", shape, (y, lse, qkv))
         else:
-            self._launch_attention("attention_fwd", (B, T, *heads, D), (y, lse, qkv))
+            self._launch_attention("attention_fwd", shape, (y, lse, qkv))
 
     def attention_bwd(
         self, dqkv: Array, delta: Array, dy: Array, qkv: Array, y: Array, lse: Array
     ) -> None:
         tensors = (dqkv, delta, dy, qkv, y, lse)
         B, T, H, D, R = self._sizes("attention_bwd", "B T H D R", *tensors)
-        sizes = (B, T, H, kv_heads("attention_bwd", R, H), D)
+        shape = (B, T, H, kv_heads("attention_bwd", R, H), D)
         args = (dqkv, delta, dy, qkv, lse)
         if self._is_flash(D):
-            self._launch_flash("flash_attention_bwd_dq", sizes, tensors)
-            self._launch_flash("flash_attention_bwd_dkv", sizes, args)
+            self._launch_flash("flash_attention_bwd_dq", shape, tensors)
+            self._launch_flash("flash_attention_bwd_dkv", shape, args)
             return
         rows = at_most("attention_bwd", "B * T * H", B * T * H, MAX_SIZE)
         defines = attention_defines(D)
         self._launch_by_warps("attention_delta", rows, (delta, dy, y, B, T, H), **defines)
-        self._launch_attention("attention_bwd_dq", sizes, args)
-        self._launch_attention("attention_bwd_dkv", sizes, args)
+        self._launch_attention("attention_bwd_dq", shape, args)
+        self._launch_attention("attention_bwd_dkv", shape, args)
 
     # --- decoding with a KV cache ---
 
     def kv_append(self, k: Array, v: Array, qkv: Array, starts: Array) -> None:
-        letters = "B T G S D R"
-        B, T, G, S, D, R = self._sizes("kv_append", letters, k, v, qkv, starts)
+        B, T, G, S, D, R = self._sizes("kv_append", "B T G S D R", k, v, qkv, starts)
         check_heads("kv_append", R, R - 2 * G, G)
         rows = at_most("kv_append", "B * T", B * T, MAX_SIZE)
         elements = at_most("kv_append", "2 * G * D", 2 * G * D, MAX_SIZE)
@@ -319,9 +318,9 @@ class KernelOps(Ops):
         self._launch("kv_append", (rows,), (threads,), args, WIDTH=width)
 
     def attention_decode(self, y: Array, qkv: Array, k: Array, v: Array, starts: Array) -> None:
-        """The splits of the cache are as short as MIN_SPLIT and DECODE_BLOCKS allow.
+        """The splits are as short as MIN_SPLIT, DECODE_BLOCKS and the scratch memory allow.
 
-        Their partial results must also fit into scratch memory. All of this follows from sizes.
+        They depend on S, not on the positions, so that a CUDA graph serves all positions.
         """
         op = "attention_decode"
         B, H, D, R, G, S = self._sizes(op, "B H D R G S", y, qkv, k, v, starts)
@@ -329,16 +328,15 @@ class KernelOps(Ops):
         defines = attention_decode_defines(D, H // G, self._width(D))
         blocks = B * G * _blocks(H // G, defines["QUERY_HEADS"])  # of one split
         floats = at_most(op, "B * H * (D + 2)", B * H * (D + 2), SCRATCH_FLOATS)  # of one split
-        most = min(max(1, DECODE_BLOCKS // blocks), SCRATCH_FLOATS // floats)
+        most = min(max(1, DECODE_BLOCKS // blocks), SCRATCH_FLOATS // floats)  # splits
         length = max(MIN_SPLIT, _blocks(S, most))
         splits = _blocks(S, length)
         partial = self._scratch[: splits * floats]
         args = (partial, qkv, k, v, starts, H, G, S, length)
-        block: Dim3 = (defines["THREADS"],)
-        self._launch("attention_decode_partial", (blocks, splits), block, args, **defines)
-        grid = (B * H, _blocks(D, WARP))
+        threads = (defines["THREADS"],)
+        self._launch("attention_decode_partial", (blocks, splits), threads, args, **defines)
+        grid, block = (B * H, _blocks(D, WARP)), (WARP, defines["TOTAL_WARPS"])
         total_args = (y, partial, starts, H, S, splits, length)
-        block = (WARP, DECODE_TOTAL_WARPS)
         self._launch("attention_decode_total", grid, block, total_args, **defines)
 
     # --- softmax ---
@@ -595,10 +593,10 @@ class KernelOps(Ops):
         self._launch(name, (_blocks(rows, THREADS // WARP),), (THREADS,), args, **defines)
 
     def _launch_attention(
-        self, name: str, sizes: tuple[int, int, int, int, int], tensors: tuple[Array, ...]
+        self, name: str, shape: tuple[int, int, int, int, int], tensors: tuple[Array, ...]
     ) -> None:
         """One group of LANES threads per query or key: see kernels/attention.cu."""
-        B, T, H, G, D = sizes
+        B, T, H, G, D = shape
         defines = attention_defines(D)
         rows = defines["THREADS"] // defines["LANES"]
         at_most(name, "B * T * H", B * T * H, MAX_SIZE)
@@ -615,10 +613,10 @@ class KernelOps(Ops):
         return fits and self.device.has_tensor_cores
 
     def _launch_flash(
-        self, name: str, sizes: tuple[int, int, int, int, int], tensors: tuple[Array, ...]
+        self, name: str, shape: tuple[int, int, int, int, int], tensors: tuple[Array, ...]
     ) -> None:
         """One tile of queries or keys per block: see kernels/flash_attention.cu."""
-        B, T, H, G, D = sizes
+        B, T, H, G, D = shape
         defines = flash_attention_defines(D)
         of_keys = name.endswith("_dkv")
         heads = at_most(name, "B * heads", B * (G if of_keys else H), MAX_GRID[1])

@@ -57,6 +57,9 @@ LARGEST_INT8_PRODUCT: Final = 128 * 128
 # Elements of one array in a block of rows: as many as fit into an L2 cache, because threads take
 # turns at the interpreter lock between any two array operations.
 BLOCK_ELEMENTS: Final = 1 << 17
+# Elements of int8 in a block: a (768, 768) matrix is one block, because giving blocks to threads
+# takes as long as multiplying a row by such a matrix.
+INT8_BLOCK_ELEMENTS: Final = 1 << 20
 SCORE_ELEMENTS: Final = 1 << 19  # attention scores that one thread holds at once: 2 MiB in float32
 
 _TURN: Final = threading.RLock()  # held by the op that uses all cores: one op at a time
@@ -72,12 +75,16 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
-def _by_blocks(rows: int, row_size: int, work: Callable[[slice], Result]) -> list[Result]:
+def _by_blocks(
+    rows: int, row_size: int, work: Callable[[slice], Result], elements: int = BLOCK_ELEMENTS
+) -> list[Result]:
     """Calls work(block) for consecutive blocks of rows, in parallel; returns results in order.
+
+    A block has at most `elements` elements, but at least one row.
 
     Threads run in parallel because NumPy releases the interpreter lock in each array operation.
     """
-    step = max(1, BLOCK_ELEMENTS // row_size)
+    step = max(1, elements // row_size)
     blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
     return _in_parallel(blocks, work)
 
@@ -88,8 +95,9 @@ def _in_parallel(items: list[Item], work: Callable[[Item], Result]) -> list[Resu
     BLAS is limited to the thread that calls it: when several threads each split their matmul
     over all cores, the matmuls wait for each other (attention took 20 times as long).
     """
-    threads = min(os.cpu_count() or 1, len(items))
-    if threads <= 1:
+    # os.cpu_count takes longer than an op on one row: when text is generated, there is one item.
+    threads = min(os.cpu_count() or 1, len(items)) if len(items) > 1 else 1
+    if threads == 1:
         return [work(item) for item in items]
     cuts = [len(items) * i // threads for i in range(threads + 1)]
     runs = [items[start:stop] for start, stop in itertools.pairwise(cuts)]
@@ -351,16 +359,15 @@ class ReferenceOps(Ops):
         check_heads("attention_decode", qkv.shape[2], H, G)
         q = qkv[:, 0, :H].reshape(B, G, H // G, D) * qkv.dtype.type(1.0 / math.sqrt(D))
         y_heads = y.reshape(B, G, H // G, D)
-        counts = np.minimum(starts + 1, S).tolist()
-
-        def work(b: int) -> None:
-            p = q[b] @ k[b, :, : counts[b]].swapaxes(-1, -2)  # (G, H / G, count)
-            p -= p.max(axis=-1, keepdims=True)
-            np.exp(p, out=p)
-            np.matmul(p, v[b, :, : counts[b]], out=y_heads[b])
-            y_heads[b] /= p.sum(axis=-1, keepdims=True)
-
-        _in_parallel(list(range(B)), work)
+        # Memory binds, and a second thread gained nothing on two cores. BLAS is limited to one too,
+        # because matmuls of so few rows that it split over busy cores took up to 100 times as long.
+        with _TURN, _blas().limit(limits=1):
+            for b, count in enumerate((np.minimum(starts, S - 1) + 1).tolist()):
+                p = q[b] @ k[b, :, :count].swapaxes(-1, -2)  # (G, H / G, count)
+                p -= p.max(axis=-1, keepdims=True)
+                np.exp(p, out=p)
+                np.matmul(p, v[b, :, :count], out=y_heads[b])
+                y_heads[b] /= p.sum(axis=-1, keepdims=True)
 
     # --- softmax ---
 
@@ -528,7 +535,7 @@ class ReferenceOps(Ops):
             dots *= x_scales.T[:, None, :]
             y[:, i] = dots.sum(axis=0).T  # in rising order of groups
 
-        _by_rows(w, work)
+        _by_blocks(len(w), I, work, INT8_BLOCK_ELEMENTS)
 
     # --- optimizer ---
 
@@ -704,15 +711,15 @@ def _heads(op: str, qkv: NDArray, H: int) -> tuple[NDArray, NDArray, NDArray]:
 def _by_group(x: NDArray, m: int) -> NDArray:
     """Returns x (B, T, H, D) as a view (m, B, H / m, T, D)."""
     B, T, H, D = x.shape
-    grouped: NDArray = x.reshape(B, T, H // m, m, D).transpose(3, 0, 2, 1, 4)
-    return grouped
+    view: NDArray = x.reshape(B, T, H // m, m, D).transpose(3, 0, 2, 1, 4)
+    return view
 
 
 def _lse_by_group(lse: NDArray, m: int) -> NDArray:
     """Returns lse or delta (B, H, T) as a view (m, B, H / m, T)."""
     B, H, T = lse.shape
-    grouped: NDArray = lse.reshape(B, H // m, m, T).transpose(2, 0, 1, 3)
-    return grouped
+    view: NDArray = lse.reshape(B, H // m, m, T).transpose(2, 0, 1, 3)
+    return view
 
 
 def _matmul(out: NDArray, a: NDArray, b: NDArray, *, accumulate: bool) -> None:
@@ -777,21 +784,18 @@ def _drawn_token(row: NDArray, settings: SampleScalars, random_bits: int) -> int
         return -1
     if settings.scale == 0:
         return int(row.argmax())
-    ids = None
+    least = -np.inf  # the smallest logit that is kept
     if settings.top_k:
-        place = row.size - settings.top_k
-        (ids,) = (row >= np.partition(row, place)[place]).nonzero()
-        row = row[ids]
-    weights = _integer_weights(row, largest, settings.scale)
+        least = np.partition(row, row.size - settings.top_k)[row.size - settings.top_k]
     if settings.share:
-        target = -(-int(weights.sum()) * settings.share >> 63)  # top_p of the total, rounded up
-        order = np.argsort(row)[::-1]
-        last = order[np.searchsorted(np.cumsum(weights[order]), target)]
-        weights[row < row[last]] = 0
-    running = np.cumsum(weights)
+        ordered = np.sort(row[row >= least])[::-1]
+        running = np.cumsum(_integer_weights(ordered, largest, settings.scale))
+        target = -(-int(running[-1]) * settings.share >> 63)  # top_p of the total, rounded up
+        least = ordered[np.searchsorted(running, target)]
+    (ids,) = (row >= least).nonzero()
+    running = np.cumsum(_integer_weights(row[ids], largest, settings.scale))
     drawn = random_bits * int(running[-1]) >> 64
-    place = int(np.searchsorted(running, drawn, side="right"))
-    return place if ids is None else int(ids[place])
+    return int(ids[np.searchsorted(running, drawn, side="right")])
 
 
 def _integer_weights(row: NDArray, largest: np.float32, scale: float) -> NDArray:

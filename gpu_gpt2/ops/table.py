@@ -154,11 +154,11 @@ def kv_heads(op: str, R: int, H: int) -> int:
 
 
 def check_heads(op: str, R: int, H: int, G: int) -> None:
-    """Raises ConfigError unless R = H + 2 G, and each of G key/value heads serves H / G queries."""
+    """Raises ConfigError unless R = H + 2 G, and G key/value heads can share H query heads."""
     if min(H, G) < 1 or R != H + 2 * G or H % G:
         raise ConfigError(
-            f"{op}: R = {R} heads in a row of q, k and v do not fit H = {H} query heads and "
-            f"G = {G} key/value heads; R must be H + 2 G, and H a multiple of G"
+            f"{op}: rows of R = {R} heads do not fit H = {H} query heads and G = {G} key/value "
+            f"heads; R must be H + 2 G, and H a multiple of G"
         )
 
 

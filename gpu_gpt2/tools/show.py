@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import debug_state, llmc, multiple_choice, tokenizer_bin, tokens
-from gpu_gpt2.formats.files import reading
 from gpu_gpt2.formats.llmc_header import (
     DEBUG_STATE_MAGIC,
     GPT2_SHARD_MAGIC,
@@ -24,6 +23,7 @@ from gpu_gpt2.formats.llmc_header import (
     OPTIMIZER_STATE_MAGIC,
     TOKENIZER_MAGIC,
     Header,
+    magic_of,
     read_header,
 )
 from gpu_gpt2.models.families import parameters
@@ -42,7 +42,7 @@ class Description:
 
 def describe(path: Path, tokenizer: Tokenizer) -> Description:
     """Describes a file of llm.c, whose tokens `tokenizer` decodes; DataError for other files."""
-    magic = _magic(path)
+    magic = magic_of(path)
     if magic not in _KINDS:
         return _headerless_tokens(path, magic, tokenizer)
     kind, describe_kind = _KINDS[magic]
@@ -55,12 +55,6 @@ def describe(path: Path, tokenizer: Tokenizer) -> Description:
         ("bytes", f"{header.file_bytes:,}"),
     )
     return Description(rows=(*first, *description.rows), text=description.text)
-
-
-def _magic(path: Path) -> int:
-    """The first int32 of a file; DataError if it cannot be read."""
-    with reading(path, "file"), path.open("rb") as file:
-        return int.from_bytes(file.read(4), "little")
 
 
 def _headerless_tokens(path: Path, magic: int, tokenizer: Tokenizer) -> Description:

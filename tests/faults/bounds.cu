@@ -111,3 +111,16 @@ extern "C" __global__ void local_of_another(float* y, const float* x) {
     y[i] = *(FAULT ? first : &local);  // here: local_of_another
     __syncthreads();
 }
+
+// <<<2, 32>>> reads x[64] out of bounds (x has 64 elements of int8) at HERE: block (1, 0, 0),
+// thread (31, 0, 0)
+extern "C" __global__ void read_byte(signed char* y, const signed char* x) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = x[i + FAULT];  // here: read_byte
+}
+
+// <<<1, 32>>> at x[2], an address that is not a multiple of 4, at HERE
+extern "C" __global__ void misaligned_word(signed char* y, const signed char* x) {
+    int i = threadIdx.x;
+    y[i] = (signed char)*((const int*)(x + i / 4 * 4 + 2 * FAULT));  // here: misaligned_word
+}

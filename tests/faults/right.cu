@@ -99,3 +99,15 @@ extern "C" __global__ void write_poison(float* y) {
         __trap();
     }
 }
+
+// y = the results of CUDA's arithmetic functions that need a definition in the emulator.
+extern "C" __global__ void arithmetic(int* y, const int* x, const float* z) {
+    y[0] = __dp4a(x[0], x[1], x[2]);
+    unsigned long long a = (unsigned long long)(unsigned int)x[0] << 32 | (unsigned int)x[1];
+    unsigned long long upper = __umul64hi(a, a);
+    y[1] = (int)(upper >> 32);
+    y[2] = (int)upper;
+    y[3] = __float_as_int(__fadd_rn(__fmul_rn(z[0], z[1]), z[2]));
+    y[4] = (int)rintf(z[3]);
+    y[5] = (int)roundf(z[3]);
+}

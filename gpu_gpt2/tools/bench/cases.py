@@ -135,6 +135,7 @@ def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     yield from _swiglu(ops, c, B * T)
     yield from _sampling(ops, c)
     yield from _int8_matmul(ops, c)
+    yield from _generation(ops, c, B, T)
 
 
 def _embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
@@ -311,3 +312,16 @@ def _int8_matmul(ops: Ops, c: ModelConfig) -> Iterator[BenchCase]:
     q, scales, x = new.int8(1, C), new.float32(1, J), new(1, C)
     yield _case(ops, "quantize_rows", q, scales, x)
     yield _case(ops, "matmul_int8", new(1, O), q, scales, new.int8(O, C), new.float32(O, J))
+
+
+def _generation(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
+    """Yields the ops of one new token for each of B sequences, the last that a cache of T holds."""
+    new = Tensors(ops)
+    H, D = c.n_head, c.head_size
+    qkv, k, v, y = new(B, 1, 3 * H, D), new(B, H, T, D), new(B, H, T, D), new(B, 1, H, D)
+    starts = new.ints(np.full(B, T - 1))
+    copied = 2 * y.nbytes  # keys and values
+    yield _case(ops, "kv_append", k, v, qkv, starts, moved=2 * copied)
+    touched = {"qkv": y.nbytes, "starts": 0}
+    args = y, qkv, k, v, starts
+    yield _case(ops, "attention_decode", *args, touched=touched, flops=4 * B * H * D * T)

@@ -70,7 +70,8 @@ def measure(
     """
     for case in cases(ops, config, B, T):
         yield _result(case, statistics.median(ops.device.time_ms(case.run, repeat=repeat)), limits)
-        if case.name.startswith("attention") and ops.device.is_gpu and ops.dtype != "fp32":
+        of_training = case.name in ("attention_fwd", "attention_bwd")
+        if of_training and ops.device.is_gpu and ops.dtype != "fp32":
             backward = case.name == "attention_bwd"
             if ms := _torch_attention_ms(ops.dtype, config, B, T, repeat, backward=backward):
                 peer = replace(case, name=f"{case.name} of PyTorch")
