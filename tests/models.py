@@ -7,7 +7,7 @@ import io
 import numpy as np
 from rich.console import Console
 
-from gpu_gpt2.config import GPT2Config, ModelConfig, TrainConfig
+from gpu_gpt2.config import GPT2Config, LlamaConfig, ModelConfig, TrainConfig
 from gpu_gpt2.device import open_device
 from gpu_gpt2.models import families
 from gpu_gpt2.models.batch import Batch
@@ -18,6 +18,9 @@ from gpu_gpt2.ops import ops_for
 from gpu_gpt2.training.optimizer import AdamW, StepResult
 
 TINY = GPT2Config(vocab_size=67, n_positions=11, n_embd=32, n_layer=2, n_head=2)
+TINY_LLAMA = LlamaConfig(
+    vocab_size=67, n_positions=11, n_embd=32, n_layer=2, n_head=4, n_kv_head=2, n_inner=40
+)
 
 
 def new_model(
@@ -42,7 +45,7 @@ def new_model(
 
 
 def noisy_weights(config: ModelConfig, seed: int = 0, *, noise_seed: int) -> np.ndarray:
-    """Initial weights with biases and layernorms moved off 0 and 1, so that every term counts."""
+    """Initial weights with biases and norms moved off 0 and 1, so that every term counts."""
     arena = initial_weights(config, seed)
     decayed = decayed_count(config)
     rng = np.random.default_rng(noise_seed)

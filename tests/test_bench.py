@@ -22,11 +22,11 @@ from gpu_gpt2.errors import ConfigError, DataError, DeviceError
 from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
-from gpu_gpt2.tools import torch_gpt2
 from gpu_gpt2.tools.bench import kernels, overhead, results, static, step
 from gpu_gpt2.tools.bench.cases import BenchCase, cases
 from gpu_gpt2.tools.bench.kernels import Limits
 from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
+from gpu_gpt2.tools.pytorch import step as torch_step
 
 CONFIG = GPT2Config(vocab_size=100, n_positions=8, n_embd=16, n_layer=1, n_head=2)
 SMALL = step.Size(model="nano", batch_size=2, seq_len=8)
@@ -111,7 +111,7 @@ def test_pytorchs_attention_follows_ours_on_a_gpu(
         assert sizes == ["bf16", 1, 2, 8, 8, 3]
         return [3.0, 4.0, 9.0] if backward else [1.0, 1.0, 5.0]
 
-    monkeypatch.setattr(torch_gpt2, "torch_attention_ms", torch_attention_ms)
+    monkeypatch.setattr(torch_step, "torch_attention_ms", torch_attention_ms)
     limits = Limits(copy_gb_s=1.0, matmul_tflops=1.0)
     times = {row.name: row.ms for row in kernels.measure(gpu_ops, CONFIG, 1, 8, limits, repeat=3)}
     attention = {name: ms for name, ms in times.items() if name.startswith("attention")}
@@ -127,7 +127,7 @@ def test_without_pytorchs_attention_only_ours_is_timed(
     torch: str, gpu_ops: KernelOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch == "not installed":
-        monkeypatch.setitem(sys.modules, "gpu_gpt2.tools.torch_gpt2", None)
+        monkeypatch.setitem(sys.modules, "gpu_gpt2.tools.pytorch.step", None)
     limits = Limits(copy_gb_s=1.0, matmul_tflops=1.0)
     times = kernels.measure(gpu_ops, CONFIG, 1, 8, limits, repeat=3)
     assert not [row.name for row in times if "PyTorch" in row.name]

@@ -14,7 +14,14 @@ import psutil
 import pytest
 from rich.console import Console
 
-from gpu_gpt2.config import MODELS, GPT2Config, TrainConfig, model_config
+from gpu_gpt2.config import (
+    MODELS,
+    GPT2Config,
+    LlamaConfig,
+    ModelConfig,
+    TrainConfig,
+    model_config,
+)
 from gpu_gpt2.device.base import FLOAT32, X_DTYPES
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.emulator import EmulatorDevice
@@ -39,6 +46,11 @@ from gpu_gpt2.training.memory import (
 from gpu_gpt2.training.optimizer import AdamW
 
 SMALL = GPT2Config(vocab_size=67, n_positions=16, n_embd=32, n_layer=3, n_head=2)
+# The packed rows of its queries, keys and values are narrower than the gate and up projection.
+SMALL_LLAMA = LlamaConfig(
+    vocab_size=67, n_positions=80, n_embd=32, n_layer=3, n_head=4, n_kv_head=2, n_inner=40,
+    tie_word_embeddings=False,
+)  # fmt: skip
 
 
 def test_bytes_counted_by_hand() -> None:
@@ -50,14 +62,21 @@ def test_bytes_counted_by_hand() -> None:
     assert rows["master weights, float32"] == rows["gradients, float32"] == 4 * n
     assert rows["optimizer state, float32"] == 8 * n
     assert rows["logits"] == 6 * 128 * 2
+    assert "angles of RoPE, float32" not in rows
     assert "master weights, float32" not in dict(memory_plan(config, "fp32", 3, 2, 0).rows)
 
 
+def test_the_angles_of_rope_are_counted_for_the_length_of_the_sequences() -> None:
+    rows = dict(memory_plan(SMALL_LLAMA, "bf16", 3, 20, 0).rows)
+    assert rows["angles of RoPE, float32"] == 20 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, SMALL_LLAMA, replace(SMALL_LLAMA, n_kv_head=4, n_inner=32)]
+)
 @pytest.mark.parametrize("dtype", X_DTYPES)
 @pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
-def test_the_plan_is_what_is_allocated(
-    monkeypatch: pytest.MonkeyPatch, recompute: int, dtype: str
-) -> None:
+def test_the_plan_is_what_is_allocated(recompute: int, dtype: str, config: ModelConfig) -> None:
     allocated = []
 
     class Counting(EmulatorDevice):
@@ -70,8 +89,9 @@ def test_the_plan_is_what_is_allocated(
             return super().zeros(shape, dtype)
 
     ops = ops_for(Counting(), dtype)
-    AdamW(new_model(SMALL, ops, max_batch=3, max_seq_len=16, recompute=recompute))
-    planned = planned_bytes(SMALL, dtype, 3, 16, recompute)
+    T = config.n_positions
+    AdamW(new_model(config, ops, max_batch=3, max_seq_len=T, recompute=recompute))
+    planned = planned_bytes(config, dtype, 3, T, recompute)
     # Besides, the optimizer has the two windows of its spike detector and a few numbers.
     windows = 2 * WINDOW * FLOAT32.itemsize
     assert planned + windows <= sum(allocated) <= planned + windows + 1024

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from devices import CPU, KERNELS
-from models import TINY, new_model, noisy_weights, random_batch
+from models import TINY, TINY_LLAMA, new_model, noisy_weights, random_batch
 
-from gpu_gpt2.config import MAX_RECOMPUTE, GPT2Config
+from gpu_gpt2.config import MAX_RECOMPUTE, GPT2Config, ModelConfig
 from gpu_gpt2.device.base import FLOAT32
 from gpu_gpt2.models.arena import bytes_of
 from gpu_gpt2.models.batch import Batch
@@ -17,51 +17,68 @@ from gpu_gpt2.models.families import activations
 from gpu_gpt2.models.init import initial_weights
 
 CONFIG = replace(TINY, n_layer=3)
+LLAMA = replace(TINY_LLAMA, n_layer=3)
 B, T = 2, 11
 
+families = pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
 
-def losses_and_gradients(device: str, dtype: str, recompute: int) -> tuple[bytes, bytes]:
+
+def losses_and_gradients(
+    config: ModelConfig, device: str, dtype: str, recompute: int
+) -> tuple[bytes, bytes]:
     """Losses and gradients of two micro-steps."""
-    model = new_model(CONFIG, device, dtype, B=B, T=T, recompute=recompute)
-    model.load(noisy_weights(CONFIG, noise_seed=1))
+    model = new_model(config, device, dtype, B=B, T=T, recompute=recompute)
+    model.load(noisy_weights(config, noise_seed=1))
     rng = np.random.default_rng(2)
     for micro_step in range(2):
-        batch = random_batch(CONFIG, rng, B, T)
+        batch = random_batch(config, rng, B, T)
         losses = model.forward_backward(batch, first=micro_step == 0, micro_steps=2)
     download = model.ops.device.download
     return download(losses).tobytes(), download(model.grad_arena).tobytes()
 
 
+@families
 @pytest.mark.parametrize(("dtype", "device"), CPU + KERNELS)
-def test_every_level_gives_the_bits_of_level_0(dtype: str, device: str) -> None:
-    expected = losses_and_gradients(device, dtype, 0)
+def test_every_level_gives_the_bits_of_level_0(
+    dtype: str, device: str, config: ModelConfig
+) -> None:
+    expected = losses_and_gradients(config, device, dtype, 0)
     for recompute in range(1, MAX_RECOMPUTE + 1):
-        assert losses_and_gradients(device, dtype, recompute) == expected, f"level {recompute}"
+        found = losses_and_gradients(config, device, dtype, recompute)
+        assert found == expected, f"level {recompute}"
 
 
-def test_every_level_needs_less_memory() -> None:
+@families
+def test_every_level_needs_less_memory(config: ModelConfig) -> None:
     sizes = [
-        bytes_of(activations(CONFIG, B, T, recompute=level), FLOAT32)
+        bytes_of(activations(config, B, T, recompute=level), FLOAT32)
         for level in range(MAX_RECOMPUTE + 1)
     ]
     assert sorted(sizes, reverse=True) == sizes
     assert len(set(sizes)) == len(sizes)
 
 
-def test_each_level_keeps_fewer_activations_of_every_layer() -> None:
+@pytest.mark.parametrize(
+    ("config", "parts", "activation"),
+    [(CONFIG, ("", "_mean", "_rstd"), "gelu"), (LLAMA, ("", "_rstd"), "swiglu")],
+)
+def test_each_level_keeps_fewer_activations_of_every_layer(
+    config: ModelConfig, parts: tuple[str, ...], activation: str
+) -> None:
     def kept(level: int) -> set[str]:
-        specs = activations(CONFIG, B, T, recompute=level)
-        return {spec.name for spec in specs if spec.stacked and spec.shape[0] == CONFIG.n_layer}
+        specs = activations(config, B, T, recompute=level)
+        return {spec.name for spec in specs if spec.stacked and spec.shape[0] == config.n_layer}
 
-    norms = {f"{name}{part}" for name in ("ln1", "ln2") for part in ("", "_mean", "_rstd")}
-    assert kept(0) - kept(1) == {"gelu"}
+    norms = {f"{name}{part}" for name in ("ln1", "ln2") for part in parts}
+    assert kept(0) - kept(1) == {activation}
     assert kept(1) - kept(2) == norms
     assert kept(2) - kept(3) == {"qkv", "lse", "att", "res_att", "fc"}
     assert kept(3) == {"res_mlp"}
 
 
-def test_without_training_all_layers_share_their_activations() -> None:
-    specs = activations(CONFIG, B, T, training=False)
+@families
+def test_without_training_all_layers_share_their_activations(config: ModelConfig) -> None:
+    specs = activations(config, B, T, training=False)
     assert {spec.shape[0] for spec in specs if spec.stacked} == {1}
     assert not {"dres", "dfc", "dqkv", "delta", "order"} & {spec.name for spec in specs}
 

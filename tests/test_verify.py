@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import kernel_devices
+from devices import CPU, KERNELS, kernel_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_gpt2.config import GPT2Config
+from gpu_gpt2.config import GPT2Config, LlamaConfig
 from gpu_gpt2.device import open_device
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats import llmc
+from gpu_gpt2.formats import hf, llmc
 from gpu_gpt2.formats.debug_state import DebugState, read_debug_state, write_debug_state
 from gpu_gpt2.formats.llmc_header import HEADER_BYTES
 from gpu_gpt2.models.init import initial_weights
@@ -31,12 +31,15 @@ from gpu_gpt2.tools.verify.compare import (
     losses_path,
     verify,
 )
-from gpu_gpt2.tools.verify.make import with_noise, write_debug_files
+from gpu_gpt2.tools.verify.make import torch_results, with_noise, write_debug_files
 from gpu_gpt2.training import checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
 
 CONFIG = GPT2Config(vocab_size=301, n_positions=24, n_embd=48, n_layer=2, n_head=3)
+LLAMA = LlamaConfig(
+    vocab_size=301, n_positions=24, n_embd=48, n_layer=2, n_head=4, n_kv_head=2, n_inner=40
+)
 B, T = 2, 17
 
 
@@ -103,6 +106,23 @@ def test_all_comparisons_with_pytorch_pass_on_devices_with_kernels(
 ) -> None:
     model = "small_bf16.bin" if dtype == "bf16" else "small.bin"
     assert not failed(findings(debug_files, model=model, device=device, dtype=dtype))
+
+
+@pytest.mark.parametrize(("dtype", "device"), CPU + KERNELS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_comparisons_with_pytorch_pass_for_a_llama(
+    tied: bool, dtype: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 with a tenth of the limits, as for GPT-2."""
+    tenth = {name: getattr(LIMITS["fp32"], name) / 10 for name in compare.Limits.__slots__}
+    monkeypatch.setitem(compare.LIMITS, "fp32", compare.Limits(**tenth))
+    config = replace(LLAMA, tie_word_embeddings=tied)
+    source = Arena(config, with_noise(config, initial_weights(config, 42)))
+    batch = np.random.default_rng(0).integers(0, config.vocab_size, (2, B, T), dtype=np.int32)
+    results = torch_results(config, source.weights, *batch)
+    found = {f.what: f for f in verify(source, *results, open_device(device), dtype)}
+    assert not failed(found)
+    assert len(found) == 1 + 1 + (8 if tied else 9) + STEPS + 1
 
 
 @pytest.mark.parametrize("name", ["wte", "wpe", "ln1b", "qkvw", "attprojb", "fcprojw", "lnfw"])
@@ -318,20 +338,47 @@ def test_the_command_fails_for_the_debug_state_of_another_model(
     assert "dwte" in out
 
 
-def test_the_command_without_a_debug_state_says_how_to_make_one(run: Run) -> None:
-    code, _, err = run("verify")
+@pytest.mark.parametrize(("model", "count"), [("nano", 29), ("llama:nano", 21)])
+def test_the_command_compares_with_pytorch_on_this_machine(
+    model: str, count: int, run: Run
+) -> None:
+    code, out, _ = run("verify", model, "--device", "cpu")
+    assert code == 0
+    assert f"{count} of {count} comparisons passed" in out
+
+
+def test_the_command_compares_a_folder_of_a_llama(run: Run) -> None:
+    config = replace(LLAMA, tie_word_embeddings=False)
+    hf.write_model(Path("llama"), Arena(config, initial_weights(config, 1)))
+    code, out, _ = run("verify", "llama", "--device", "cpu")
+    assert code == 0
+    assert "dhead" in out
+    code, _, err = run("verify", "llama", "x_debug_state.bin", "--device", "cpu")
     assert code == 1
-    assert "gpu-gpt2 verify --make DIR" in err
-    assert len(err.splitlines()) == 1
+    assert "llama is a Llama, and llm.c's debug states are only for GPT-2; compare with" in err
 
 
-def test_making_files_without_pytorch_says_what_to_install(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+def test_files_of_llmc_are_not_made_for_a_llama(run: Run) -> None:
+    code, _, err = run("verify", "llama:nano", "--make", "made")
+    assert code == 1
+    assert "llama:nano is a Llama, and llm.c's debug states are only for GPT-2" in err
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--make", "made"), "verify --make needs PyTorch: pip install torch"),
+        ((), "verify without a debug state needs PyTorch: pip install torch"),
+    ],
+)
+def test_without_pytorch_the_command_says_what_to_install(
+    args: tuple[str, ...], message: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    code, _, err = run("verify", "nano", "--make", "made")
+    code, _, err = run("verify", "nano", *args)
     assert code == 1
-    assert "verify --make needs PyTorch: pip install torch" in err
+    assert message in err
 
 
 def test_files_are_not_made_for_a_vocabulary_smaller_than_gpt2s(

@@ -83,7 +83,7 @@ def _torch_attention_ms(
 ) -> float:
     """Returns the median time of PyTorch's flash attention, or 0 if it cannot run."""
     try:
-        from gpu_gpt2.tools.torch_gpt2 import torch_attention_ms
+        from gpu_gpt2.tools.pytorch.step import torch_attention_ms
     except ImportError:  # no PyTorch
         return 0.0
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from gpu_gpt2.config import GPT2_VOCAB_SIZE, GPT2Config, ModelConfig, model_config
+from gpu_gpt2.config import ModelConfig, model_config
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.errors import ConfigError, DeviceError
 from gpu_gpt2.models.batch import Batch
@@ -163,7 +163,7 @@ def measure_peer(
     try:
         import torch
 
-        from gpu_gpt2.tools.torch_gpt2 import torch_step
+        from gpu_gpt2.tools.pytorch.step import torch_step
     except ImportError as error:
         raise DeviceError(f"PyTorch cannot be used ({error}): pip install torch") from None
 
@@ -172,7 +172,6 @@ def measure_peer(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     compiled = name == "torch.compile"
-    assert isinstance(config, GPT2Config)
     step = torch_step(config, device.name, dtype, tokens, targets, lr=LR, compiled=compiled)
     times = _timed(step, steps)
     peak = int(torch.cuda.max_memory_allocated()) if on_gpu else 0
@@ -255,7 +254,7 @@ def _cells(row: StepTime, ours: StepTime | None) -> tuple[str, ...]:
 
 def _inputs(size: Size) -> tuple[ModelConfig, Tokens, Tokens]:
     """Returns the model's sizes, with random tokens and targets, the same in every call."""
-    config = model_config(size.model, GPT2_VOCAB_SIZE)
+    config = model_config(size.model)
     shape = (2, size.batch_size, size.seq_len)
     tokens, targets = np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)
     return config, tokens, targets
@@ -299,7 +298,7 @@ def _result(
     planned_bytes: int = 0,
     problem: str = "",
 ) -> StepTime:
-    config = model_config(size.model, GPT2_VOCAB_SIZE)
+    config = model_config(size.model)
     median = statistics.median(times.step_ms)
     tokens_per_s = 1000 * size.batch_size * size.seq_len / median
     peak = peak_tflops(device)

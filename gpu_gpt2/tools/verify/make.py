@@ -1,6 +1,6 @@
-"""Writes a model and its debug state, made with PyTorch, so that `verify` needs no download.
+"""Computes what `verify` compares with, in PyTorch, and writes it into files of llm.c.
 
-This file and tools/torch_gpt2.py are the only parts of gpu_gpt2 that need torch.
+This file and tools/pytorch/ are the only parts of gpu_gpt2 that need torch.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpu_gpt2.config import GPT2Config, ModelConfig
+from gpu_gpt2.config import ModelConfig
 from gpu_gpt2.formats import llmc
 from gpu_gpt2.formats.debug_state import DebugState, write_debug_state
 from gpu_gpt2.models.families import decayed_count
 from gpu_gpt2.models.weights import Arena, FloatArray, named
-from gpu_gpt2.tools.torch_gpt2 import TorchGPT2
+from gpu_gpt2.tools.pytorch.families import torch_model
+from gpu_gpt2.tools.pytorch.model import TorchModel
 from gpu_gpt2.tools.verify.compare import OPTIMIZER_SETTINGS, STEPS, losses_path
 
 
 def with_noise(config: ModelConfig, weights: FloatArray) -> FloatArray:
-    """Returns a copy of initial weights (n,) float32 with noise in every bias and layernorm.
+    """Returns a copy of initial weights (n,) float32 with noise in every bias and norm.
 
-    Initial biases are 0 and initial layernorm weights are 1: terms multiplied by them vanish or
-    stay unchanged, so that a wrong gradient formula could pass unnoticed.
+    Initial biases are 0 and initial weights of norms are 1: terms multiplied by them vanish or stay
+    unchanged, so that a wrong gradient formula could pass unnoticed.
     """
     noisy: FloatArray = weights.copy()
     start = decayed_count(config)  # the matrices come first
@@ -35,26 +36,18 @@ def with_noise(config: ModelConfig, weights: FloatArray) -> FloatArray:
     return noisy
 
 
-def write_debug_files(
-    folder: Path,
-    name: str,
+def torch_results(
     config: ModelConfig,
     weights: FloatArray,
     tokens: npt.NDArray[np.int32],
     targets: npt.NDArray[np.int32],
-) -> Iterator[Path]:
-    """Writes a model and PyTorch's results for one batch; yields each file when it is complete.
+) -> tuple[DebugState, list[float]]:
+    """Returns PyTorch's results for one batch, and its losses of ten steps on the batch.
 
-    weights (n,) float32 is a parameter arena; tokens, targets (B, T) int32. The files, in
-    `folder`: NAME.bin and NAME_bf16.bin (llm.c's model files), NAME_debug_state.bin, and
-    NAME_losses.json with the losses of ten training steps. PyTorch computes in float32 on the CPU.
+    weights (n,) float32 is a parameter arena; tokens, targets (B, T) int32. PyTorch computes in
+    float32 on the CPU.
     """
-    for suffix, dtype in (("", "fp32"), ("_bf16", "bf16")):
-        path = folder / f"{name}{suffix}.bin"
-        llmc.write_model(path, Arena(config, weights), dtype)
-        yield path
-    assert isinstance(config, GPT2Config)
-    model = TorchGPT2(config, config.vocab_size)
+    model = torch_model(config, config.vocab_size)
     model.load(weights)
     x, y = (torch.from_numpy(a).long() for a in (tokens, targets))
     logits, loss = model(x, y)
@@ -66,12 +59,34 @@ def write_debug_files(
         loss=loss.item(),
         grads=named(config, model.gradients()),
     )
+    return state, torch_losses(model, x, y)
+
+
+def write_debug_files(
+    folder: Path,
+    name: str,
+    config: ModelConfig,
+    weights: FloatArray,
+    tokens: npt.NDArray[np.int32],
+    targets: npt.NDArray[np.int32],
+) -> Iterator[Path]:
+    """Writes a GPT-2 and PyTorch's results for one batch; yields each file when it is complete.
+
+    The arguments are those of torch_results. The files, in `folder`: NAME.bin and NAME_bf16.bin
+    (llm.c's model files), NAME_debug_state.bin, and NAME_losses.json with the losses of ten
+    training steps.
+    """
+    for suffix, dtype in (("", "fp32"), ("_bf16", "bf16")):
+        path = folder / f"{name}{suffix}.bin"
+        llmc.write_model(path, Arena(config, weights), dtype)
+        yield path
+    state, ten_losses = torch_results(config, weights, tokens, targets)
     path = folder / f"{name}_debug_state.bin"
     write_debug_state(path, config, state)
     yield path
     path = losses_path(path)
     losses = {
-        "losses": torch_losses(model, x, y),
+        "losses": ten_losses,
         "optimizer": OPTIMIZER_SETTINGS,
         "torch": torch.__version__,
     }
@@ -79,7 +94,7 @@ def write_debug_files(
     yield path
 
 
-def torch_losses(model: TorchGPT2, x: torch.Tensor, y: torch.Tensor) -> list[float]:
+def torch_losses(model: TorchModel, x: torch.Tensor, y: torch.Tensor) -> list[float]:
     """Trains `model` for ten AdamW steps on one batch; returns the mean loss of each in nats."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
