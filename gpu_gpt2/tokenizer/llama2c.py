@@ -19,14 +19,17 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.formats.files import new_file
 from gpu_gpt2.formats.llama2c_tokenizer import (
     BOS,
     EOS,
     FIRST_BYTE,
     FIRST_PIECE,
+    SPACE_SCORE,
     TOKENIZER_BIN,
     UNKNOWN,
+    byte_word,
     tokenizer_content,
 )
 from gpu_gpt2.tokenizer.base import Tokenizer, without_lone_surrogates
@@ -56,6 +59,48 @@ class Llama2cTokenizer(Tokenizer):
         # word, and each word can be encoded by itself.
         self._by_word = not any(re.search(rb"[^ ] ", word) for word in words)
         self._cached = lru_cache(_CACHED_WORDS)(self._encode_word)
+
+    @classmethod
+    def train(cls, documents: Sequence[str], vocab_size: int) -> Llama2cTokenizer:
+        """Trains a vocabulary of `vocab_size` tokens on `documents`; deterministic.
+
+        Ids have the order of llama2.c's own vocabularies: special tokens, bytes, merges in the
+        order in which they are made, single characters. As there, no merge has a newline, a second
+        space, or a digit beside another character. Characters that are too rare for a place in the
+        vocabulary are encoded as bytes. Raises ConfigError if the text is too short.
+        """
+        # Imported here because only training needs it and it is slow to load.
+        from tokenizers import Tokenizer as Trained
+        from tokenizers.models import BPE
+        from tokenizers.pre_tokenizers import Digits, Metaspace, Split
+        from tokenizers.pre_tokenizers import Sequence as Steps
+        from tokenizers.trainers import BpeTrainer
+
+        count = vocab_size - FIRST_PIECE
+        trained = Trained(BPE())
+        trained.pre_tokenizer = Steps(
+            [Split("\n", "removed"), Metaspace(), Digits(individual_digits=True)]
+        )
+        trained.train_from_iterator(
+            [without_lone_surrogates(text) for text in documents],
+            BpeTrainer(
+                vocab_size=count,
+                limit_alphabet=max(1, count // 2),
+                initial_alphabet=[_SPACE],
+                show_progress=False,
+            ),
+        )
+        vocab = trained.get_vocab()
+        if len(vocab) < count:
+            raise ConfigError(
+                f"the text is too short for a vocabulary of {vocab_size} tokens: it has pairs for "
+                f"{FIRST_PIECE + len(vocab)}; use a smaller N in --tokenizer llama2c:N"
+            )
+        in_order = sorted(vocab, key=lambda word: (len(word) == 1, vocab[word]))
+        words = [word.replace(_SPACE, " ").encode() for word in in_order]
+        scores = [SPACE_SCORE if not word.strip() else -float(i) for i, word in enumerate(words)]
+        special = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *map(byte_word, range(256))]
+        return cls([*special, *words], [*[0.0] * len(special), *scores])
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """Returns the ids (tokens,) int32 of `text`, without BOS: see Tokenizer.encode.
