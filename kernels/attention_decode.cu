@@ -5,12 +5,10 @@
 //
 // for each query head of each sequence b, whose query is at position starts[b].
 //
-// kernel                     outputs                                 inputs
-// attention_decode_partial   partial (B, H, splits, D + 2) float32 = qkv (B, 1, R, D) X,
-//                                                                    k, v (B, G, S, D) X,
-//                                                                    starts (B) int
-// attention_decode_total     y (B, 1, H, D) X =                      partial float32,
-//                                                                    starts (B) int
+// kernel                     outputs                   inputs
+// attention_decode_partial   partial float32 =         qkv (B, 1, R, D) X, k, v (B, G, S, D) X,
+//                            (B, H, splits, D + 2)     starts (B) int
+// attention_decode_total     y (B, 1, H, D) X =        partial float32, starts (B) int
 //
 // A row of qkv has R = H + 2 G heads: H queries, then keys and values, which are not read, because
 // kv_append (kv_cache.cu) has copied them into the cache. Each head of k and v serves a group of
@@ -21,25 +19,25 @@
 // 1. attention_decode_partial gives each split its own block, which computes m, l and the sum acc
 //    of exp(s[j] - m) v[j] over the positions of the split, and stores acc, m, l as one row of
 //    `partial`. A block whose split lies behind starts[b] returns at once and writes nothing.
-// 2. attention_decode_total combines the rows of the splits up to starts[b]: with M = the largest m
-//    each split counts exp(m - M) times.
-// Grid and `length` follow from the sizes of the tensors, never from starts: a CUDA graph with these
-// launches serves all positions.
+// 2. attention_decode_total adds acc and l of the splits up to starts[b], each times exp(m - M),
+//    where M is the largest m of all splits; then y = acc / l.
+// Grid and `length` follow from the sizes of the tensors, never from starts, so that a CUDA graph
+// with these launches serves all positions.
 //
 // Who does what. Memory binds, so what matters is to read each key and value once, with wide loads.
-// A block of attention_decode_partial serves QUERY_HEADS query heads of one group together, each
-// key and value being in registers for all of them. (A group of more than 8 query heads has several
-// blocks; they run side by side, so that all but the first find the cache's rows in L2.) LANES
-// neighbouring threads, the lanes of a position, share the D elements of a position: lane l has the
-// pieces l, l + LANES ... of WIDTH elements (see common.cuh), PIECES of them, at most 8 elements in
+// A block of attention_decode_partial serves QUERY_HEADS query heads of one group together: each
+// key and value is loaded into registers once for all of them. (A group of more than 8 query heads
+// has several blocks. They run side by side, so that all but the first find the cache's rows in
+// L2.) LANES neighbouring threads, a lane group, share the D elements of a position: lane i has the
+// pieces i, i + LANES ... of WIDTH elements (see common.cuh), PIECES of them, at most 8 elements in
 // all (zeros beyond D). The THREADS / LANES lane groups of the block read neighbouring positions at
 // the same time, each AT_ONCE positions before it computes with any of them. Each lane group runs
-// the online softmax of attention.cu over its positions; at the end the block combines its lane
-// groups, as attention_decode_total combines the splits. Shared: THREADS / LANES x QUERY_HEADS x
-// (LANES x PIECES x WIDTH + 2) floats.
+// the online softmax of attention.cu over its positions. At the end the block adds its lane groups
+// as attention_decode_total adds the splits. Shared: THREADS / LANES x QUERY_HEADS x (LANES x
+// PIECES x WIDTH + 2) floats.
 //
-// A block of attention_decode_total has TOTAL_WARPS warps and 32 columns of one query head's y. Each
-// warp combines one run of consecutive splits; then warp 0 adds the sums of the warps, its own
+// A block of attention_decode_total has TOTAL_WARPS warps and makes 32 elements of one query head's
+// y. Each warp adds a run of consecutive splits; then warp 0 adds the sums of the warps, its own
 // first. Shared: 2 x TOTAL_WARPS x 32 floats.
 //
 // Compile-time names (HEAD_SIZE = D, LANES, QUERY_HEADS, THREADS, TOTAL_WARPS), grid and block:
@@ -57,11 +55,11 @@
 // Source: Dao et al. 2023, "Flash-Decoding for long-context inference"; for groups, Ainslie et al.
 // 2023, "GQA".
 
-#define GROUPS (THREADS / LANES)                         // lane groups of a block
+#define LANE_GROUPS (THREADS / LANES)                     // lane groups of a block
 #define PIECES ((HEAD_SIZE / WIDTH + LANES - 1) / LANES)  // pieces of WIDTH elements of each lane
-#define ELEMENTS (PIECES * WIDTH)                        // elements of a position of each lane
-#define AT_ONCE 2                                        // positions that a lane group loads at once
-#define ROW (HEAD_SIZE + 2)                              // floats of a row of partial: acc, m, l
+#define ELEMENTS (PIECES * WIDTH)                         // elements of a position of each lane
+#define AT_ONCE 2            // positions whose k and v a lane group loads before it computes
+#define ROW (HEAD_SIZE + 2)  // floats of a row of partial: acc, m, l
 
 // values[0 ... ELEMENTS - 1] = this lane's elements of a head; zeros beyond D, or if !exists
 __device__ inline void load_lane(float* values, const floatX* head, bool exists) {
@@ -84,9 +82,9 @@ __device__ inline void load_lane(float* values, const floatX* head, bool exists)
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_decode_partial(float* partial, const floatX* qkv, const floatX* k, const floatX* v,
                              const int* starts, int H, int G, int S, int length) {
-    SHARED_ARRAY(float, accs, GROUPS * QUERY_HEADS * ELEMENTS * LANES);
-    SHARED_ARRAY(float, ms, GROUPS * QUERY_HEADS);
-    SHARED_ARRAY(float, ls, GROUPS * QUERY_HEADS);
+    SHARED_ARRAY(float, accs, LANE_GROUPS * QUERY_HEADS * ELEMENTS * LANES);
+    SHARED_ARRAY(float, ms, LANE_GROUPS * QUERY_HEADS);
+    SHARED_ARRAY(float, ls, LANE_GROUPS * QUERY_HEADS);
     int parts = (H / G + QUERY_HEADS - 1) / QUERY_HEADS;  // blocks that share a group's query heads
     int part = blockIdx.x % parts;
     int kv_head = blockIdx.x / parts;  // b * G + g
@@ -98,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     int first_head = kv_head % G * (H / G) + part * QUERY_HEADS;
     int heads = min(QUERY_HEADS, H / G - part * QUERY_HEADS);
-    int group = threadIdx.x / LANES;
+    int lane_group = threadIdx.x / LANES;
     int lane = threadIdx.x % LANES;
 
     float q[QUERY_HEADS][ELEMENTS];
@@ -120,12 +118,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 
     // All lane groups make the same number of passes, because whole warps must call group_sum.
-    for (int next = first + group; next - group < stop; next += AT_ONCE * GROUPS) {
+    for (int next = first + lane_group; next - lane_group < stop; next += AT_ONCE * LANE_GROUPS) {
         float keys[AT_ONCE][ELEMENTS];
         float values[AT_ONCE][ELEMENTS];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            int position = next + i * GROUPS;
+            int position = next + i * LANE_GROUPS;
             long long at = ((long long)kv_head * S + position) * HEAD_SIZE;
             load_lane(keys[i], k + at, position < stop);
             load_lane(values[i], v + at, position < stop);
@@ -142,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     dot += q[h][d] * keys[i][d];
                 }
                 s[i] = group_sum(dot, LANES);
-                if (next + i * GROUPS < stop) {
+                if (next + i * LANE_GROUPS < stop) {
                     m[h] = fmaxf(m[h], s[i]);
                 }
             }
@@ -154,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                float p = next + i * GROUPS < stop ? expf(s[i] - m[h]) : 0.0f;
+                float p = next + i * LANE_GROUPS < stop ? expf(s[i] - m[h]) : 0.0f;
                 l[h] += p;
 #pragma unroll
                 for (int d = 0; d < ELEMENTS; d++) {
@@ -166,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
 #pragma unroll
     for (int h = 0; h < QUERY_HEADS; h++) {
-        int row = group * QUERY_HEADS + h;
+        int row = lane_group * QUERY_HEADS + h;
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++) {
 #pragma unroll
@@ -186,12 +184,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int h = i / HEAD_SIZE;
         int d = i % HEAD_SIZE;
         float block_m = ms[h];
-        for (int other = 1; other < GROUPS; other++) {
+        for (int other = 1; other < LANE_GROUPS; other++) {
             block_m = fmaxf(block_m, ms[other * QUERY_HEADS + h]);
         }
         float block_l = 0.0f;
         float sum = 0.0f;
-        for (int other = 0; other < GROUPS; other++) {
+        for (int other = 0; other < LANE_GROUPS; other++) {
             int row = other * QUERY_HEADS + h;
             float factor = expf(ms[row] - block_m);  // 0 for a lane group without a position
             block_l += factor * ls[row];

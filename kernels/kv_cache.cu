@@ -11,9 +11,9 @@
 // one head side by side, in the order in which attention_decode.cu reads them.
 //
 // One block per row (b, t) of qkv, whose threads stride over the 2 G D elements of its keys and
-// values in pieces of WIDTH (see common.cuh); D is a multiple of WIDTH. Blocks may have any size. No
-// shared memory, no sums. The position is read from device memory, so that a CUDA graph with this
-// launch serves all positions. Grid and block: `kv_append` in gpu_gpt2/ops/kernels.py.
+// values in pieces of WIDTH (see common.cuh); D is a multiple of WIDTH. Blocks may have any size.
+// No shared memory, no sums. The position is read from device memory, so that a CUDA graph with
+// this launch serves all positions. Grid and block: `kv_append` in gpu_gpt2/ops/kernels.py.
 //
 // Cost in bytes, X = size of floatX: B T 2 G D 2X, read once and written once. Memory binds.
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llama2c_models import TOKENIZER_SHA256, tokenizer_entries, tokenizer_file
 
 from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.formats.llama2c_tokenizer import BOS, FIRST_PIECE
 from gpu_gpt2.tokenizer import (
     GPT2Tokenizer,
     Llama2cTokenizer,
@@ -266,3 +267,50 @@ def test_any_damage_is_an_error_or_harmless(
             message = ""
             assert len(opened.encode("the and xxx")) >= 1
         assert "\n" not in message
+
+
+# --- training ---
+
+
+def spoken(rng: np.random.Generator, words: int) -> str:
+    """A text of random words, numbers and characters of several bytes."""
+    chosen = rng.choice(["the", "cat", "cats", "sat", "é", "日本", "2024", "hat\n", "hats,"], words)
+    return " ".join(chosen)
+
+
+def test_a_vocabulary_is_trained_on_a_text(tmp_path: Path) -> None:
+    """Ids as in llama2.c's own vocabularies, and the text comes back, after a file too."""
+    text = spoken(np.random.default_rng(0), 400)
+    trained = Llama2cTokenizer.train([text], 290)
+    assert trained.vocab_size == vocab_size_of("llama2c:290") == 290
+    assert (trained.eot, trained.name) == (BOS, "llama2c:290")
+    words = trained.tokens()[FIRST_PIECE:]
+    lengths = [len(word.decode()) for word in words]
+    singles = lengths.index(1)
+    assert min(lengths[:singles]) > 1 == max(lengths[singles:])  # merges, then characters
+    assert b" the" in words
+    assert not [w for w in words if b"\n" in w or b" " in w[1:] or (len(w) > 1 and b"2" in w)]
+    ids = trained.encode(text)
+    assert trained.decode_bytes([BOS, *ids]).removeprefix(trained.tokens()[BOS]) == text.encode()
+    assert len(ids) < len(text) / 1.5
+    trained.save(tmp_path)
+    assert np.array_equal(open_tokenizer(tmp_path).encode(text), ids)
+    assert Llama2cTokenizer.train([text], 290).digest() == trained.digest()
+
+
+def test_rare_characters_are_left_to_the_bytes() -> None:
+    text = spoken(np.random.default_rng(0), 400) + " Ω"
+    trained = Llama2cTokenizer.train([text], 263)
+    assert "Ω".encode() not in trained.tokens()[FIRST_PIECE:]
+    assert trained.decode(trained.encode(text)) == " " + text
+
+
+@pytest.mark.parametrize(("size", "message"), [(262, "N must be from 263"), (65536, "to 65535")])
+def test_impossible_sizes_are_refused(size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        vocab_size_of(f"llama2c:{size}")
+
+
+def test_too_short_a_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"too short for a vocabulary of 500 .* llama2c:N"):
+        make_tokenizer("llama2c:500", ["the cat"])

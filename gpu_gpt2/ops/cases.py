@@ -237,12 +237,13 @@ def kv_append(g: Maker, B: int, T: int, R: int, G: int, S: int, D: int) -> Call:
 
 
 def attention_decode(g: Maker, B: int, H: int, R: int, G: int, S: int, D: int) -> Call:
-    """Sequences at positions of their own, the last at the end of the cache.
+    """Sequences at positions of their own, the last at the end of the cache, a third beyond it.
 
     The cache is NaN behind each position, and so are the keys and values of qkv: nobody may read
     them.
     """
     starts = g.rng.integers(0, S, B)
+    starts[2:] = S + 5
     starts[-1] = S - 1
     qkv, k, v = g.normal(B, 1, R, D, scale=2.0), g.normal(B, G, S, D), g.normal(B, G, S, D)
     qkv[:, :, H:] = np.nan
@@ -499,7 +500,7 @@ ATTENTION_SIZES: Final = (
     (1, 33, 8, 10, 128),
     (1, 129, 4, 8, 33),
 )
-# Decoding with 1, 1, 2, 3, 8, 9, 1, 12 and 4 query heads for each key/value head.
+# Decoding with 1, 1, 2, 3, 8, 9, 1, 12, 4 and 2 query heads for each key/value head.
 DECODE_SIZES: Final = (
     (1, 1, 3, 1, 1, 1),
     (3, 2, 6, 2, 7, 33),
@@ -510,6 +511,7 @@ DECODE_SIZES: Final = (
     (2, 1, 3, 1, 65, 256),
     (1, 12, 14, 1, 33, 255),
     (3, 4, 6, 1, 700, 16),
+    (4, 4, 8, 2, 128, 64),
 )
 KV_APPEND_SIZES: Final = (
     (1, 1, 3, 1, 1, 1),
