@@ -6,22 +6,28 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from gpu_gpt2.config import GPT2_VOCAB_SIZE
 from gpu_gpt2.errors import ConfigError, DataError
-from gpu_gpt2.formats import hf, llmc, tokenizer_bin
+from gpu_gpt2.formats import hf, llama2c, llmc, tokenizer_bin
 from gpu_gpt2.formats.files import whole
+from gpu_gpt2.formats.llama2c_tokenizer import TOKENIZER_BIN, tokenizer_beside
+from gpu_gpt2.formats.vocabulary import holds_vocabulary
 from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import Weights, WeightSource, pieces
 from gpu_gpt2.open_model import tokenizer_of
+from gpu_gpt2.tokenizer import GPT2Tokenizer, Llama2cTokenizer, Tokenizer
 
-TARGETS: Final = ("hf", "llmc-fp32", "llmc-bf16")
-TOKENIZER_FILES: Final = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json",
+TARGETS: Final = (
+    "hf",
+    *(f"llmc-{dtype}" for dtype in llmc.DTYPES),
+    *(f"llama2c-v{version}" for version in llama2c.VERSIONS),
+)
+# Files beside the weights in a folder that say how text becomes tokens, and where a text ends.
+TEXT_FILES: Final = (
+    "tokenizer.bin", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
 
 _SMALL_FILES: Final = 4 << 20  # bytes of JSON and headers; GPT-2's tokenizer.json is most of it
@@ -36,32 +42,49 @@ def convert(source: WeightSource, destination: Path, to: str, watch: Callable[[i
     """Writes a model as `to`, one of TARGETS, whole or not at all; UserError.
 
     "hf" makes a folder with the weights in the source's dtype, and the tokenizer if there is one.
-    The other targets make a file of llm.c, and a gpt2_tokenizer.bin beside it unless one exists.
+    The other targets make a file of llm.c or llama2.c. Beside it they write the tokenizer as
+    gpt2_tokenizer.bin or tokenizer.bin, if that file can hold it and there is none yet.
     watch: called with the bytes converted since its last call; their sum is `bytes_of(source)`.
     """
     if to not in TARGETS:
         raise ConfigError(f"unknown kind of file {to!r}; choose --to {' | '.join(TARGETS)}")
     destination = Path(os.path.abspath(destination))
-    dtype = source.dtype if to == "hf" else llmc.DTYPES[to.removeprefix("llmc-")]
+    kind, _, variant = to.partition("-")
     _check_free(destination, folder=to == "hf")
 
     def watch_piece(values: Weights) -> None:
         watch(values.size * source.dtype.itemsize)
 
     try:
-        _check_room(destination, dtype.itemsize * parameter_count(source.config) + _SMALL_FILES)
-        if to == "hf":
+        _check_room(destination, _bytes_needed(source, kind, variant))
+        if kind == "hf":
             with whole(destination) as folder:
                 hf.write_model(folder, source, watch_piece)
                 _write_tokenizer(folder, source)
+        elif kind == "llmc":
+            llmc.write_model(destination, source, variant, watch_piece)
+            _write_llmc_tokenizer(destination.parent, source)
         else:
-            llmc.write_model(destination, source, to.removeprefix("llmc-"), watch_piece)
-            _write_tokenizer_bin(destination.parent, source)
+            llama2c.write_model(destination, source, _version(variant), watch_piece)
+            _write_llama2c_tokenizer(destination, source)
     except OSError as e:
         raise DataError(
             f"cannot write {destination}: {e.strerror or e}; nothing of it is left, so mend that "
             f"and try again"
         ) from e
+
+
+def _version(variant: str) -> int:
+    """The version of llama2.c's files in the name of a target: 2 for "v2"."""
+    return int(variant.removeprefix("v"))
+
+
+def _bytes_needed(source: WeightSource, kind: str, variant: str) -> int:
+    """About the most bytes that a converted model takes; ConfigError if llama2.c cannot hold it."""
+    if kind == "llama2c":
+        return llama2c.layout_of(source.config, _version(variant)).file_bytes + _SMALL_FILES
+    dtype = source.dtype if kind == "hf" else llmc.DTYPES[variant]
+    return dtype.itemsize * parameter_count(source.config) + _SMALL_FILES
 
 
 def _check_free(destination: Path, *, folder: bool) -> None:
@@ -89,19 +112,37 @@ def _check_room(destination: Path, needed: int) -> None:
 
 
 def _write_tokenizer(folder: Path, source: WeightSource) -> None:
-    """Copies the source's tokenizer files, or writes GPT-2's if its vocabulary has that size."""
-    here = source.folder
-    found = [here / name for name in TOKENIZER_FILES if (here / name).is_file()] if here else []
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
-    if not found and source.config.vocab_size == GPT2_VOCAB_SIZE:
-        GPT2Tokenizer.gpt2().save(folder)
+    """Copies the source's tokenizer files, or writes the tokenizer that belongs to the source."""
+    if source.folder:
+        for name in TEXT_FILES:
+            if (path := source.folder / name).is_file():
+                shutil.copyfile(path, folder / name)
+    if not holds_vocabulary(folder) and (tokenizer := _known_tokenizer(source)):
+        tokenizer.save(folder)
 
 
-def _write_tokenizer_bin(folder: Path, source: WeightSource) -> None:
+def _write_llmc_tokenizer(folder: Path, source: WeightSource) -> None:
     """Writes the source's tokenizer under the name that llm.c expects, unless there is a file."""
     path = folder / tokenizer_bin.TOKENIZER_BIN
     if path.exists():
         return
-    with suppress(DataError):  # a model without a tokenizer can be converted too
-        tokenizer_of(source).save_bin(path)
+    tokenizer = _known_tokenizer(source)
+    if isinstance(tokenizer, GPT2Tokenizer):
+        tokenizer.save_bin(path)
+
+
+def _write_llama2c_tokenizer(model: Path, source: WeightSource) -> None:
+    """Writes tokenizer.bin beside a model, unless there is one, if the source's is llama2.c's."""
+    if tokenizer_beside(model, source.config.vocab_size) is not None:
+        return
+    tokenizer = _known_tokenizer(source)
+    if isinstance(tokenizer, Llama2cTokenizer):
+        tokenizer.save_bin(model.parent / TOKENIZER_BIN)
+
+
+def _known_tokenizer(source: WeightSource) -> Tokenizer | None:
+    """The tokenizer of a model; None if it has none, as such a model can be converted too."""
+    try:
+        return tokenizer_of(source)
+    except DataError:
+        return None

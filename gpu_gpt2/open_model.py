@@ -59,8 +59,8 @@ def tokenizer_of(source: WeightSource) -> Tokenizer:
     raise DataError(
         f"{source.folder or 'the model'} has {size} tokens and no tokenizer; only GPT-2's "
         f"{GPT2_VOCAB_SIZE} are known without one, so name a folder that has a tokenizer.json, or "
-        f"put llm.c's {tokenizer_bin.TOKENIZER_BIN} or llama2.c's {llama2c_tokenizer.TOKENIZER_BIN} "
-        f"beside the model"
+        f"put llm.c's {tokenizer_bin.TOKENIZER_BIN} or llama2.c's "
+        f"{llama2c_tokenizer.TOKENIZER_BIN} beside the model"
     )
 
 

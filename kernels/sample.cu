@@ -179,11 +179,10 @@ __device__ inline uint64 weight_of_thread(const Row& row, unsigned int least) {
     return sum;
 }
 
-// Returns the largest key c for which the tokens with keys from c on, of those with keys from
-// `least` on, have at least `target`: so many tokens, or with `weighted` so much weight. All tokens
-// together must have `target`.
-__device__ inline unsigned int find_key(const Row& row, unsigned int least, uint64 target,
-                                        bool weighted, uint64* scratch) {
+// Returns the largest key c for which the tokens with keys from c on are at least `target` tokens
+// or, with `weighted`, have at least the weight `target`. All tokens together must have `target`.
+__device__ inline unsigned int find_key(const Row& row, uint64 target, bool weighted,
+                                        uint64* scratch) {
     unsigned int c = 0;
     uint64 above = 0;  // what the tokens have whose keys are larger than all that c can become
     for (int shift = KEY_BITS - DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
@@ -195,7 +194,7 @@ __device__ inline unsigned int find_key(const Row& row, unsigned int least, uint
             for (int k = 0; k < WIDTH; k++) {
                 unsigned int key = key_of(values[k]);
                 unsigned int digit = (key - c) >> shift;  // large if the key is below c or above
-                if (key >= least && digit < DIGITS && digit > 0) {
+                if (digit < DIGITS && digit > 0) {
                     uint64 one = weighted ? weight_of(values[k], row) : 1;
 #pragma unroll
                     for (unsigned int d = 1; d < DIGITS; d++) {
@@ -300,14 +299,15 @@ extern "C" __global__ void sample(int* tokens, int* starts, const floatX* logits
 
     unsigned int least = 0;  // the smallest key that is kept
     if (top_k > 0) {
-        least = find_key(row, 0, top_k, false, scratch);
+        least = find_key(row, top_k, false, scratch);
     }
     if (share > 0) {
-        // top_p total, rounded up: share 2 is top_p times 2^64.
+        // The target is top_p total, rounded up; share times 2 is top_p times 2^64. The tokens that
+        // top_k keeps have the target together, so the key found is not below theirs.
         uint64 total = block_sum(weight_of_thread(row, least), scratch);
         uint64 target = __umul64hi(total, (uint64)share * 2);
         target += total * ((uint64)share * 2) != 0;
-        least = find_key(row, least, target, true, scratch);
+        least = find_key(row, target, true, scratch);
     }
 
     uint64 sum = warp_sum(weight_of_thread(row, least));

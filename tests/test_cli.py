@@ -133,6 +133,7 @@ def test_train_then_generate(run: Run) -> None:
     assert code == 0
     assert "saved runs/001/step_00000300" in out
     prompt = ("--prompt", "to be or", "--temperature", "0", "--max-tokens", "11")
+    prompt = (*prompt, "--truncate-prompt")  # it has 9 tokens, and the context 8
     code, out, _ = run("generate", "runs/001", *prompt, "--device", "cpu")
     assert code == 0
     assert out == "to be or not to be\n\n"
@@ -201,7 +202,7 @@ def test_resume_and_generate_refuse_what_does_not_fit(
     Path("bpe/step_00000002/tokenizer.json").write_bytes(other)
     code, _, err = run("generate", "bpe", "--device", "cpu")
     assert code == 1
-    assert "its tokenizer has 257 tokens, config.json 260" in err
+    assert "its tokenizer has 257 tokens, the model 260" in err
 
 
 def test_a_resumed_run_keeps_settings_that_are_not_given() -> None:
@@ -221,7 +222,8 @@ def test_generated_text_is_printed_as_it_is(run: Run) -> None:
     Path("text.txt").write_text("to be or not to be\n" * 500)
     run("train", "--data", "text.txt", *SMALL, "--steps", "1", "--device", "cpu")
     prompt = "[bold]a[/bold] :smile:\tb"
-    code, out, err = run("generate", "runs/001", "--prompt", prompt, "--max-tokens", "0")
+    options = ("--truncate-prompt", "--max-tokens", "0")
+    code, out, err = run("generate", "runs/001", "--prompt", prompt, *options)
     assert code == 0, err
     assert out == prompt + "\n"
 
@@ -305,7 +307,7 @@ def squeezed(text: str) -> str:
 
 def test_help_names_every_command() -> None:
     out = help_of()
-    for command in ("train", "generate", "plan", "info", "check", "bench"):
+    for command in ("train", "generate", "chat", "plan", "info", "check", "bench"):
         assert re.search(rf"^  {command} +[A-Z]", out, re.MULTILINE), command
     assert "Data sets and model files:\n" in out
 

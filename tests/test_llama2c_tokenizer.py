@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from llama2c_models import TOKENIZER_SHA256, tokenizer_entries, tokenizer_file
 
 from gpu_gpt2.errors import ConfigError, DataError
-from gpu_gpt2.formats.llama2c_tokenizer import write_tokenizer
 from gpu_gpt2.tokenizer import (
     GPT2Tokenizer,
     Llama2cTokenizer,
@@ -180,6 +179,13 @@ def test_transformers_opens_what_is_saved(tokenizer: Llama2cTokenizer, tmp_path:
     assert ours.tokens()[3:] == tokenizer.tokens()[3:]
 
 
+def test_a_folder_that_cannot_be_written_is_an_os_error(tokenizer: Llama2cTokenizer) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        tokenizer.save(Path("/nowhere"))
+    with pytest.raises(DataError, match=r"cannot write /nowhere/t\.bin: No such file"):
+        tokenizer.save_bin(Path("/nowhere/t.bin"))
+
+
 def test_words_that_are_not_utf8_are_saved(tmp_path: Path) -> None:
     Llama2cTokenizer([*WORDS, b"\xff\xfe"], [*SCORES, -9.0]).save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.bin"]
@@ -197,7 +203,7 @@ def test_a_path_is_a_spec(tokenizer: Llama2cTokenizer, tmp_path: Path) -> None:
     assert GPT2Tokenizer.of_bytes().stop_ids == {256}
     assert GPT2Tokenizer.of_bytes().piece(97, None) == b"a"
     words = [*WORDS, *(b"%06d" % i for i in range(65_536))]
-    write_tokenizer(tmp_path / "large.bin", words, [0.0] * len(words))
+    Llama2cTokenizer(words, [0.0] * len(words)).save_bin(tmp_path / "large.bin")
     assert open_tokenizer(tmp_path / "large.bin").vocab_size == 65_824
     with pytest.raises(ConfigError, match="65824 tokens; ids are stored in 16 bits, so use a"):
         vocab_size_of(str(tmp_path / "large.bin"))
@@ -221,9 +227,9 @@ CHARACTERS = [*ENTRIES[:3], *((chr(byte).encode(), 0.0) for byte in range(256)),
         (SEED, "this tokenizer.bin of July 2023 has no scores, so it cannot encode text; export"),
         (content_of(CHARACTERS), "this tokenizer.bin of early August 2023 spells bytes as char"),
         (GOOD[:-1], "token 287 of length 3 and 2 bytes to the end at offset 3902, expected a"),
-        (GOOD + b"\0", "1 bytes behind 288 tokens at offset 3913, expected none, or another token"),
+        (GOOD + b"\0", "1 bytes behind 288 tokens at offset 3913, expected the end or another"),
         (GOOD[:4], "0 tokens, expected at least 259: <unk>, BOS, EOS and 256 bytes; the file"),
-        (GOOD[:1000], "bytes behind 55 tokens at offset "),
+        (GOOD[:1000], "bytes behind 71 tokens at offset "),
         (content_of([*ENTRIES, (b"", 0.0)]), "token 288 of length 0 and 0 bytes to the end at off"),
         (content_of(ENTRIES[:258]), "258 tokens, expected at least 259"),
         (content_of([*ENTRIES[:4], *ENTRIES[5:]]), "token 4 is b'<0x02>', expected b'<0x01>'; the"),

@@ -26,6 +26,7 @@ from gpu_gpt2.device.base import FLOAT32, X_DTYPES
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.models.decoder import Decoder
 from gpu_gpt2.models.families import activations, new_model
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.ops.table import WINDOW
@@ -90,10 +91,13 @@ def test_the_plan_is_what_is_allocated(recompute: int, dtype: str, config: Model
 
     ops = ops_for(Counting(), dtype)
     T = config.n_positions
-    AdamW(new_model(config, ops, max_batch=3, max_seq_len=T, recompute=recompute))
+    model = new_model(config, ops, max_batch=3, max_seq_len=T, recompute=recompute)
+    AdamW(model)
+    Decoder(model, batch=1, length=T)
     planned = planned_bytes(config, dtype, 3, T, recompute)
-    # Besides, the optimizer has the two windows of its spike detector and a few numbers.
-    windows = 2 * WINDOW * FLOAT32.itemsize
+    # Besides, the optimizer has the two windows of its spike detector and the decoder the logits
+    # of one token, and both have a few numbers.
+    windows = 2 * WINDOW * FLOAT32.itemsize + config.padded_vocab_size * X_DTYPES[dtype].itemsize
     assert planned + windows <= sum(allocated) <= planned + windows + 1024
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from devices import assert_case, every_device, make_ops, op_cases, upload
+from devices import assert_case, every_device, kernel_devices, make_ops, op_cases, upload
 
 from gpu_gpt2.device.base import INT32, X_DTYPES
+from gpu_gpt2.device.source import kernel_source, kernels_dir
 from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.ops import reference
 from gpu_gpt2.ops.cases import Case
 from gpu_gpt2.ops.table import MAX_VOCABULARY, Ops
 
 KEY = (123, -456)
+KERNELS = kernels_dir()  # kernel_folder replaces it in a test
 
 
 @op_cases("sample")
@@ -248,6 +252,40 @@ def test_the_drawn_token_is_where_the_running_sum_passes_the_random_number(
         make_ops(device, dtype), np.zeros((1, 1000)), starts=[-1], key=(0, 0), temperature=2.0
     )
     assert tokens[0] == published * 1000 >> 64
+
+
+WEIGHTS = """
+extern "C" __global__ void weights(int* halves, const floatX* logits, float max, float scale) {
+    Row row;
+    row.max = max;
+    row.scale = scale;
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    uint64 weight = weight_of(to_float(logits[i]), row);
+    halves[2 * i] = (int)weight;
+    halves[2 * i + 1] = (int)(weight >> 32);
+}
+"""
+
+
+@kernel_devices
+def test_weights_are_the_same_integers_as_in_numpy(
+    kernel_folder: Path, dtype: str, device: str
+) -> None:
+    (kernel_folder / "weights.cu").write_text((KERNELS / "sample.cu").read_text() + WEIGHTS)
+    on = make_ops(device, dtype).device
+    logits = 6 * np.random.default_rng(0).standard_normal(1024) - 20
+    logits[:4] = 0.0, -1000.0, -np.inf, -1e-3
+    stored = upload(on, logits, X_DTYPES[dtype])
+    row = on.download(stored).astype(np.float32)
+    for scale in (1 / np.log(2.0), 0.1, 5.0, 3e38, 1.2e-38):
+        halves = on.empty((1024, 2), INT32)
+        args = (halves, stored, float(row.max()), float(np.float32(scale)))
+        on.launch(kernel_source("weights.cu", dtype), "weights", (4,), (256,), args)
+        found = on.download(halves).copy().view(np.int64).reshape(-1)
+        expected = reference._integer_weights(row, row.max(), scale)
+        np.testing.assert_array_equal(found, expected)
+        exact = 2.0**40 * np.exp2((row.astype(np.float64) - row.max()) * np.float32(scale))
+        np.testing.assert_allclose(found, exact, rtol=4e-6, atol=1.0)
 
 
 # --- what is refused ---

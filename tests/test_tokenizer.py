@@ -614,7 +614,7 @@ def test_specs(spec: str, size: int) -> None:
     ["", "GPT2", "gpt-2", "bpe", "bpe:", "bpe:x", "bpe:-1", "bpe:1e3", "bpe:1024 ", "bpe:٣٣٣"],
 )
 def test_unknown_specs_are_refused(spec: str) -> None:
-    with pytest.raises(ConfigError, match="choose gpt2, bytes or bpe:N"):
+    with pytest.raises(ConfigError, match="choose gpt2, bytes, bpe:N or llama2c:N"):
         vocab_size_of(spec)
 
 

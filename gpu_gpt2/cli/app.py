@@ -13,6 +13,7 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 from gpu_gpt2.cli.bench import bench_app
+from gpu_gpt2.cli.chat import chat
 from gpu_gpt2.cli.common import console
 from gpu_gpt2.cli.compare import compare
 from gpu_gpt2.cli.convert import convert
@@ -40,6 +41,7 @@ _MACHINE: Final = "Machine and memory"
 _CHECK: Final = "Check and time the kernels and the model"
 app.command(cls=TrainCommand, rich_help_panel=_TRAIN)(train)
 app.command(rich_help_panel=_TRAIN)(generate)
+app.command(rich_help_panel=_TRAIN)(chat)
 app.command(rich_help_panel=_TRAIN)(evaluate)
 app.command(rich_help_panel=_TRAIN)(plot)
 app.command(rich_help_panel=_TRAIN)(compare)

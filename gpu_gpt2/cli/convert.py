@@ -10,9 +10,8 @@ import typer
 
 from gpu_gpt2.cli.common import bytes_progress, say
 from gpu_gpt2.config import GPT2_VOCAB_SIZE
-from gpu_gpt2.convert import TARGETS, TOKENIZER_FILES, bytes_of
+from gpu_gpt2.convert import TARGETS, bytes_of
 from gpu_gpt2.convert import convert as convert_model
-from gpu_gpt2.formats.tokenizer_bin import TOKENIZER_BIN
 from gpu_gpt2.open_model import open_model
 
 
@@ -21,18 +20,20 @@ def convert(
         str,
         typer.Argument(
             help="Model to convert: a run, a checkpoint, a Hugging Face folder, a .safetensors "
-            "file, a .bin file of llm.c, or a name such as d12 for a model with initial weights."
+            "file, a .bin file of llm.c or llama2.c, or a name such as d12 for a model with "
+            "initial weights."
         ),
     ],
     dst: Annotated[
         Path,
-        typer.Argument(help="New folder (for --to hf) or new file (for --to llmc-...) to write."),
+        typer.Argument(help="New folder (for --to hf) or new file (for all others) to write."),
     ],
     to: Annotated[
         str,
         typer.Option(
             help=f"Kind of model to write: {' | '.join(TARGETS)}. hf is a Hugging Face folder with "
-            f"the weights in the dtype of SRC; the others are files of llm.c in that dtype."
+            f"the weights in the dtype of SRC; llmc-... are files of llm.c in that dtype; "
+            f"llama2c-... are files of llama2.c: v0 for its program run, v2 (int8) for runq."
         ),
     ],
 ) -> None:
@@ -43,14 +44,16 @@ def convert(
         task = progress.add_task("", total=bytes_of(source))
         convert_model(source, dst, to, lambda count: progress.advance(task, count))
     say(
-        f"wrote {dst}: a GPT-2 of {c.n_layer} layers of {c.n_embd}, vocabulary {c.vocab_size}, "
-        f"context {c.n_positions}, from {source.dtype} to {to}"
+        f"wrote {dst}: a {c.title} of {c.n_layer} layers of {c.n_embd}, vocabulary "
+        f"{c.vocab_size}, context {c.n_positions}, from {source.dtype} to {to}"
     )
-    has_tokenizer = any((dst / name).is_file() for name in TOKENIZER_FILES)
-    if (dst.parent / TOKENIZER_BIN).exists() and to != "hf":
-        has_tokenizer = True
-        say(f"its tokenizer for llm.c's programs: {dst.parent / TOKENIZER_BIN}")
-    if c.vocab_size == GPT2_VOCAB_SIZE or has_tokenizer:
+    program = to.replace("llama2c", "llama2.c").replace("llmc", "llm.c").partition("-")[0]
+    tokenizer = open_model(dst).tokenizer_path
+    if tokenizer is not None and to != "hf":
+        say(f"its tokenizer for {program}'s programs: {tokenizer}")
+    elif tokenizer is None and program == "llama2.c":
+        say("no tokenizer.bin: the source has no tokenizer that this file of llama2.c can hold")
+    if c.vocab_size == GPT2_VOCAB_SIZE or tokenizer is not None:
         say(f'try it: gpu-gpt2 generate {shlex.quote(str(dst))} --prompt "Once upon a time"')
     elif to == "hf":
         say("it has no tokenizer: the source has none, and its vocabulary is not GPT-2's")

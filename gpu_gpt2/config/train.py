@@ -108,8 +108,8 @@ class TrainConfig:
     )
     tokenizer: str = field(
         metadata=declare(
-            "Tokenizer: gpt2, bytes, bpe:N (a vocabulary of N tokens, trained on the text), or "
-            "the file or folder of a tokenizer.",
+            "Tokenizer: gpt2, bytes, bpe:N (a vocabulary of N tokens, trained on the text), "
+            "llama2c:N (the same of llama2.c's kind), or the file or folder of a tokenizer.",
             _MODEL,
             metavar="NAME|FILE",
         )

@@ -89,7 +89,7 @@ def prepare(
     """Returns the training and held-out tokens of `data`. Raises UserError.
 
     data: the name of a built-in corpus; the path of a text or token file; a folder of shards; or
-    a pattern such as 'data/fineweb_train_*.bin'. tokenizer_spec: "gpt2", "bytes", "bpe:N" or the
+    a pattern such as 'data/fineweb_train_*.bin'. tokenizer_spec: "gpt2", "bytes", "bpe:N", "llama2c:N" or the
     path of a tokenizer. val_data: the path of a text or of token files to validate on; all of
     `data` is then trained on. val_tokens: the most tokens to hold out, MAX_VAL_TOKENS if not given.
     A text is tokenised once and then read from a cache.
@@ -261,7 +261,7 @@ def _cache_folder(corpus: Corpus, spec: str) -> Path | None:
 def _read_cache(folder: Path, name: str) -> Dataset:
     """The dataset in `folder`; OSError, ValueError or DataError if any byte of it is wrong."""
     sums = json.loads((folder / SUMS).read_bytes())
-    if not set(CACHED) < sums.keys() or sums != _sums(folder):
+    if sums != _sums(folder) or not set(CACHED) < sums.keys():
         raise ValueError(f"{folder} is damaged")
     tokenizer = open_tokenizer(folder)
     return _dataset(

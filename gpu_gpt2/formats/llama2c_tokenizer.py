@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Final
 
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.formats.files import new_file, unexpected
+from gpu_gpt2.formats.files import unexpected
 
 UNKNOWN: Final = 0
 BOS: Final = 1  # begins every text
 EOS: Final = 2
 FIRST_BYTE: Final = 3  # the id of byte 0
 FIRST_PIECE: Final = FIRST_BYTE + 256  # the first id that is not a special token or a byte
+SPACE_SCORE: Final = -1e9  # of the tokens that are made only of spaces: they merge last
 TOKENIZER_BIN: Final = "tokenizer.bin"  # llama2.c's programs look for this name
 
 _HEADER: Final = struct.Struct("<I")
 _ENTRY: Final = struct.Struct("<fi")
+_ADVICE: Final = "it was cut off, or is damaged or of another kind"
 
 
 def tokenizer_beside(model: Path, vocab_size: int) -> Path | None:
@@ -53,9 +55,7 @@ def parse_tokenizer(path: Path, content: bytes) -> tuple[list[bytes], list[float
         start = offset + _ENTRY.size
         if start > len(content):
             found = f"{len(content) - offset} bytes behind {len(words)} tokens"
-            raise unexpected(
-                path, found, offset, f"none, or another token of {_ENTRY.size} or more"
-            )
+            raise unexpected(path, found, offset, "the end or another token", _ADVICE)
         score, length = _ENTRY.unpack_from(content, offset)
         if not 1 <= length <= len(content) - start:
             raise unexpected(
@@ -64,7 +64,7 @@ def parse_tokenizer(path: Path, content: bytes) -> tuple[list[bytes], list[float
                 f"end",
                 offset,
                 "a length of 1 or more and so many bytes",
-                "it was cut off, or is damaged or of another kind",
+                _ADVICE,
             )
         words.append(content[start : start + length])
         scores.append(score)
@@ -73,12 +73,10 @@ def parse_tokenizer(path: Path, content: bytes) -> tuple[list[bytes], list[float
     return words, scores
 
 
-def write_tokenizer(path: Path, words: Sequence[bytes], scores: Sequence[float]) -> None:
-    """Writes the tokens with their scores, so that `path` is complete or untouched; DataError."""
-    with new_file(path) as file:
-        file.write(_HEADER.pack(max(map(len, words))))
-        for word, score in zip(words, scores, strict=True):
-            file.write(_ENTRY.pack(score, len(word)) + word)
+def tokenizer_content(words: Sequence[bytes], scores: Sequence[float]) -> bytes:
+    """The content of a file with these tokens and their scores."""
+    entries = (_ENTRY.pack(score, len(w)) + w for w, score in zip(words, scores, strict=True))
+    return _HEADER.pack(max(map(len, words))) + b"".join(entries)
 
 
 def byte_word(byte: int) -> bytes:

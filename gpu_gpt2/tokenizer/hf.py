@@ -48,14 +48,17 @@ class HFTokenizer(Tokenizer):
         try:
             settings = json.loads(content)
             byte_level = _is_byte_level(path, settings)
-            library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-            added = {token["id"]: token for token in settings["added_tokens"] or ()}
-            consistent = all(library.token_to_id(t["content"]) == i for i, t in added.items())
-        except DataError:
-            raise
-        except Exception as e:  # the library raises Exception itself
+            added = {token["id"]: token for token in settings["added_tokens"]}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise no_tokenizer(path) from e
-        if not consistent:
+        try:
+            library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as e:  # the library raises Exception itself
+            raise DataError(
+                f"{path}: the package tokenizers cannot read it: {str(e).splitlines()[0]}; the "
+                f"file is damaged, or made for a newer version: pip install -U tokenizers"
+            ) from e
+        if any(library.token_to_id(token["content"]) != i for i, token in added.items()):
             raise no_tokenizer(path)
         library.no_truncation()
         library.no_padding()
@@ -185,7 +188,8 @@ def _named_tokens(folder: Path, vocab: Mapping[str, int], size: int) -> dict[str
             if isinstance(word, dict):
                 word = word.get("content")
             given = values.get(f"{role}_id")
-            for i in [vocab.get(word)] + (given if isinstance(given, list) else [given]):
+            given = given if isinstance(given, list) else [given]
+            for i in [vocab.get(word) if isinstance(word, str) else None, *given]:
                 if type(i) is int and 0 <= i < size and i not in ids:
                     ids.append(i)
     return found

@@ -19,14 +19,18 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from gpu_gpt2.errors import ConfigError
+from gpu_gpt2.formats.files import new_file
 from gpu_gpt2.formats.llama2c_tokenizer import (
     BOS,
     EOS,
     FIRST_BYTE,
     FIRST_PIECE,
+    SPACE_SCORE,
     TOKENIZER_BIN,
     UNKNOWN,
-    write_tokenizer,
+    byte_word,
+    tokenizer_content,
 )
 from gpu_gpt2.tokenizer.base import Tokenizer, without_lone_surrogates
 
@@ -55,6 +59,48 @@ class Llama2cTokenizer(Tokenizer):
         # word, and each word can be encoded by itself.
         self._by_word = not any(re.search(rb"[^ ] ", word) for word in words)
         self._cached = lru_cache(_CACHED_WORDS)(self._encode_word)
+
+    @classmethod
+    def train(cls, documents: Sequence[str], vocab_size: int) -> Llama2cTokenizer:
+        """Trains a vocabulary of `vocab_size` tokens on `documents`; deterministic.
+
+        Ids have the order of llama2.c's own vocabularies: special tokens, bytes, merges in the
+        order in which they are made, single characters. As there, no merge has a newline, a second
+        space, or a digit beside another character. Characters that are too rare for a place in the
+        vocabulary are encoded as bytes. Raises ConfigError if the text is too short.
+        """
+        # Imported here because only training needs it and it is slow to load.
+        from tokenizers import Tokenizer as Trained
+        from tokenizers.models import BPE
+        from tokenizers.pre_tokenizers import Digits, Metaspace, Split
+        from tokenizers.pre_tokenizers import Sequence as Steps
+        from tokenizers.trainers import BpeTrainer
+
+        count = vocab_size - FIRST_PIECE
+        trained = Trained(BPE())
+        trained.pre_tokenizer = Steps(
+            [Split("\n", "removed"), Metaspace(), Digits(individual_digits=True)]
+        )
+        trained.train_from_iterator(
+            [without_lone_surrogates(text) for text in documents],
+            BpeTrainer(
+                vocab_size=count,
+                limit_alphabet=max(1, count // 2),
+                initial_alphabet=[_SPACE],
+                show_progress=False,
+            ),
+        )
+        vocab = trained.get_vocab()
+        if len(vocab) < count:
+            raise ConfigError(
+                f"the text is too short for a vocabulary of {vocab_size} tokens: it has pairs for "
+                f"{FIRST_PIECE + len(vocab)}; use a smaller N in --tokenizer llama2c:N"
+            )
+        in_order = sorted(vocab, key=lambda word: (len(word) == 1, vocab[word]))
+        words = [word.replace(_SPACE, " ").encode() for word in in_order]
+        scores = [SPACE_SCORE if not word.strip() else -float(i) for i, word in enumerate(words)]
+        special = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *map(byte_word, range(256))]
+        return cls([*special, *words], [*[0.0] * len(special), *scores])
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """Returns the ids (tokens,) int32 of `text`, without BOS: see Tokenizer.encode.
@@ -100,8 +146,9 @@ class Llama2cTokenizer(Tokenizer):
         return hashlib.sha256(entries.encode()).hexdigest()
 
     def save_bin(self, path: Path) -> None:
-        """Writes llama2.c's tokenizer.bin. Raises DataError."""
-        write_tokenizer(path, self._words, self._scores)
+        """Writes llama2.c's tokenizer.bin, so that `path` is complete or untouched; DataError."""
+        with new_file(path) as file:
+            file.write(tokenizer_content(self._words, self._scores))
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.bin, and the same vocabulary for transformers as tokenizer.json.
@@ -110,7 +157,7 @@ class Llama2cTokenizer(Tokenizer):
         spaces otherwise. It takes U+2581 for a space. A vocabulary with words that are not UTF-8,
         which tokenizer.json cannot hold, is written as tokenizer.bin only.
         """
-        self.save_bin(folder / TOKENIZER_BIN)
+        (folder / TOKENIZER_BIN).write_bytes(tokenizer_content(self._words, self._scores))
         try:
             files = self._transformers_files()
         except UnicodeDecodeError:
@@ -185,9 +232,9 @@ class Llama2cTokenizer(Tokenizer):
         for i, word in enumerate(self._words):
             vocab.setdefault(special.get(i) or word.decode().replace(" ", _SPACE), i)
         merges = []
-        for word, i in sorted(vocab.items(), key=lambda item: (-self._scores[item[1]], item[1])):
+        for union, i in sorted(vocab.items(), key=lambda item: (-self._scores[item[1]], item[1])):
             if i >= FIRST_PIECE:
-                pairs = [(word[:cut], word[cut:]) for cut in range(1, len(word))]
+                pairs = [(union[:cut], union[cut:]) for cut in range(1, len(union))]
                 merges += [[a, b] for a, b in pairs if a in vocab and b in vocab]
         added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         space, text = {"String": " "}, {"Sequence": {"id": "A", "type_id": 0}}

@@ -14,6 +14,7 @@ from gpu_gpt2.device.base import FLOAT32, X_DTYPES
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.arena import bytes_of, element_count
 from gpu_gpt2.models.families import activations, constants, parameter_count
+from gpu_gpt2.models.kv_cache import cache_bytes
 from gpu_gpt2.ops.kernels import SCRATCH_FLOATS
 
 # Bytes that a process takes on a GPU beside its tensors: the CUDA context, cuBLAS with its
@@ -73,6 +74,7 @@ def memory_plan(
         ("logits", bytes_of(logits, x)),
         ("other activations", bytes_of(specs, x) - bytes_of(logits, x)),
         ("angles of RoPE, float32", element_count(constants(config, seq_len)) * FLOAT32.itemsize),
+        ("KV cache of samples", cache_bytes(config, x, batch=1, length=seq_len)),
         ("kernel scratch", SCRATCH_FLOATS * FLOAT32.itemsize),
     ]
     if host_copies:
