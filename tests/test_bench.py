@@ -175,8 +175,10 @@ def test_our_step_is_timed_although_another_program_fails(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("_small_limits")
-def test_our_speed_up_over_pytorch_is_the_ratio_of_the_medians() -> None:
-    ours, peer = step.measure_all(CpuDevice(), "fp32", [SMALL], (step.OURS, step.PEERS[0]), 5)
+@pytest.mark.parametrize("model", ["nano", "llama:nano"])
+def test_our_speed_up_over_pytorch_is_the_ratio_of_the_medians(model: str) -> None:
+    size = step.Size(model=model, batch_size=2, seq_len=8)
+    ours, peer = step.measure_all(CpuDevice(), "fp32", [size], (step.OURS, step.PEERS[0]), 5)
     assert peer.problem == ""
     head, lines = step.text_table([ours, peer])
     speed_up = head.index("speed-up")

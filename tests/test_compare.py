@@ -207,6 +207,30 @@ def test_what_has_no_effect_on_the_losses_may_differ(runs: Runs, tmp_path: Path)
     make_reference(paths, tmp_path / "curve.csv")
 
 
+def test_a_reference_knows_the_family_of_its_model(runs: Runs, tmp_path: Path) -> None:
+    llama = replace(model_config("llama:nano", 257), tie_word_embeddings=False)
+    paths = [runs.make(seed) for seed in (1, 2, 3)]
+    for path in paths:
+        runs.settings[path] = runs.settings[path][0], llama
+    make_reference(paths, tmp_path / "curve.csv")
+    reference = read_reference(tmp_path / "curve.csv")
+    assert reference.model == llama
+    compare(paths[0], reference)
+    runs.settings[paths[0]] = runs.settings[paths[0]][0], replace(llama, rope_theta=500.0)
+    with pytest.raises(ConfigError, match=r"rope_theta 500\.0.*Llama.*rope_theta 10000\.0"):
+        compare(paths[0], reference)
+    text = (tmp_path / "curve.csv").read_text().replace('"family": "llama"', '"family": "bert"')
+    (tmp_path / "curve.csv").write_text(text)
+    with pytest.raises(DataError, match=r"the comments 'model' and .* are missing or damaged"):
+        read_reference(tmp_path / "curve.csv")
+
+
+def test_a_reference_without_a_family_is_of_a_gpt2(curve: Path) -> None:
+    curve.write_text(curve.read_text().replace('"family": "gpt2", ', ""))
+    assert "family" not in curve.read_text()
+    assert read_reference(curve).model == model_config("nano", 257)
+
+
 def test_runs_of_other_lengths_or_models_make_no_reference(runs: Runs, tmp_path: Path) -> None:
     paths = [runs.make(1), runs.make(2), runs.make(3, steps=STEPS - 1)]
     runs.settings[paths[2]] = replace(runs.settings[paths[1]][0], seed=3), model_config("nano", 257)

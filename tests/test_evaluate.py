@@ -15,7 +15,7 @@ import torch
 from checkpoints import seal
 from devices import every_device
 from models import new_model, random_batch, training_step
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from gpu_gpt2.data.corpus import python_docs
 from gpu_gpt2.data.loader import sequential_batches
@@ -43,14 +43,24 @@ V, T = 257, 24  # the vocabulary of --tokenizer bytes, and the context
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def torch_model(tmp_path_factory: pytest.TempPathFactory) -> GPT2LMHeadModel:
+CONFIGS = {
+    "gpt2": GPT2Config(
+        vocab_size=V, n_positions=T, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
+    ),
+    "llama": LlamaConfig(
+        vocab_size=V, max_position_embeddings=T, hidden_size=32, intermediate_size=40,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def torch_model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> PreTrainedModel:
     """A small model in a Hugging Face folder of its own, far from uniform."""
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=V, n_positions=T, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
-    )
-    model = GPT2LMHeadModel(config).eval()
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     GPT2Tokenizer.of_bytes().save(folder)
@@ -59,7 +69,7 @@ def torch_model(tmp_path_factory: pytest.TempPathFactory) -> GPT2LMHeadModel:
 
 
 def our_model(
-    torch_model: GPT2LMHeadModel, B: int, device: str = "cpu", dtype: str = "fp32"
+    torch_model: PreTrainedModel, B: int, device: str = "cpu", dtype: str = "fp32"
 ) -> Model:
     source = open_model(torch_model.folder)
     model = new_model(source.config, device, dtype, B=B, T=T, training=False)
@@ -81,7 +91,7 @@ def some_examples(count: int, longest: int = T // 2) -> list[Example]:
 
 
 @torch.no_grad()
-def torch_losses(model: GPT2LMHeadModel, example: Example) -> list[float]:
+def torch_losses(model: PreTrainedModel, example: Example) -> list[float]:
     """Mean loss of each completion, one row at a time: no padding, no masks."""
     found = []
     for completion in example.completions:
@@ -99,7 +109,7 @@ def single_losses(model: Model, batches: list[Batch]) -> np.ndarray:
 
 @every_device
 def test_losses_that_add_up_are_the_mean_of_all_targets(
-    torch_model: GPT2LMHeadModel, dtype: str, device: str
+    torch_model: PreTrainedModel, dtype: str, device: str
 ) -> None:
     """Batches of three shapes; more full ones than are added up in float32."""
     B, row, count = (2, 3, 107) if device == "emulator" else (3, T, 3 * 35 * T + T + 5)
@@ -113,7 +123,7 @@ def test_losses_that_add_up_are_the_mean_of_all_targets(
     assert loss == mean_loss(model, batches)
 
 
-def test_many_batches_add_up_without_drift(torch_model: GPT2LMHeadModel) -> None:
+def test_many_batches_add_up_without_drift(torch_model: PreTrainedModel) -> None:
     """Equal losses are rounded alike in every float32 sum, so the errors do not cancel."""
     model = our_model(torch_model, 1)
     batch = Batch.of(np.array([[5]]), np.array([[9]]))
@@ -124,7 +134,7 @@ def test_many_batches_add_up_without_drift(torch_model: GPT2LMHeadModel) -> None
 
 
 def test_a_validation_reports_its_progress_and_can_be_stopped(
-    torch_model: GPT2LMHeadModel,
+    torch_model: PreTrainedModel,
 ) -> None:
     model = our_model(torch_model, 2)
     tokens = np.random.default_rng(0).integers(0, V, 5 * T + 4)
@@ -148,7 +158,7 @@ def test_a_validation_reports_its_progress_and_can_be_stopped(
     assert late == whole
 
 
-def test_hellaswag_in_a_run_changes_nothing(torch_model: GPT2LMHeadModel) -> None:
+def test_hellaswag_in_a_run_changes_nothing(torch_model: PreTrainedModel) -> None:
     """A trainer's model has the arena of a training batch, and goes on training afterwards."""
     examples = some_examples(23)
     expected = sum(answers(our_model(torch_model, 10), examples))
@@ -173,7 +183,7 @@ def test_hellaswag_in_a_run_changes_nothing(torch_model: GPT2LMHeadModel) -> Non
 
 
 def test_hellaswag_can_be_stopped(
-    torch_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+    torch_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = our_model(torch_model, 8)
     batches: list[Batch] = []
@@ -190,7 +200,7 @@ def test_hellaswag_can_be_stopped(
 
 @every_device
 def test_completions_cost_what_transformers_says(
-    torch_model: GPT2LMHeadModel, dtype: str, device: str
+    torch_model: PreTrainedModel, dtype: str, device: str
 ) -> None:
     small = device == "emulator"
     examples = some_examples(3, longest=3) if small else some_examples(23)
@@ -201,7 +211,7 @@ def test_completions_cost_what_transformers_says(
 
 
 @pytest.mark.parametrize("B", [4, 7, 8, 13, 100])
-def test_any_batch_finds_the_same_answers(torch_model: GPT2LMHeadModel, B: int) -> None:
+def test_any_batch_finds_the_same_answers(torch_model: PreTrainedModel, B: int) -> None:
     examples = some_examples(23)
     expected = [
         int(np.argmin(torch_losses(torch_model, example))) == example.label for example in examples
@@ -210,7 +220,7 @@ def test_any_batch_finds_the_same_answers(torch_model: GPT2LMHeadModel, B: int) 
     assert list(answers(our_model(torch_model, B), examples)) == expected
 
 
-def test_llmcs_way_counts_the_same(torch_model: GPT2LMHeadModel) -> None:
+def test_llmcs_way_counts_the_same(torch_model: PreTrainedModel) -> None:
     """llm.c fills rows of T, leaves in them what was there before, and masks what counts."""
     examples = some_examples(23)
     B = 10
@@ -241,16 +251,16 @@ def test_llmcs_way_counts_the_same(torch_model: GPT2LMHeadModel) -> None:
     assert sum(answers(model, examples)) == correct
 
 
-def test_the_first_of_equals_wins(torch_model: GPT2LMHeadModel) -> None:
+def test_the_first_of_equals_wins(torch_model: PreTrainedModel) -> None:
     same = (np.array([5, 6]),) * 4
     examples = [Example(context=np.array([1]), completions=same, label=i) for i in range(4)]
     model = our_model(torch_model, 4)
     assert list(answers(model, examples)) == [True, False, False, False]
 
 
-def test_damaged_weights_are_named(torch_model: GPT2LMHeadModel) -> None:
+def test_damaged_weights_are_named(torch_model: PreTrainedModel) -> None:
     model = our_model(torch_model, 4)
-    model.params.wpe[0] = np.nan
+    model.params.lnfw[0] = np.nan
     with pytest.raises(CheckpointError, match="weights are damaged"):
         list(answers(model, some_examples(1)))
 
@@ -282,7 +292,7 @@ def run(run: Run) -> Run:
 
 
 @torch.no_grad()
-def torch_mean_loss(model: GPT2LMHeadModel, texts: list[list[int]], T: int) -> float:
+def torch_mean_loss(model: PreTrainedModel, texts: list[list[int]], T: int) -> float:
     """Of every token but each text's first, in rows of T that begin one after the other."""
     losses: list[float] = []
     for text in texts:
@@ -308,7 +318,7 @@ def printed(out: str) -> tuple[float, float, float | None, int]:
     ("options", "row"), [((), T), (("--batch-size", "3", "--seq-len", "7"), 7)]
 )
 def test_all_of_a_text_counts(
-    torch_model: GPT2LMHeadModel, run: Run, options: tuple[str, ...], row: int
+    torch_model: PreTrainedModel, run: Run, options: tuple[str, ...], row: int
 ) -> None:
     text = "\ufeffnaïve cafés: £5\n" * 9
     Path("text.txt").write_text(text, "utf-8")
@@ -323,7 +333,7 @@ def test_all_of_a_text_counts(
     assert count == len(content)
 
 
-def test_token_files_by_a_pattern(torch_model: GPT2LMHeadModel, run: Run) -> None:
+def test_token_files_by_a_pattern(torch_model: PreTrainedModel, run: Run) -> None:
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, V, n).tolist() for n in (60, 25, 2)]
     for i, tokens in enumerate(texts):
@@ -339,7 +349,7 @@ def test_token_files_by_a_pattern(torch_model: GPT2LMHeadModel, run: Run) -> Non
 
 
 def test_without_a_tokenizer_there_are_no_bits_per_byte(
-    torch_model: GPT2LMHeadModel, run: Run, tmp_path: Path
+    torch_model: PreTrainedModel, run: Run, tmp_path: Path
 ) -> None:
     torch_model.save_pretrained(tmp_path / "bare")
     write_tokens(Path("val.bin"), np.arange(50))
@@ -353,7 +363,7 @@ def test_without_a_tokenizer_there_are_no_bits_per_byte(
     assert "no tokenizer" in err
 
 
-def test_hellaswag(torch_model: GPT2LMHeadModel, run: Run) -> None:
+def test_hellaswag(torch_model: PreTrainedModel, run: Run) -> None:
     examples = some_examples(23)
     write_choices(Path("h.bin"), examples)
     right = sum(
@@ -399,7 +409,7 @@ def test_a_run_is_held_against_its_own_data(run: Run) -> None:
 
 
 def test_a_built_in_corpus_counts_as_far_as_it_is_held_out(
-    torch_model: GPT2LMHeadModel, run: Run, monkeypatch: pytest.MonkeyPatch
+    torch_model: PreTrainedModel, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gpu_gpt2.cli import evaluate
 
@@ -450,7 +460,7 @@ def _damage_training(folder: Path) -> None:
     ],
 )
 def test_bad_input(
-    torch_model: GPT2LMHeadModel, run: Run, args: tuple[str, ...], message: str
+    torch_model: PreTrainedModel, run: Run, args: tuple[str, ...], message: str
 ) -> None:
     Path("text.txt").write_text("some text")
     Path("latin1.txt").write_bytes(b"caf\xe9 " * 100)

@@ -18,6 +18,7 @@ from gpu_gpt2.formats import hf, llmc
 from gpu_gpt2.models.weights import Arena, load_arena
 from gpu_gpt2.open_model import open_model
 from gpu_gpt2.run import Run as TrainingRun
+from gpu_gpt2.tokenizer import GPT2Tokenizer
 from gpu_gpt2.train import train
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.schedule import learning_rate
@@ -287,3 +288,30 @@ def test_the_sizes_and_tokenizer_of_a_preset_give_way_to_those_of_the_model(
     )  # fmt: skip
     assert code == 1
     assert "--init-from squares has sizes of its own; leave out --n-layer (" in err
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama_of_transformers_is_fine_tuned(tied: bool, run: Run) -> None:
+    """It learns, what is saved is a Llama with the same head, and transformers has its loss."""
+    Path("counting.txt").write_text(COUNTING)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained("llama")
+    GPT2Tokenizer.of_bytes().save(Path("llama"))
+    fine_tune(run, "llama", "--lr", "0.01", "--weight-decay", "0")
+    losses = [r["val_loss"] for r in records("tuned") if "val_loss" in r]
+    assert losses[1] < losses[0] - 0.5
+    assert open_model("tuned").config == open_model("llama").config
+    folder = checkpoint.latest(Path("tuned"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.from_numpy(GPT2Tokenizer.of_bytes().encode(COUNTING).astype(np.int64))
+    T, count = 32, (len(ids) - 1) // 32
+    rows = ids[: count * T].reshape(count, T), ids[1 : count * T + 1].reshape(count, T)
+    with torch.no_grad():
+        logits = model(rows[0]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[1].flatten())
+    assert loss.item() == pytest.approx(losses[1], abs=5e-3)  # we count the end of the text too

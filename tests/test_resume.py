@@ -69,9 +69,10 @@ ACCUMULATED = {
 
 
 @every_device
-@pytest.mark.parametrize("recompute", [0, 3])
-def test_two_resumes_change_no_bit(dtype: str, device: str, recompute: int) -> None:
+@pytest.mark.parametrize(("model", "recompute"), [("nano", 0), ("nano", 3), ("llama:nano", 3)])
+def test_two_resumes_change_no_bit(model: str, dtype: str, device: str, recompute: int) -> None:
     more = {**ACCUMULATED, "dtype": dtype, "device": device, "recompute": recompute}
+    more["model"] = model
     if device == "emulator":
         more |= {"seq_len": 8, "total_batch_tokens": 32, "steps": 5, "eval_every": 0}
     more["lr_schedule"] = "constant"  # the parts are cut by --steps, on which the others depend

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from devices import CPU, KERNELS, every_device
-from models import TINY, new_model, noisy_weights, random_batch, training_step
+from models import TINY, TINY_LLAMA, new_model, noisy_weights, random_batch, training_step
 
-from gpu_gpt2.config import MAX_RECOMPUTE
+from gpu_gpt2.config import MAX_RECOMPUTE, ModelConfig
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.model import Model
 from gpu_gpt2.training.optimizer import AdamW
@@ -25,9 +25,9 @@ wide_devices = pytest.mark.parametrize(
 every_level = pytest.mark.parametrize("recompute", range(MAX_RECOMPUTE + 1))
 
 
-def built(device: str, dtype: str, recompute: int = 0) -> Model:
-    model = new_model(TINY, device, dtype, B=B, T=T, recompute=recompute)
-    model.load(noisy_weights(TINY, noise_seed=0))
+def built(device: str, dtype: str, recompute: int = 0, config: ModelConfig = TINY) -> Model:
+    model = new_model(config, device, dtype, B=B, T=T, recompute=recompute)
+    model.load(noisy_weights(config, noise_seed=0))
     return model
 
 
@@ -62,13 +62,16 @@ def found(model: Model, micro_steps: int = 1, loss_scale: float = 1.0) -> BadTen
 
 @every_device
 @every_level
-def test_a_healthy_step_has_no_bad_tensor(dtype: str, device: str, recompute: int) -> None:
+@pytest.mark.parametrize("config", [TINY, TINY_LLAMA], ids=["gpt2", "llama"])
+def test_a_healthy_step_has_no_bad_tensor(
+    config: ModelConfig, dtype: str, device: str, recompute: int
+) -> None:
     """The trace leaves no trace: the next steps give the bits of an optimizer without one."""
     ends = []
     for traced in (False, True):
-        model = built(device, dtype, recompute)
+        model = built(device, dtype, recompute, config)
         optimizer = AdamW(model)
-        optimizer.load(noisy_weights(TINY, noise_seed=0))
+        optimizer.load(noisy_weights(config, noise_seed=0))
         for _ in range(2):
             scale = optimizer.state().loss_scale
             if traced:
@@ -129,6 +132,30 @@ def test_an_op_without_weights_has_the_layer_of_the_op_before(
     assert bad is not None
     assert (bad.op, bad.tensor, bad.layer) == ("attention_fwd", "att", layer)
     assert (bad.row, bad.sequence, bad.position) == (0, 0, 0)
+
+
+@wide_devices
+@every_level
+@pytest.mark.parametrize("layer", [0, 1])
+def test_an_overflow_of_swiglu(layer: int, dtype: str, device: str, recompute: int) -> None:
+    """Large gates and up projections of channel 3 are finite; their products are not."""
+    model = built(device, dtype, recompute, TINY_LLAMA)
+    plant(model, "fcw", (layer, [3, TINY_LLAMA.n_inner + 3]), 1e25)
+    bad = found(model)
+    assert bad is not None
+    assert (bad.op, bad.kind, bad.tensor) == ("swiglu_fwd", "activation", "swiglu")
+    assert (bad.layer, bad.column) == (layer, 3)
+
+
+@wide_devices
+def test_a_gradient_of_an_untied_head(dtype: str, device: str) -> None:
+    """The head's row of the first target is large, and its gradient is not finite."""
+    model = built(device, dtype, config=replace(TINY_LLAMA, tie_word_embeddings=False))
+    plant(model, "lnfw", slice(None), 1e30)
+    plant(model, "head", slice(None), 0.0)
+    bad = found(model, loss_scale=2.0**40)
+    assert bad is not None
+    assert (bad.op, bad.kind, bad.tensor, bad.layer) == ("matmul", "gradient", "head", None)
 
 
 @every_device

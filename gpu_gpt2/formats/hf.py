@@ -131,9 +131,7 @@ def write_model(
     settings = {
         "architectures": [family.architecture],
         "model_type": config.family,
-        **family.settings(config),
-        "bos_token_id": source.eot,  # the mark that ends a text also stands before the first one
-        "eos_token_id": source.eot,
+        **family.settings(config, source.eot),
         "torch_dtype": source.dtype.name,  # the key that every transformers understands
     }
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -86,8 +86,11 @@ class HFFamily(ABC):
         """Returns the sizes of a model without config.json from its shapes. Raises DataError."""
 
     @abstractmethod
-    def settings(self, config: Any) -> dict[str, Any]:
-        """Returns the entries of config.json that describe a model of the family."""
+    def settings(self, config: Any, eot: int | None) -> dict[str, Any]:
+        """Returns the entries of config.json that describe a model of the family.
+
+        `eot` ends a text, and stands before the first one too.
+        """
 
     def check_supported(self, path: Path, values: Mapping[str, Any]) -> None:
         """Raises DataError if a setting in the config.json at `path` has an unsupported value."""

@@ -109,11 +109,13 @@ class HFGPT2(HFFamily):
         except ConfigError as error:
             raise DataError(f"{where}: {error}") from error
 
-    def settings(self, config: GPT2Config) -> dict[str, Any]:
+    def settings(self, config: GPT2Config, eot: int | None) -> dict[str, Any]:
         return {
             **asdict(config),
             **{name: values[0] for name, values in _SUPPORTED.items()},
             "n_inner": None,
+            "bos_token_id": eot,
+            "eos_token_id": eot,
             "embd_pdrop": 0.0,  # trained without dropout
             "resid_pdrop": 0.0,
             "attn_pdrop": 0.0,

@@ -110,7 +110,7 @@ class HFLlama(HFFamily):
             f"model's config.json beside the file"
         )
 
-    def settings(self, config: LlamaConfig) -> dict[str, Any]:
+    def settings(self, config: LlamaConfig, eot: int | None) -> dict[str, Any]:
         return {
             **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
             "head_dim": config.head_size,
@@ -120,6 +120,8 @@ class HFLlama(HFFamily):
             "rope_theta": config.rope_theta,
             "rope_scaling": None,
             **{name: values[0] for name, values in _SUPPORTED.items() if values[0] is not None},
+            "bos_token_id": eot,
+            "eos_token_id": eot,
             "attention_dropout": 0.0,  # trained without dropout
         }
 

@@ -1,6 +1,6 @@
 """Checkpoints of a run. Each is written whole or not at all, and read only if no bit is wrong.
 
-A checkpoint is the folder RUN/step_00000500: a Hugging Face GPT-2 folder with its tokenizer, plus
+A checkpoint is the folder RUN/step_00000500: a Hugging Face folder with its tokenizer, plus
 optimizer.safetensors (m.* and v.* of every parameter), training.json, and manifest.json with the
 SHA-256 of every other file. It is written under a hidden name and renamed when every byte is on the
 disk, so a folder with the final name is complete.
