@@ -90,9 +90,9 @@ def prepare(
 
     data: the name of a built-in corpus; the path of a text or token file; a folder of shards; or
     a pattern such as 'data/fineweb_train_*.bin'. tokenizer_spec: "gpt2", "bytes", "bpe:N",
-    "llama2c:N" or the path of a tokenizer. val_data: the path of a text or of token files to validate on; all of
-    `data` is then trained on. val_tokens: the most tokens to hold out, MAX_VAL_TOKENS if not given.
-    A text is tokenised once and then read from a cache.
+    "llama2c:N" or the path of a tokenizer. val_data: the path of a text or of token files to
+    validate on; all of `data` is then trained on. val_tokens: the most tokens to hold out,
+    MAX_VAL_TOKENS if not given. A text is tokenised once and then read from a cache.
     """
     most = MAX_VAL_TOKENS if val_tokens is None else val_tokens
     vocab_size_of(tokenizer_spec)

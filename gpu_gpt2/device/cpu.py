@@ -15,6 +15,14 @@ from gpu_gpt2.device.source import KernelSource
 from gpu_gpt2.errors import LaunchError
 
 ACCUMULATE_CHUNK: Final = 1 << 20  # elements of a temporary result, so that it stays in cache
+# The most rows for which a matrix-vector product for each is faster than one matmul: OpenBLAS first
+# copies the weights into another order, which pays off from about eight rows on.
+MAX_VECTORS: Final = 6
+# Elements of the smallest weight that is multiplied so: smaller ones stay in cache in either way.
+MIN_VECTOR_WEIGHT: Final = 1 << 16
+# Elements of a block of weights in such products: as many as stay in cache, and so many that
+# OpenBLAS lets all cores multiply them.
+VECTOR_BLOCK: Final = 1 << 20
 
 
 class CpuDevice(Device):
@@ -81,6 +89,8 @@ class CpuDevice(Device):
             rows = max(1, ACCUMULATE_CHUNK // out.shape[1])
             for i in range(0, out.shape[0], rows):
                 out[i : i + rows] += np.matmul(a[i : i + rows], b)
+        elif 1 < len(a) <= MAX_VECTORS and b.size >= MIN_VECTOR_WEIGHT and b.T.flags.c_contiguous:
+            _matmul_by_vectors(out, a, b.T)
         else:
             np.matmul(a, b, out=out)
 
@@ -100,3 +110,14 @@ class CpuDevice(Device):
         shared_bytes: int,
     ) -> None:
         raise LaunchError(f"{name}: the CPU runs NumPy; kernels run on 'cuda' or the 'emulator'")
+
+
+def _matmul_by_vectors(out: Array, x: Array, w: Array) -> None:
+    """out (N, O) = x (N, I) @ w.T (I, O), with a matrix-vector product for each row of x.
+
+    All rows of x are multiplied by one block of w, which stays in cache, before the next one.
+    """
+    step = max(1, VECTOR_BLOCK // w.shape[1])
+    vectors = x[:, :, None]
+    for i in range(0, len(w), step):
+        np.matmul(w[i : i + step], vectors, out=out[:, i : i + step, None])

@@ -61,13 +61,24 @@ BLOCK_ELEMENTS: Final = 1 << 17
 # takes as long as multiplying a row by such a matrix.
 INT8_BLOCK_ELEMENTS: Final = 1 << 20
 SCORE_ELEMENTS: Final = 1 << 19  # attention scores that one thread holds at once: 2 MiB in float32
+# Elements of cached keys that a thread reads at once while decoding. Reading fewer takes less time
+# than waking another thread.
+CACHE_ELEMENTS: Final = 1 << 18
+# Elements of a row of logits for each maximum with which the search for the largest ones begins.
+LOGITS_PER_MAXIMUM: Final = 64
 
 _TURN: Final = threading.RLock()  # held by the op that uses all cores: one op at a time
 
 
 @functools.cache
+def _cores() -> int:
+    """Returns the number of cores; the system takes up to 0.1 ms to tell it."""
+    return os.cpu_count() or 1
+
+
+@functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="reference-ops")
+    return ThreadPoolExecutor(_cores(), thread_name_prefix="reference-ops")
 
 
 @functools.cache
@@ -85,6 +96,8 @@ def _by_blocks(
     Threads run in parallel because NumPy releases the interpreter lock in each array operation.
     """
     step = max(1, elements // row_size)
+    if rows <= step:
+        return [work(slice(0, rows))]
     blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
     return _in_parallel(blocks, work)
 
@@ -95,10 +108,9 @@ def _in_parallel(items: list[Item], work: Callable[[Item], Result]) -> list[Resu
     BLAS is limited to the thread that calls it: when several threads each split their matmul
     over all cores, the matmuls wait for each other (attention took 20 times as long).
     """
-    # os.cpu_count takes longer than an op on one row: when text is generated, there is one item.
-    threads = min(os.cpu_count() or 1, len(items)) if len(items) > 1 else 1
-    if threads == 1:
-        return [work(item) for item in items]
+    threads = 1 if len(items) == 1 else min(_cores(), len(items))
+    if threads <= 1:
+        return _each(work, items)
     cuts = [len(items) * i // threads for i in range(threads + 1)]
     runs = [items[start:stop] for start, stop in itertools.pairwise(cuts)]
     with _TURN, _blas().limit(limits=1):
@@ -185,6 +197,15 @@ class ReferenceOps(Ops):
         b: NDArray,
         eps: float,
     ) -> None:
+        if len(x) == 1:  # scalars of Python take less time than arrays of one element
+            mean[0] = m = float(x[0].dot(_ones(x.shape[1], x.dtype))) / x.shape[1]
+            np.subtract(x, m, out=y)
+            rstd[0] = r = 1.0 / math.sqrt(float(y[0].dot(y[0])) / x.shape[1] + eps)
+            np.multiply(y, r, out=y)
+            np.multiply(y, w, out=y)
+            np.add(y, b, out=y)
+            return
+
         def work(i: slice) -> None:
             np.dot(x[i], _ones(x.shape[1], x.dtype), out=mean[i])
             mean[i] /= x.shape[1]
@@ -248,6 +269,12 @@ class ReferenceOps(Ops):
     # --- RMSNorm ---
 
     def rmsnorm_fwd(self, y: NDArray, rstd: NDArray, x: NDArray, w: NDArray, eps: float) -> None:
+        if len(x) == 1:  # as in layernorm_fwd
+            rstd[0] = r = 1.0 / math.sqrt(float(x[0].dot(x[0])) / x.shape[1] + eps)
+            np.multiply(x, r, out=y)
+            np.multiply(y, w, out=y)
+            return
+
         def work(i: slice) -> None:
             mean_square = np.einsum("nc,nc->n", x[i], x[i])
             mean_square /= x.shape[1]
@@ -345,12 +372,13 @@ class ReferenceOps(Ops):
     def kv_append(self, k: NDArray, v: NDArray, qkv: NDArray, starts: NDArray) -> None:
         (_, G, S, _), (_, T, R, _) = k.shape, qkv.shape
         check_heads("kv_append", R, R - 2 * G, G)
+        rows = qkv.swapaxes(1, 2)  # (B, R, T, D)
+        keys, values = rows[:, R - 2 * G : R - G], rows[:, R - G :]
         for b, start in enumerate(starts.tolist()):
             T_kept = min(T, S - start)
             if T_kept > 0:
-                rows = qkv[b, :T_kept].swapaxes(0, 1)  # (R, T_kept, D)
-                k[b, :, start : start + T_kept] = rows[R - 2 * G : R - G]
-                v[b, :, start : start + T_kept] = rows[R - G :]
+                k[b, :, start : start + T_kept] = keys[b, :, :T_kept]
+                v[b, :, start : start + T_kept] = values[b, :, :T_kept]
 
     def attention_decode(
         self, y: NDArray, qkv: NDArray, k: NDArray, v: NDArray, starts: NDArray
@@ -359,15 +387,24 @@ class ReferenceOps(Ops):
         check_heads("attention_decode", qkv.shape[2], H, G)
         q = qkv[:, 0, :H].reshape(B, G, H // G, D) * qkv.dtype.type(1.0 / math.sqrt(D))
         y_heads = y.reshape(B, G, H // G, D)
-        # Memory binds, and a second thread gained nothing on two cores. BLAS is limited to one too,
-        # because matmuls of so few rows that it split over busy cores took up to 100 times as long.
-        with _TURN, _blas().limit(limits=1):
-            for b, count in enumerate((np.minimum(starts, S - 1) + 1).tolist()):
-                p = q[b] @ k[b, :, :count].swapaxes(-1, -2)  # (G, H / G, count)
-                p -= p.max(axis=-1, keepdims=True)
-                np.exp(p, out=p)
-                np.matmul(p, v[b, :, :count], out=y_heads[b])
-                y_heads[b] /= p.sum(axis=-1, keepdims=True)
+        counts = [min(start + 1, S) for start in starts.tolist()]
+
+        def work(part: slice) -> None:
+            """Neighbours that see as many positions, computed as one batch of matmuls."""
+            seen = part, slice(None), slice(counts[part.start])
+            p = q[part] @ k[seen].swapaxes(-1, -2)  # (b, G, H / G, count)
+            p -= p.max(axis=-1, keepdims=True)
+            np.exp(p, out=p)
+            np.matmul(p, v[seen], out=y_heads[part])
+            y_heads[part] /= p.sum(axis=-1, keepdims=True)
+
+        parts, start = [], 0
+        for count, neighbours in itertools.groupby(counts):
+            stop = start + len(list(neighbours))
+            step = max(1, CACHE_ELEMENTS // (G * count * D))
+            parts += [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
+            start = stop
+        _in_parallel(parts, work)
 
     # --- softmax ---
 
@@ -500,10 +537,14 @@ class ReferenceOps(Ops):
         settings = sample_scalars(vocab_size, temperature, top_k, top_p)
         words = int(key[0]) & MASK, int(key[1]) & MASK
         starts += 1
-        for b, start in enumerate(starts.tolist()):
-            low, high, *_ = philox((start & MASK, b, 0, 0), words)
-            row = logits[b, :vocab_size].astype(np.float32, copy=False)
-            tokens[b] = _drawn_token(row, settings, high << 32 | low)
+
+        def work(rows: slice) -> None:
+            for b, start in enumerate(starts[rows].tolist(), rows.start):
+                low, high, *_ = philox((start & MASK, b, 0, 0), words)
+                row = logits[b, :vocab_size].astype(np.float32, copy=False)
+                tokens[b] = _drawn_token(row, settings, high << 32 | low)
+
+        _by_rows(logits, work)
 
     # --- int8 matmuls ---
 
@@ -779,23 +820,49 @@ def _add_losses(losses: NDArray, x: NDArray, targets: NDArray) -> NDArray:
 
 def _drawn_token(row: NDArray, settings: SampleScalars, random_bits: int) -> int:
     """Returns the token that `sample` draws from a row of logits (V,) float32, or -1."""
-    largest = row.max()
-    if not np.isfinite(largest):  # a NaN among the logits makes the largest one a NaN
+    first = int(row.argmax())  # of the first NaN if there is one
+    largest = row[first]
+    if not math.isfinite(largest):
         return -1
     if settings.scale == 0:
-        return int(row.argmax())
-    least = -np.inf  # the smallest logit that is kept
+        return first
+    ids = None
     if settings.top_k:
-        least = np.partition(row, row.size - settings.top_k)[row.size - settings.top_k]
+        ids = _largest_ids(row, settings.top_k)
+        row = row[ids]
     if settings.share:
-        ordered = np.sort(row[row >= least])[::-1]
+        ordered = np.sort(row)[::-1]
         running = np.cumsum(_integer_weights(ordered, largest, settings.scale))
         target = -(-int(running[-1]) * settings.share >> 63)  # top_p of the total, rounded up
-        least = ordered[np.searchsorted(running, target)]
-    (ids,) = (row >= least).nonzero()
-    running = np.cumsum(_integer_weights(row[ids], largest, settings.scale))
+        kept = np.flatnonzero(row >= ordered[np.searchsorted(running, target)])
+        row, ids = row[kept], kept if ids is None else ids[kept]
+    running = np.cumsum(_integer_weights(row, largest, settings.scale))
     drawn = random_bits * int(running[-1]) >> 64
-    return int(ids[np.searchsorted(running, drawn, side="right")])
+    place = int(np.searchsorted(running, drawn, side="right"))
+    return place if ids is None else int(ids[place])
+
+
+def _largest_ids(row: NDArray, k: int) -> NDArray:
+    """Returns the rising ids of the k largest elements of row (V,), and of all equal to the last.
+
+    At least k elements reach the k-th largest of the maxima of disjoint parts of the row. So all
+    others are left out at first, if there are so many parts.
+    """
+    parts = row.size // LOGITS_PER_MAXIMUM
+    if parts < k:
+        return np.flatnonzero(row >= _kth_largest(row, k))
+    maxima = row[: parts * LOGITS_PER_MAXIMUM].reshape(LOGITS_PER_MAXIMUM, parts).max(axis=0)
+    ids = np.flatnonzero(row >= _kth_largest(maxima, k))
+    candidates = row[ids]
+    kept: NDArray = ids[candidates >= _kth_largest(candidates, k)]
+    return kept
+
+
+def _kth_largest(x: NDArray, k: int) -> np.float32:
+    """Returns the k-th largest element of x (n,), 1 <= k <= n."""
+    place = x.size - k
+    largest: np.float32 = np.partition(x, place)[place]
+    return largest
 
 
 def _integer_weights(row: NDArray, largest: np.float32, scale: float) -> NDArray:
