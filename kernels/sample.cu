@@ -228,7 +228,7 @@ __device__ inline uint64 random_bits(int position, int sequence, const int* key)
 // `drawn`, to one lane; -1 to the others. The whole warp calls this function.
 __device__ inline int token_in_segment(const Row& row, unsigned int least, uint64 drawn) {
     int lane = threadIdx.x % WARP;
-    for (int c = row.begin;; c += PIECE_STRIDE) {
+    for (int c = row.begin; c - lane * WIDTH < row.end; c += PIECE_STRIDE) {
         float values[WIDTH];
         uint64 weights[WIDTH];
         load_logits(values, row, c);
@@ -258,6 +258,7 @@ __device__ inline int token_in_segment(const Row& row, unsigned int least, uint6
         }
         drawn -= __shfl_sync(0xffffffffu, running, WARP - 1);
     }
+    return -1;  // not reached if the segment's weight is above `drawn`
 }
 
 extern "C" __global__ void sample(int* tokens, int* starts, const floatX* logits, const int* key,

@@ -288,6 +288,47 @@ def test_weights_are_the_same_integers_as_in_numpy(
         np.testing.assert_allclose(found, exact, rtol=4e-6, atol=1.0)
 
 
+TOKENS_AT = """
+// tokens[i] = the token at the running sum drawn[i], given as a number of weights plus `offset`.
+extern "C" __global__ void tokens_at(int* tokens, const floatX* logits, const int* drawn, int V,
+                                     int offset) {
+    Row row;
+    row.logits = logits;
+    row.V = V;
+    row.begin = threadIdx.x * WIDTH;
+    row.end = V;
+    row.max = 0.0f;
+    row.scale = 1.0f;
+    uint64 at = ((uint64)drawn[blockIdx.x] << ONE_LOG2) + (long long)offset;
+    int token = token_in_segment(row, key_of(0.0f), at);
+    if (token >= 0) {
+        tokens[blockIdx.x] = token;
+    }
+}
+"""
+
+
+@kernel_devices
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_boundaries_between_tokens(
+    offset: int, kernel_folder: Path, dtype: str, device: str
+) -> None:
+    """Of 300 tokens every third is kept, and all kept ones have the weight 2^40."""
+    (kernel_folder / "tokens_at.cu").write_text((KERNELS / "sample.cu").read_text() + TOKENS_AT)
+    on = make_ops(device, dtype).device
+    logits = np.full(300, -1.0)
+    logits[::3] = 0.0
+    stored = upload(on, logits, X_DTYPES[dtype])
+    drawn = np.arange(100) + (offset < 0)
+    drawn = drawn[drawn < 100]
+    tokens = on.empty(drawn.shape, INT32)
+    width = 16 // stored.dtype.itemsize
+    args = (tokens, stored, upload(on, drawn, INT32), 300, offset)
+    kernel = kernel_source("tokens_at.cu", dtype, WIDTH=width)
+    on.launch(kernel, "tokens_at", drawn.shape, (32,), args)
+    np.testing.assert_array_equal(on.download(tokens), 3 * (drawn - (offset < 0)))
+
+
 # --- what is refused ---
 
 
