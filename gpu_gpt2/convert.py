@@ -17,7 +17,7 @@ from gpu_gpt2.formats.vocabulary import holds_vocabulary
 from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import Weights, WeightSource, pieces
 from gpu_gpt2.open_model import tokenizer_of
-from gpu_gpt2.tokenizer import GPT2Tokenizer, Llama2cTokenizer, Tokenizer
+from gpu_gpt2.tokenizer import GPT2Tokenizer, Llama2cTokenizer, Tokenizer, open_tokenizer
 
 TARGETS: Final = (
     "hf",
@@ -72,6 +72,22 @@ def convert(source: WeightSource, destination: Path, to: str, watch: Callable[[i
             f"cannot write {destination}: {e.strerror or e}; nothing of it is left, so mend that "
             f"and try again"
         ) from e
+
+
+def tokenizer_with(destination: Path, to: str, vocab_size: int) -> Path | None:
+    """The tokenizer's file or folder with which a converted model is opened; None without one."""
+    if to == "hf":
+        return destination if holds_vocabulary(destination) else None
+    if to.startswith("llmc"):
+        path: Path | None = destination.parent / tokenizer_bin.TOKENIZER_BIN
+    else:
+        path = tokenizer_beside(destination, vocab_size)
+    if path is None or not path.is_file():
+        return None
+    try:
+        return path if open_tokenizer(path).vocab_size == vocab_size else None
+    except DataError:
+        return None
 
 
 def _version(variant: str) -> int:
@@ -132,12 +148,18 @@ def _write_llmc_tokenizer(folder: Path, source: WeightSource) -> None:
 
 
 def _write_llama2c_tokenizer(model: Path, source: WeightSource) -> None:
-    """Writes tokenizer.bin beside a model, unless there is one, if the source's is llama2.c's."""
-    if tokenizer_beside(model, source.config.vocab_size) is not None:
-        return
+    """Writes tokenizer.bin beside a model, if the source's is llama2.c's; it replaces no file.
+
+    If there is a tokenizer.bin of another model, the name is tok{V}.bin.
+    """
     tokenizer = _known_tokenizer(source)
-    if isinstance(tokenizer, Llama2cTokenizer):
-        tokenizer.save_bin(model.parent / TOKENIZER_BIN)
+    if not isinstance(tokenizer, Llama2cTokenizer):
+        return
+    for name in (TOKENIZER_BIN, f"tok{tokenizer.vocab_size}.bin"):
+        if tokenizer_with(model, "llama2c", tokenizer.vocab_size):
+            return
+        if not (path := model.parent / name).exists():
+            tokenizer.save_bin(path)
 
 
 def _known_tokenizer(source: WeightSource) -> Tokenizer | None:

@@ -155,6 +155,23 @@ def test_the_tokenizer_beside_a_model(run: Run) -> None:
     assert json.loads(Path("out/config.json").read_text())["bos_token_id"] == 1
 
 
+def test_a_tokenizer_of_another_model_stays(run: Run) -> None:
+    """The source's tokenizer is then written under the other name that llama2.c's models have."""
+    model_file(Path("a.bin"))
+    content = tokenizer_file(Path("tok288.bin")).read_bytes()
+    Path("new").mkdir()
+    Path("new/tokenizer.bin").write_bytes(content + b"\0\0\0\0\2\0\0\0zz")
+    code, out, err = run("convert", "a.bin", "new/model", "--to", "llama2c-v0")
+    assert (code, err) == (0, "")
+    assert "its tokenizer for llama2.c's programs: new/tok288.bin" in out
+    assert Path("new/tok288.bin").read_bytes() == content
+    assert Path("new/tokenizer.bin").stat().st_size == len(content) + 10
+    Path("tok288.bin").unlink()
+    Path("new/tok288.bin").unlink()
+    _, out, _ = run("convert", "a.bin", "new/other.bin", "--to", "llama2c-v0")
+    assert "no tokenizer.bin: the source has no tokenizer" in out
+
+
 def test_a_vocabulary_that_tokenizer_bin_cannot_hold(run: Run) -> None:
     config = replace(A, vocab_size=257)
     hf.write_model(Path("folder"), InitialWeights(config=config, seed=1))

@@ -10,7 +10,7 @@ import typer
 
 from gpu_gpt2.cli.common import bytes_progress, say
 from gpu_gpt2.config import GPT2_VOCAB_SIZE
-from gpu_gpt2.convert import TARGETS, bytes_of
+from gpu_gpt2.convert import TARGETS, bytes_of, tokenizer_with
 from gpu_gpt2.convert import convert as convert_model
 from gpu_gpt2.open_model import open_model
 
@@ -48,7 +48,7 @@ def convert(
         f"{c.vocab_size}, context {c.n_positions}, from {source.dtype} to {to}"
     )
     program = to.replace("llama2c", "llama2.c").replace("llmc", "llm.c").partition("-")[0]
-    tokenizer = open_model(dst).tokenizer_path
+    tokenizer = tokenizer_with(dst, to, c.vocab_size)
     if tokenizer is not None and to != "hf":
         say(f"its tokenizer for {program}'s programs: {tokenizer}")
     elif tokenizer is None and program == "llama2.c":
