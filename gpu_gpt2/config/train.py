@@ -205,7 +205,7 @@ class TrainConfig:
     )
     weight_decay: float = field(
         metadata=declare(
-            "AdamW weight decay of the matrices; biases and layernorms have none.",
+            "AdamW weight decay of the matrices; biases and norms have none.",
             _OPTIMIZER,
             metavar="RATE",
             minimum=0,
@@ -302,7 +302,7 @@ class TrainConfig:
         default=0,
         metadata=declare(
             "Level of activation recomputation in the backward pass, which saves memory: 0 none; "
-            "1 GELU; 2 GELU and layernorms; 3 whole layers, about a third more work.",
+            "1 GELU or SwiGLU; 2 also the norms; 3 whole layers, about a third more work.",
             _DEVICE,
             metavar="LEVEL",
             minimum=0,
