@@ -6,11 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import transformers
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -22,7 +25,7 @@ from gpu_gpt2.errors import ConfigError, DataError, DeviceError
 from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.ops.kernels import KernelOps
 from gpu_gpt2.ops.reference import ReferenceOps
-from gpu_gpt2.tools.bench import kernels, overhead, results, static, step
+from gpu_gpt2.tools.bench import generate, kernels, overhead, results, static, step
 from gpu_gpt2.tools.bench.cases import BenchCase, cases
 from gpu_gpt2.tools.bench.kernels import Limits
 from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
@@ -275,7 +278,7 @@ def project(tmp_path: Path) -> Path:
 
     (tmp_path / "docs/benchmarks").mkdir(parents=True)
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "README.md").write_text(marks("steps", "cpu steps"))
+    (tmp_path / "README.md").write_text(marks("steps", "cpu steps", "generate", "cpu generate"))
     (tmp_path / "kernels/README.md").write_text(marks("kernels", "static", "counts"))
     (tmp_path / "docs/training-options.md").write_text(marks("options"))
     return tmp_path
@@ -511,3 +514,137 @@ def test_the_overhead_of_a_run_is_measured_and_saved(
     row = overhead.Overhead(**saved["rows"][0])
     assert 0 < row.around_ms < row.run_ms
     assert row.bare_ms > 0
+
+
+def generated_row(name: str, token_ms: float, **changed: object) -> dict[str, Any]:
+    """A row of 2 GB of weights at 100 GB/s, which take 20 ms to read."""
+    return {
+        "name": name, "size": "d12, batch 1", "prompt_ms": 50.0, "token_ms": token_ms,
+        "fastest_ms": 24.0, "tokens_per_s": 1000 / token_ms, "weight_bytes": 2 * 10**9,
+        "read_gb_s": 100.0, "share": 20 / token_ms,
+    } | changed  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "elements"),
+    [
+        # Without wpe. Each of 2 layers has 12 C^2 weights and 13 C biases and layernorm weights.
+        ("nano", 50304 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32),
+        # The head is wte. F = 96; q and o are C^2 each, k and v half of it with half the heads.
+        ("llama:nano", 32000 * 32 + 2 * (3 * 32**2 + 3 * 32 * 96 + 2 * 32) + 32),
+    ],
+)
+def test_a_token_reads_all_weights_but_embeddings_that_are_only_looked_up(
+    model: str, elements: int
+) -> None:
+    assert generate.weight_bytes(model_config(model), "fp32") == 4 * elements
+    assert generate.weight_bytes(model_config(model), "bf16") == 2 * elements
+
+
+def test_an_embedding_beside_a_separate_head_does_not_count() -> None:
+    tied = model_config("llama:nano")
+    untied = replace(tied, tie_word_embeddings=False)
+    assert parameter_count(untied) > parameter_count(tied)
+    assert generate.weight_bytes(untied, "fp32") == generate.weight_bytes(tied, "fp32")
+
+
+@pytest.fixture
+def _generate_nano(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small matrix measures the bandwidth."""
+    monkeypatch.setitem(generate.COPY_BYTES, "cpu", 1 << 20)
+
+
+NANO = ("generate", "--device", "cpu", "--model", "nano", "--prompt-tokens", "5", "--tokens", "19")
+
+
+@pytest.mark.usefixtures("_generate_nano")
+def test_the_command_generate_times_both_programs_and_writes_json(tmp_path: Path) -> None:
+    path = tmp_path / "g.json"
+    more = ("--model", "llama:nano", "--batch-size", "1", "--batch-size", "3", "--json", str(path))
+    shown = CliRunner().invoke(app, ["bench", *NANO, *more])
+    assert shown.exit_code == 0, shown
+    assert "llama:nano, batch 3" in shown.output
+    found = json.loads(path.read_text())
+    assert found["kind"] == "cpu generate"
+    assert {"numpy", "torch", "transformers"} <= found["machine"].keys()
+    rows = [generate.GenerateTime(**row) for row in found["rows"]]
+    assert [(row.size, row.name) for row in rows] == [
+        (f"{model}, batch {batch}", name)
+        for model in ("nano", "llama:nano") for batch in (1, 3)
+        for name in (generate.OURS, generate.PEER)
+    ]  # fmt: skip
+    for row in rows:
+        batch = int(row.size[-1])
+        assert row.problem == ""
+        assert 0 < row.fastest_ms <= row.token_ms
+        assert row.prompt_ms > 0
+        assert row.tokens_per_s == pytest.approx(1000 * batch / row.token_ms)
+        bound_ms = row.weight_bytes / row.read_gb_s / 1e6
+        assert row.share == pytest.approx(bound_ms / row.token_ms)
+
+
+def test_transformers_generates_with_a_model_of_our_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    make = transformers.AutoModelForCausalLM.from_config
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM,
+        "from_config",
+        lambda config: models.append(make(config)) or models[-1],
+    )
+    prompts = np.zeros((2, 5), np.int32)
+    for config in (model_config("nano"), model_config("llama:nano")):
+        tokens = generate._transformers(CpuDevice(), "fp32", config, prompts)()
+        assert np.shape(next(tokens)) == (2, 1)
+        assert np.shape(next(tokens)) == (2, 1)
+        padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+        assert models[-1].num_parameters() == parameter_count(config) - padding
+
+
+@pytest.mark.usefixtures("_generate_nano")
+def test_our_generation_is_timed_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # not installed
+    shown = CliRunner().invoke(app, ["bench", *NANO, "--batch-size", "1"])
+    assert shown.exit_code == 0, shown
+    assert re.search(r"! transformers at nano, batch 1: transformers cannot .*pip in", shown.output)
+
+
+@pytest.mark.usefixtures("_generate_nano")
+def test_the_exit_status_is_1_if_our_generation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(CpuDevice, "free_memory", 1000)
+    shown = CliRunner().invoke(app, ["bench", *NANO, "--batch-size", "1"])
+    assert shown.exit_code == 1
+    assert "! gpu-gpt2 at nano, batch 1: the weights and the KV cache need 0.0 GB" in shown.output
+
+
+def test_the_command_generate_refuses_what_does_not_fit() -> None:
+    def problem(*args: str) -> str:
+        found = CliRunner().invoke(app, ["bench", *NANO, *args])
+        return str(found.exception) + found.output
+
+    assert "30 tokens of a prompt and 19 new ones do not fit into the context of nano, 32" in (
+        problem("--prompt-tokens", "30")
+    )
+    assert "unknown model 'd13'" in problem("--model", "d13")
+    assert "the emulator's times mean nothing" in problem("--device", "emulator")
+    assert "greater than or equal to 19" in problem("--tokens", "18")
+
+
+def test_a_result_of_generation_becomes_a_table_with_its_bound(project: Path) -> None:
+    rows = [
+        generated_row(generate.OURS, 25.0),
+        generated_row(generate.PEER, 50.0),
+        {"name": generate.OURS, "size": "llama:15m, batch 1", "problem": "out of memory"},
+    ]
+    result = kernels_result("2026-01-01", 1.0) | {"kind": "cpu generate", "rows": rows}
+    results.save(project / "docs/benchmarks/generate.json", result)
+    results.write_tables(project)
+    text = (project / "README.md").read_text()
+    assert "| d12, batch 1 | gpu-gpt2 | 50.00 | 25.00 | 24.00 | 40.0 | 80% |  |" in text
+    assert "|  | transformers | 50.00 | 50.00 | 24.00 | 20.0 | 40% | 2.00 x |" in text
+    assert "| llama:15m, batch 1 | gpu-gpt2 | failed |  |  |  |  |  |" in text
+    assert (
+        "reads 2,000.0 MB of weights; at the measured 100.0 GB/s that takes at least 20.00 ms"
+        in text
+    )
+    assert "gpu-gpt2 at llama:15m, batch 1: out of memory." in text

@@ -1,4 +1,4 @@
-"""`gpu-gpt2 bench`: times ops and training steps, and writes the tables of the documentation."""
+"""`gpu-gpt2 bench`: times ops, training and generation, and writes the documentation's tables."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from gpu_gpt2.config import AUTO, DEFAULTS, model_config
 from gpu_gpt2.device import base, choose_dtype, open_device
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops import ops_for
-from gpu_gpt2.tools.bench import kernels, overhead, results, static, step
+from gpu_gpt2.tools.bench import generate, kernels, overhead, results, static, step
 from gpu_gpt2.tools.bench.llmc_log import read_llmc_log
 
-bench_app = typer.Typer(no_args_is_help=True, help="Time ops and training steps on this machine.")
+bench_app = typer.Typer(
+    no_args_is_help=True, help="Time ops, training steps and text generation on this machine."
+)
 
 Steps = Annotated[
     int, typer.Option(min=5, metavar="STEPS", help="Timed steps, of which the median counts.")
@@ -177,6 +179,68 @@ def bench_overhead(
         f"({row.around_ms / row.bare_ms:.2%}) pass around the computation"
     )
     _save(json, "overhead", f"{size}, {dtype}", device, [asdict(row)])
+
+
+@bench_app.command("generate")
+def bench_generate(
+    device_name: Device = AUTO,
+    dtype: Dtype = AUTO,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Named model to time; may be given several times. Default: "
+            f"{', '.join(generate.MODELS)}.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="B",
+            help="Sequences that are generated at once; may be given several times. Default: "
+            f"{', '.join(map(str, generate.BATCH_SIZES))}.",
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, metavar="TOKENS", help="Tokens of each prompt.")
+    ] = 16,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            min=generate.MIN_TOKENS,
+            metavar="TOKENS",
+            help="New tokens of each sequence; the first ones are not timed.",
+        ),
+    ] = 64,
+    json: Json = None,
+) -> None:
+    """Time text generation of gpu-gpt2 and of transformers in one run.
+
+    The bound is the time to read all weights once at the bandwidth that is measured in the same
+    run: no program with a batch of 1 can be faster.
+    """
+    device = _timed_device(device_name)
+    dtype = choose_dtype(dtype, device)
+    models, batch_sizes = model or generate.MODELS, batch_size or generate.BATCH_SIZES
+    for name in models:
+        generate.check_length(name, prompt_tokens, tokens)
+    timing = generate.measure(
+        device, dtype, models, batch_sizes, prompt_tokens=prompt_tokens, tokens=tokens
+    )
+    total = 2 * len(models) * len(batch_sizes)
+    rows = list(track(timing, "timing", total=total, console=console, transient=True))
+    say(f"{dtype} on {device.name}, prompts of {prompt_tokens} tokens, medians of the new tokens")
+    show_table(generate.table(rows))
+    for line in generate.bounds(rows):
+        say(line)
+    for problem in generate.problems(rows):
+        say(f"! {problem}")
+    sizes = ", ".join(dict.fromkeys(row.size for row in rows))
+    what = f"{sizes}, prompts of {prompt_tokens}, {dtype}"
+    _save(json, "generate", what, device, [asdict(row) for row in rows])
+    if not any(row.token_ms for row in rows if row.name == step.OURS):
+        raise typer.Exit(1)
 
 
 @bench_app.command("tables")

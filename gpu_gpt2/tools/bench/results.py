@@ -23,18 +23,20 @@ from gpu_gpt2.config import AUTO, OPTIONS, Option, device_defaults
 from gpu_gpt2.device.base import Device
 from gpu_gpt2.device.cuda import cuda_versions
 from gpu_gpt2.errors import DataError
-from gpu_gpt2.tools.bench import kernels
+from gpu_gpt2.tools.bench import generate, kernels
 from gpu_gpt2.tools.bench.static import count_cells
 from gpu_gpt2.tools.bench.step import StepTime, problems, text_table
 
 SCHEMA: Final = 1  # version of the result files; files of another version are ignored
 FOLDER: Final = Path("docs/benchmarks")  # results and plots, relative to the project's root
-PACKAGES: Final = ("numpy", "torch")  # whose versions a result records: they decide the CPU's speed
+# Packages whose versions a result records: they decide the CPU's speed, and that of other programs.
+PACKAGES: Final = ("numpy", "torch", "transformers")
 # Exceptions raised by reading a JSON file that is no result, or that lacks a key of its kind.
 NOT_A_RESULT: Final = (ValueError, KeyError, TypeError, AttributeError, IndexError)
 # Texts that stand in place of a table without results.
 NOT_COMPILED: Final = "Not compiled yet: `gpu-gpt2 bench kernels --static --json FILE`."
 NOT_TIMED: Final = "Not timed yet: `gpu-gpt2 bench peers --device cpu --json FILE`."
+NOT_GENERATED: Final = "Not timed yet: `gpu-gpt2 bench generate --device cpu --json FILE`."
 UNMEASURED: Final = "Nothing has been measured on a GPU yet: [gpu-queue.md]({docs}/gpu-queue.md)."
 
 
@@ -43,9 +45,9 @@ def record(
 ) -> dict[str, Any]:
     """Returns a result with the command, commit, machine and date that produced it.
 
-    `kind` is "kernels", "static", "step" or "steps", to which "cpu " is prefixed for a CPU. `what`
-    names sizes and dtype: a newer result replaces an older one in the tables only if kind, GPU and
-    `what` are the same. `device` is None for "static", which needs none.
+    `kind` is "kernels", "static", "step", "steps" or "generate", to which "cpu " is prefixed for a
+    CPU. `what` names sizes and dtype: a newer result replaces an older one in the tables only if
+    kind, GPU and `what` are the same. `device` is None for "static", which needs none.
     """
     if device is not None and not device.is_gpu:
         kind = f"cpu {kind}"
@@ -113,6 +115,8 @@ def write_tables(root: Path) -> list[Path]:
         root / "README.md": {
             "steps": tables("steps", _steps, UNMEASURED.format(docs="docs")),
             "cpu steps": tables("cpu steps", _steps, NOT_TIMED),
+            "generate": tables("generate", _generated, UNMEASURED.format(docs="docs")),
+            "cpu generate": tables("cpu generate", _generated, NOT_GENERATED),
         },
         root / "kernels/README.md": {
             "kernels": tables("kernels", with_plot, UNMEASURED.format(docs="../docs")),
@@ -185,6 +189,12 @@ def _steps(result: Mapping[str, Any]) -> str:
     rows = [StepTime(**row) for row in result["rows"]]
     parts = [_markdown(*text_table(rows)), *(f"{problem}." for problem in problems(rows))]
     return _with_source(result, "\n\n".join(parts))
+
+
+def _generated(result: Mapping[str, Any]) -> str:
+    rows = [generate.GenerateTime(**row) for row in result["rows"]]
+    lines = (f"{line}." for line in (*generate.bounds(rows), *generate.problems(rows)))
+    return _with_source(result, "\n\n".join([_markdown(*generate.text_table(rows)), *lines]))
 
 
 def _kernels(result: Mapping[str, Any]) -> str:

@@ -121,7 +121,7 @@ def measure_ours(
     matmul_tflops: TFLOP/s of a large matmul in `dtype` on `device`, as in bench.kernels.Limits.
     Raises ConfigError, before anything is allocated, if the step does not fit into the memory.
     """
-    _free_memory(device)  # arrays of an earlier program would count in our peak
+    free_memory(device)  # arrays of an earlier program would count in our peak
     config, tokens, targets = _inputs(size)
     memory = memory_plan(config, dtype, size.batch_size, size.seq_len, recompute)
     check_fits(memory, device.free_memory)
@@ -193,7 +193,7 @@ def measure_all(
             except Exception as error:  # a peer may fail in any way; the others still count
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 yield StepTime(name=name, size=str(size), problem=reason[:200])
-            _free_memory(device)
+            free_memory(device)
 
 
 def table(rows: Sequence[StepTime]) -> Table:
@@ -333,7 +333,7 @@ def _peak_bytes(device: Device) -> int:
     return 0 if "torch" in sys.modules and not device.is_gpu else device.peak_memory
 
 
-def _free_memory(device: Device) -> None:
+def free_memory(device: Device) -> None:
     """Frees the memory that an earlier program no longer uses, ours or PyTorch's."""
     gc.collect()
     device.release_memory()
