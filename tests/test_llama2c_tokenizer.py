@@ -295,7 +295,8 @@ def test_a_vocabulary_is_trained_on_a_text(tmp_path: Path) -> None:
     assert len(ids) < len(text) / 1.5
     trained.save(tmp_path)
     assert np.array_equal(open_tokenizer(tmp_path).encode(text), ids)
-    assert Llama2cTokenizer.train([text], 284).digest() == trained.digest()
+    for _ in range(5):
+        assert Llama2cTokenizer.train([text], 284).digest() == trained.digest()
 
 
 def test_rare_characters_are_left_to_the_bytes() -> None:

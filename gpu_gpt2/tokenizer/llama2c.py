@@ -11,6 +11,7 @@ import hashlib
 import heapq
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -77,16 +78,18 @@ class Llama2cTokenizer(Tokenizer):
         from tokenizers.trainers import BpeTrainer
 
         count = vocab_size - FIRST_PIECE
+        texts = [without_lone_surrogates(text) for text in documents]
+        alphabet = _alphabet(texts, max(1, count // 2))
         trained = Trained(BPE())
         trained.pre_tokenizer = Steps(
             [Split("\n", "removed"), Metaspace(), Digits(individual_digits=True)]
         )
         trained.train_from_iterator(
-            [without_lone_surrogates(text) for text in documents],
+            texts,
             BpeTrainer(
                 vocab_size=count,
-                limit_alphabet=max(1, count // 2),
-                initial_alphabet=[_SPACE],
+                limit_alphabet=len(alphabet),
+                initial_alphabet=alphabet,
                 show_progress=False,
             ),
         )
@@ -290,6 +293,21 @@ class Llama2cTokenizer(Tokenizer):
             "clean_up_tokenization_spaces": False,
         }
         return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+
+
+def _alphabet(texts: Sequence[str], count: int) -> list[str]:
+    """U+2581, which stands for a space, and the commonest other characters, `count` in all.
+
+    Of equally common characters the smaller code points are taken; the trainer of the tokenizers
+    library would take any of them.
+    """
+    counts = Counter[str]()
+    for text in texts:
+        counts.update(text)
+    for character in (" ", "\n", _SPACE):
+        del counts[character]
+    common = sorted(counts, key=lambda character: (-counts[character], character))
+    return [_SPACE, *common[: count - 1]]
 
 
 def _continues(byte: int) -> bool:
