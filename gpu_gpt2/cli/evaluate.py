@@ -119,7 +119,7 @@ def _given_data(data: str, source: WeightSource) -> tuple[Tokenizer | None, Sequ
             files = [text_file(path) for path in paths]
             documents = ["".join((*file.train, *file.val)) for file in files]
         ids = [np.r_[tokenizer.eot, tokenizer.encode(text)] for text in documents]
-        return tokenizer, [np.concatenate(ids).astype(np.uint16)]
+        return tokenizer, [np.concatenate(ids).astype(np.uint32)]
     texts = []
     for path in paths:
         texts.append(read_tokens(path))
