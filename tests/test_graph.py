@@ -24,7 +24,9 @@ from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.evaluate import completion_losses, validation_loss
 from gpu_gpt2.formats.multiple_choice import Example
 from gpu_gpt2.generate import generate
+from gpu_gpt2.models import families
 from gpu_gpt2.models.batch import Batch
+from gpu_gpt2.models.decoder import Decoder, Sampling
 from gpu_gpt2.models.init import initial_weights
 from gpu_gpt2.models.model import SHAPES_KEPT, Model
 from gpu_gpt2.ops.reference import ReferenceOps
@@ -93,7 +95,7 @@ class GraphDevice(CpuDevice):
 
 def test_every_shape_of_batch_has_its_own_graphs_which_are_made_once() -> None:
     device = GraphDevice()
-    model = new_model(TINY, ReferenceOps(device), max_batch=B, max_seq_len=T)
+    model = families.new_model(TINY, ReferenceOps(device), max_batch=B, max_seq_len=T)
     optimizer = AdamW(model)
     optimizer.load(initial_weights(TINY, 0))
     rng = np.random.default_rng(2)
@@ -114,7 +116,7 @@ def test_every_shape_of_batch_has_its_own_graphs_which_are_made_once() -> None:
 def graph_model(config: ModelConfig, *, B: int, T: int) -> tuple[Model, GraphDevice]:
     """A model with random weights on a device with graphs."""
     device = GraphDevice()
-    model = new_model(config, ReferenceOps(device), max_batch=B, max_seq_len=T)
+    model = families.new_model(config, ReferenceOps(device), max_batch=B, max_seq_len=T)
     model.load(noisy_weights(config, noise_seed=1))
     return model, device
 
@@ -152,24 +154,44 @@ def test_the_graphs_of_the_shape_used_least_recently_are_dropped() -> None:
     assert len(device.made) == SHAPES_KEPT + 2
 
 
-def test_sampling_makes_one_graph_for_64_lengths() -> None:
+def test_prompts_of_64_lengths_share_a_graph() -> None:
     """The last length is the context, which is no multiple of 64."""
     model, device = graph_model(LONG, B=2, T=LONG.n_positions)
     usual = new_model(LONG, B=1, T=LONG.n_positions, training=False)
     usual.load(noisy_weights(LONG, noise_seed=1))
-    tokens = np.random.default_rng(2).integers(0, LONG.vocab_size, (1, LONG.n_positions))
-    tokens = tokens.astype(np.int32)
+    decoders = [Decoder(m, batch=1, length=LONG.n_positions) for m in (model, usual)]
+    tokens = np.random.default_rng(2).integers(0, LONG.vocab_size, LONG.n_positions, np.int32)
     for n in range(1, LONG.n_positions + 1):
         device.launched.clear()
-        logits = model.forward(tokens[:, :n], last_only=True)
+        for decoder in decoders:
+            decoder.prefill([tokens[:n]])
         assert device.launched == [(n - 1) // 64]
-        assert logits.shape == (1, LONG.padded_vocab_size)
-        expected = usual.forward(tokens[:, :n], last_only=True)
+        logits, expected = (decoder.read_logits() for decoder in decoders)
         np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6)
     assert len(device.made) == 3
     assert usual.padded_length(5) == 5
-    texts = [list(generate(m, tokens[0, :3], max_tokens=140)) for m in (model, usual)]
-    assert texts[0] == texts[1]
+
+
+def test_every_new_token_is_one_graph() -> None:
+    """Also with another seed, and when the window slides, which is a prefill and a draw."""
+    model, device = graph_model(LONG, B=2, T=64)
+    usual = new_model(LONG, B=2, T=64, training=False)
+    usual.load(noisy_weights(LONG, noise_seed=1))
+    prompts = [np.arange(1, 31, dtype=np.int32), np.arange(40, 45, dtype=np.int32)]
+    decoders = [Decoder(m, batch=2, length=64) for m in (model, usual)]
+    for seed in (1, 2):
+        device.launched.clear()
+        sampling = Sampling(temperature=1.2, seed=seed)
+        rows, expected = (
+            list(generate(decoder, prompts, max_tokens=70, sampling=sampling))
+            for decoder in decoders
+        )
+        assert rows == expected
+        prefill, draw, step = 0, 1, 2
+        # The longer prompt leaves room for 34 tokens, and a window that has slid for 32.
+        slid = [prefill, draw, *[step] * 32]
+        assert device.launched == [prefill, draw, *[step] * 34, *slid, prefill, draw, step]
+    assert len(device.made) == 3
 
 
 def test_hellaswag_makes_few_graphs() -> None:
