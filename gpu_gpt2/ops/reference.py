@@ -540,9 +540,15 @@ class ReferenceOps(Ops):
 
         def work(rows: slice) -> None:
             for b, start in enumerate(starts[rows].tolist(), rows.start):
-                low, high, *_ = philox((start & MASK, b, 0, 0), words)
                 row = logits[b, :vocab_size].astype(np.float32, copy=False)
-                tokens[b] = _drawn_token(row, settings, high << 32 | low)
+                likeliest = int(row.argmax())  # that of a NaN, if there is one
+                if not math.isfinite(row[likeliest]):
+                    tokens[b] = -1
+                elif settings.scale == 0:
+                    tokens[b] = likeliest
+                else:
+                    low, high, *_ = philox((start & MASK, b, 0, 0), words)
+                    tokens[b] = _drawn_token(row, row[likeliest], settings, high << 32 | low)
 
         _by_rows(logits, work)
 
@@ -818,14 +824,10 @@ def _add_losses(losses: NDArray, x: NDArray, targets: NDArray) -> NDArray:
     return total
 
 
-def _drawn_token(row: NDArray, settings: SampleScalars, random_bits: int) -> int:
-    """Returns the token that `sample` draws from a row of logits (V,) float32, or -1."""
-    first = int(row.argmax())  # of the first NaN if there is one
-    largest = row[first]
-    if not math.isfinite(largest):
-        return -1
-    if settings.scale == 0:
-        return first
+def _drawn_token(
+    row: NDArray, largest: np.float32, settings: SampleScalars, random_bits: int
+) -> int:
+    """Returns the token that `sample` draws from a row of logits (V,) float32 at random."""
     ids = None
     if settings.top_k:
         ids = _largest_ids(row, settings.top_k)
