@@ -256,7 +256,7 @@ class Ops(ABC):
     )
     @abstractmethod
     def embedding_fwd(self, x: Array, tokens: Array, starts: Array, wte: Array, wpe: Array) -> None:
-        """x = wte[tokens] + wpe[starts + t]; tokens are in [0, V).
+        """x = wte[tokens] + wpe[starts + t]; tokens are in [0, V), and one below 0 counts as 0.
 
         starts[b] is the position of the first token of sequence b: 0 in training. wpe has a row for
         every position.
@@ -284,7 +284,7 @@ class Ops(ABC):
     @tensors("x (B, T, C) X =", "tokens (B, T) int32", "wte (Vp, C) X")
     @abstractmethod
     def token_embedding_fwd(self, x: Array, tokens: Array, wte: Array) -> None:
-        """x = wte[tokens]; tokens are in [0, V)."""
+        """x = wte[tokens]; tokens are in [0, V), and one below 0 counts as 0."""
 
     @tensors(
         "dwte (Vp, C) float32 +=",
