@@ -16,7 +16,12 @@ from gpu_gpt2.device.cuda import DEFAULT_SHARED_BYTES
 from gpu_gpt2.device.nvrtc import compile_for
 from gpu_gpt2.device.source import DTYPES, kernel_files, kernel_source
 from gpu_gpt2.errors import DeviceError, KernelError
-from gpu_gpt2.ops.kernels import FLASH_HEAD_SIZES, attention_decode_defines, flash_attention_defines
+from gpu_gpt2.ops.kernels import (
+    FLASH_HEAD_SIZES,
+    attention_decode_defines,
+    flash_attention_defines,
+    row_group_defines,
+)
 from gpu_gpt2.tools.bench.static import (
     ARCHITECTURES,
     HEAD_SIZES,
@@ -86,6 +91,13 @@ def test_kernels_with_compile_time_widths_compile_for_other_widths(C: int, n_hea
     for source in sources:
         for r in compile_for(source, "sm_80"):
             assert (r.stack_bytes, r.spill_bytes) == (0, 0), (source, r)
+
+
+@pytest.mark.parametrize(("C", "dtype"), [(2048, "bf16"), (4096, "bf16"), (1025, "fp32")])
+def test_rmsnorm_of_long_rows_spills_no_registers(C: int, dtype: str) -> None:
+    defines = row_group_defines("rmsnorm_fwd", C, 8 if dtype == "bf16" else 1)
+    for r in compile_for(kernel_source("rmsnorm.cu", dtype, **defines), "sm_90"):
+        assert (r.stack_bytes, r.spill_bytes) == (0, 0), (defines, r)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
