@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from cupy_backends.cuda.libs import nvrtc
 from rich.console import Console
 
 from gpu_gpt2.config import GPT2Config, model_config
 from gpu_gpt2.device.cuda import DEFAULT_SHARED_BYTES
-from gpu_gpt2.device.nvrtc import compile_for
+from gpu_gpt2.device.nvrtc import OPTIONS, compile_for
 from gpu_gpt2.device.source import DTYPES, kernel_files, kernel_source
 from gpu_gpt2.errors import DeviceError, KernelError
 from gpu_gpt2.ops.kernels import (
@@ -114,6 +116,22 @@ def test_decoding_for_groups_of_query_heads_spills_no_registers(head_size: int) 
         for r in compile_for(kernel_source("attention_decode.cu", "bf16", **defines), "sm_80"):
             assert (r.stack_bytes, r.spill_bytes) == (0, 0), (defines, r)
             assert r.shared_bytes <= DEFAULT_SHARED_BYTES, (defines, r)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("bf16", 8), ("fp16", 1)])
+def test_sampling_has_no_multiplication_that_may_be_fused_with_an_addition(
+    dtype: str, width: int
+) -> None:
+    """PTX's mul.rn and add.rn are never fused. mul multiplies by a power of two, which is exact."""
+    source = kernel_source("sample.cu", dtype, WIDTH=width)
+    program = nvrtc.createProgram(source.text, source.file, [], [])
+    nvrtc.compileProgram(program, [*source.options(), *OPTIONS, "-arch=compute_80"])
+    ptx = nvrtc.getPTX(program)
+    nvrtc.destroyProgram(program)
+    text = ptx.decode() if isinstance(ptx, bytes) else ptx
+    operations = re.findall(r"\b(?:fma|mad|add|mul|div)\.[\w.]*f32", text)
+    assert set(operations) == {"add.rn.ftz.f32", "mul.rn.ftz.f32", "mul.ftz.f32"}
+    assert operations.count("mul.ftz.f32") == text.count("cvt.rzi.ftz.u64.f32")
 
 
 def test_flash_attention_of_small_llamas_spills_no_registers() -> None:
