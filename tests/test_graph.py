@@ -19,7 +19,7 @@ from gpu_gpt2.device import cublas, open_device
 from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.cublas import Cublas
-from gpu_gpt2.device.cuda import CudaDevice
+from gpu_gpt2.device.cuda import MAX_UPLOADING_BYTES, CudaDevice
 from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.evaluate import completion_losses, validation_loss
 from gpu_gpt2.formats.multiple_choice import Example
@@ -244,6 +244,20 @@ def test_an_async_read_keeps_the_values_of_when_it_began(dtype: str, device: str
         place.upload(x, np.full(4, i, np.float32))
         results.append(place.read_async(x))
     assert [result.result().tolist() for result in results] == [[i] * 4 for i in range(4)]
+
+
+def test_uploads_keep_few_bytes_of_host_memory() -> None:
+    """A model is read piece by piece; the host could not hold all pieces."""
+    device = object.__new__(CudaDevice)
+    waits: list[int] = []
+    stream = SimpleNamespace(synchronize=lambda: waits.append(len(device._uploading)))
+    device._cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream))
+    device._uploading, device._uploading_bytes = [], 0
+    piece = np.empty(MAX_UPLOADING_BYTES // 4, np.int8)
+    for held in (1, 2, 3, 4, 0, 1, 2):
+        device.upload(SimpleNamespace(set=lambda src: None), piece)
+        assert len(device._uploading) == held
+    assert waits == [5]
 
 
 @pytest.mark.parametrize("device", GPU)

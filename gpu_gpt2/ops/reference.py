@@ -164,7 +164,7 @@ class ReferenceOps(Ops):
     def embedding_fwd(
         self, x: NDArray, tokens: NDArray, starts: NDArray, wte: NDArray, wpe: NDArray
     ) -> None:
-        np.add(wte[tokens], wpe[_positions(starts, tokens.shape[1])], out=x)
+        np.add(wte[np.maximum(tokens, 0)], wpe[_positions(starts, tokens.shape[1])], out=x)
 
     def embedding_bwd(
         self, dwte: NDArray, dwpe: NDArray, dx: NDArray, tokens: NDArray, order: NDArray
@@ -175,7 +175,7 @@ class ReferenceOps(Ops):
     # --- token embedding without positions ---
 
     def token_embedding_fwd(self, x: NDArray, tokens: NDArray, wte: NDArray) -> None:
-        x[...] = wte[tokens]
+        x[...] = wte[np.maximum(tokens, 0)]
 
     def token_embedding_bwd(
         self, dwte: NDArray, dx: NDArray, tokens: NDArray, order: NDArray
