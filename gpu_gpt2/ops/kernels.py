@@ -519,9 +519,10 @@ class KernelOps(Ops):
         n = O * I
         grid = (min(_blocks(n, 4 * THREADS), NORM_BLOCKS),)
         partial = self._scratch[: grid[0]]
-        args = (m, partial, grad, factors, n, 1.0 - momentum)
-        self._launch("muon_momentum_partial", grid, (THREADS,), args)
-        args = (x, partial, m, grad, factors, n, 1.0 - momentum, MUON_EPS)
+        share = 1.0 - momentum
+        partial_args = (m, partial, grad, factors, n, share)
+        self._launch("muon_momentum_partial", grid, (THREADS,), partial_args)
+        args = (x, partial, m, grad, factors, n, share, MUON_EPS)
         self._launch("muon_normalize", grid, (THREADS,), args)
 
     def muon_polynomial(self, p: Array, gram: Array, square: Array) -> None:

@@ -11,8 +11,8 @@ role. "mean, rstd (N) float32 =" stands for two tensors.
 - Shape: B batch, T time, C channels, H query heads, D head size, G key/value heads, R = H + 2 G
   heads of a packed row of q, k and v, S positions of a KV cache, I and O columns of a linear
   layer's input and output, K the smaller of both, F hidden width of Llama's MLP, J groups of an
-  int8 row, V vocabulary, Vp padded vocabulary, N = B * T rows, n elements of a flat array. A letter has one value in all
-  tensors of a call; `>= T` is any size from T on, and `B * T` a product.
+  int8 row, V vocabulary, Vp padded vocabulary, N = B * T rows, n elements of a flat array. A letter
+  has one value in all tensors of a call; `>= T` is any size from T on, and `B * T` a product.
 - Pairs of RoPE are neighbours: elements 2 j and 2 j + 1 of a head.
 - dtype: X is that of activations and weights: float32, bfloat16 or float16. Saved statistics,
   losses and parameter gradients are float32 whatever X is, and sums are kept in float32. `any` is

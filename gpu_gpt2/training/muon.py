@@ -10,7 +10,6 @@ from typing import Any, Final
 import numpy as np
 
 from gpu_gpt2.config import ModelConfig
-from gpu_gpt2.device.base import Array
 from gpu_gpt2.models.arena import TensorSpec, bytes_of, element_count, offsets, views
 from gpu_gpt2.models.families import parameters
 from gpu_gpt2.models.model import Model

@@ -174,6 +174,11 @@ class AdamW:
         self._graphs: dict[tuple[int, int, int], Callable[[], None]] = {}
         self.load_state(UpdateState(updates=0, good_steps=0, loss_scale=INITIAL_LOSS_SCALE))
 
+    @property
+    def saved_arrays(self) -> tuple[Array, Array, Array]:
+        """The arrays of a checkpoint: master weights, m and v."""
+        return self.master, self.m, self.v
+
     @staticmethod
     def second_moments(config: ModelConfig) -> tuple[TensorSpec, ...]:
         """Returns the parameters of a model of which the optimizer keeps a second moment."""
