@@ -53,8 +53,9 @@
 // i + threads ...; then block_sum. Lane i of the first warp has the values i, i + 32, i + 64 and
 // i + 96 of a window. Mean and variance are sums in float64: each lane over its values, oldest
 // first, then pairs of lanes.
-// adamw: thread i of the grid updates elements 4i to 4i + 3, as float4 vectors if all arrays begin at
-// multiples of 16 bytes (ALIGNED). Parts of an arena may begin elsewhere. No shared memory, no sums.
+// adamw: thread i of the grid updates elements 4i to 4i + 3, as vectors if all arrays begin at
+// multiples of four elements (ALIGNED). Parts of an arena may begin elsewhere. No shared memory, no
+// sums.
 // Grid and block: `prepare_update` and `adamw` in gpu_gpt2/ops/kernels.py.
 //
 // Cost of adamw per element: 16 bytes read, 12 written, and X where X is not float32: 30 bytes in
@@ -219,7 +220,7 @@ extern "C" __global__ void prepare_update(float* factors, float* report, float* 
     made->halted = halted || (halt != 0 && diverged) ? 1.0f : 0.0f;
 }
 
-// 1 if float4 vectors can be loaded and stored, 0 if an array is not aligned to them.
+// 1 if four elements can be loaded and stored as one vector, 0 if an array is not aligned to that.
 #ifndef ALIGNED
 #define ALIGNED 1
 #endif

@@ -504,9 +504,12 @@ class KernelOps(Ops):
             settings.weight_decay,
         )
         grid = (_blocks(n, 4 * THREADS),)
-        # A part of an arena may begin anywhere if C is odd. The address may decide because nothing
-        # is summed.
-        aligned = all(self.device.address(tensor) % VECTOR_BYTES == 0 for tensor in tensors[:-1])
+        # A part of an arena may begin anywhere if C is odd, and then not with a vector of four
+        # elements. The address may decide because nothing is summed.
+        aligned = all(
+            self.device.address(tensor) % (4 * tensor.dtype.itemsize) == 0
+            for tensor in tensors[:-1]
+        )
         defines = {} if aligned else {"ALIGNED": 0}
         self._launch("adamw", grid, (THREADS,), (*tensors, n, decayed, *scalars), **defines)
 
