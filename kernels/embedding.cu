@@ -12,6 +12,9 @@
 // embedding_bwd_wte     dwte (Vp, C) float32 +=    dx (B, T, C) X, tokens (B, T) int,
 //                                                  order (B*T) int
 //
+// A token below 0, which `sample` gives for damaged logits, counts as 0 in the forward kernels: a
+// generated token becomes the input of the next step before the host has looked at it.
+//
 // embedding_bwd_wte belongs to both ops. Training begins every sequence at position 0, so
 // embedding_bwd_wpe takes no starts.
 //
@@ -65,7 +68,7 @@ extern "C" __global__ void embedding_fwd(floatX* x, const int* tokens, const int
     int row = blockIdx.x;
     int position = starts[row / T] + row % T;
     long long to = (long long)row * C;
-    long long from_wte = (long long)tokens[row] * C;
+    long long from_wte = (long long)max(tokens[row], 0) * C;
     long long from_wpe = (long long)position * C;
     for (int c = threadIdx.x * WIDTH; c < C; c += blockDim.x * WIDTH) {
         float values[WIDTH];
@@ -83,7 +86,7 @@ extern "C" __global__ void embedding_fwd(floatX* x, const int* tokens, const int
 extern "C" __global__ void token_embedding_fwd(floatX* x, const int* tokens, const floatX* wte,
                                                int C) {
     long long to = (long long)blockIdx.x * C;
-    long long from = (long long)tokens[blockIdx.x] * C;
+    long long from = (long long)max(tokens[blockIdx.x], 0) * C;
     for (int c = threadIdx.x * WIDTH; c < C; c += blockDim.x * WIDTH) {
         float values[WIDTH];
         load(values, wte + from + c);

@@ -85,7 +85,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     normalize_row(y, rstd, row, w, n, C, eps, scratch);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// The second launch bound, 1, is the minimum of resident blocks per multiprocessor; it sets ptxas's
+// register budget. Without it ptxas aims at more blocks and, for some C, spills registers.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     residual_rmsnorm_fwd(floatX* r, floatX* y, float* rstd, const floatX* x1, const floatX* x2,
                          const floatX* w, int N, int C, float eps) {
     SHARED_ARRAY(float, scratch, MAX_WARPS);

@@ -21,7 +21,8 @@
 //   weights sum to at most 2^62. A weight of less than 2^-40 of the largest becomes 0; 2^17 of them
 //   would have 2^-23 of the largest one's probability. weight_of uses only operations that IEEE 754
 //   rounds in one way, and none that a compiler may contract into a fused multiply-add, so the
-//   float32 before it becomes an integer has the same bits everywhere (expf would not).
+//   float32 before it becomes an integer has the same bits everywhere (expf would not). GPUs take
+//   numbers below 2^-126 for 0; scale is at most 2^75, at which that changes no weight.
 // - Logits are compared by their keys: unsigned integers in the same order.
 // - u is a random integer of 64 bits, and u total / 2^64 rounded down is an integer below total. No
 //   probability is wrong by more than 2^-64. Philox (see philox.cuh) computes u from the position

@@ -11,6 +11,7 @@ from devices import every_device
 from models import new_model, noisy_weights
 
 from gpu_gpt2.config import GPT2Config, LlamaConfig, ModelConfig
+from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.decoder import Decoder, Sampling
 from gpu_gpt2.models.kv_cache import cache_bytes
@@ -134,6 +135,28 @@ def test_a_sequence_does_not_depend_on_the_others_of_its_batch(device: str) -> N
     together = drawn([tokens[0, :5], tokens[1, :9], tokens[2, :2]])
     assert together[0] == alone[0]
     assert together[1] != together[0]
+
+
+def test_uploaded_arrays_are_never_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that shares the host's memory may read them later."""
+    uploaded: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def upload(self: CpuDevice, dst: np.ndarray, src: np.ndarray) -> None:
+        uploaded.append((src, src.copy()))
+        dst[...] = src
+
+    model = loaded(CONFIGS["llama"], B=2)
+    monkeypatch.setattr(CpuDevice, "upload", upload)
+    decoder = Decoder(model, batch=2, length=S)
+    tokens = tokens_of(CONFIGS["llama"], 2)
+    decoder.prefill([tokens[0, :3], tokens[1, :5]])
+    decoder.sample(Sampling())
+    decoder.step(Sampling(seed=1))
+    decoder.feed(tokens[:, 5])
+    decoder.step(Sampling(seed=1))
+    assert len(uploaded) == 6
+    for src, then in uploaded:
+        np.testing.assert_array_equal(src, then)
 
 
 def test_a_decoder_is_freed_with_its_last_reference() -> None:

@@ -5,6 +5,7 @@ import pytest
 from models import new_model
 
 from gpu_gpt2.config import GPT2Config
+from gpu_gpt2.device.emulator import EmulatorDevice
 from gpu_gpt2.errors import CheckpointError, ConfigError
 from gpu_gpt2.generate import generate
 from gpu_gpt2.models.decoder import Decoder, Sampling
@@ -171,6 +172,20 @@ def test_damaged_weights_are_named(on_host: bool) -> None:
     tokens = generate(Decoder(model, batch=1, length=S), [PROMPT], max_tokens=1, sampling=sampling)
     with pytest.raises(CheckpointError, match="weights are damaged"):
         next(tokens)
+
+
+def test_damaged_weights_are_named_although_the_next_step_has_been_enqueued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The emulator would report memory that the step reads because of the token -1."""
+    monkeypatch.setattr(EmulatorDevice, "is_async", True)
+    model = new_model(CONFIG, "emulator", "fp32", B=1, T=S, training=False)
+    model.load(np.full(model.param_arena.size, np.nan, np.float32))
+    decoder = Decoder(model, batch=1, length=S)
+    tokens = generate(decoder, [PROMPT], max_tokens=2, sampling=Sampling())
+    with pytest.raises(CheckpointError, match="weights are damaged"):
+        next(tokens)
+    assert decoder._positions.tolist() == [len(PROMPT) + 1]  # after the second draw
 
 
 def test_padding_is_never_drawn_however_likely() -> None:

@@ -20,12 +20,14 @@ from gpu_gpt2.device import cublas, open_device
 from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32, Array
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.cublas import Cublas
-from gpu_gpt2.device.cuda import CudaDevice
+from gpu_gpt2.device.cuda import MAX_UPLOADING_BYTES, CudaDevice
 from gpu_gpt2.device.source import DTYPES
 from gpu_gpt2.evaluate import completion_losses, validation_loss
 from gpu_gpt2.formats.multiple_choice import Example
 from gpu_gpt2.generate import generate
+from gpu_gpt2.models import families
 from gpu_gpt2.models.batch import Batch
+from gpu_gpt2.models.decoder import Decoder, Sampling
 from gpu_gpt2.models.init import initial_weights
 from gpu_gpt2.models.model import SHAPES_KEPT, Model
 from gpu_gpt2.ops.reference import ReferenceOps
@@ -101,7 +103,7 @@ class GraphDevice(CpuDevice):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_shape_of_batch_has_its_own_graphs_which_are_made_once(name: str) -> None:
     device = GraphDevice()
-    model = new_model(TINY, ReferenceOps(device), max_batch=B, max_seq_len=T)
+    model = families.new_model(TINY, ReferenceOps(device), max_batch=B, max_seq_len=T)
     optimizer = OPTIMIZERS[name](model)
     optimizer.load(initial_weights(TINY, 0))
     allocated = device.allocated
@@ -124,7 +126,7 @@ def test_every_shape_of_batch_has_its_own_graphs_which_are_made_once(name: str) 
 def graph_model(config: ModelConfig, *, B: int, T: int) -> tuple[Model, GraphDevice]:
     """A model with random weights on a device with graphs."""
     device = GraphDevice()
-    model = new_model(config, ReferenceOps(device), max_batch=B, max_seq_len=T)
+    model = families.new_model(config, ReferenceOps(device), max_batch=B, max_seq_len=T)
     model.load(noisy_weights(config, noise_seed=1))
     return model, device
 
@@ -162,24 +164,44 @@ def test_the_graphs_of_the_shape_used_least_recently_are_dropped() -> None:
     assert len(device.made) == SHAPES_KEPT + 2
 
 
-def test_sampling_makes_one_graph_for_64_lengths() -> None:
+def test_prompts_of_64_lengths_share_a_graph() -> None:
     """The last length is the context, which is no multiple of 64."""
     model, device = graph_model(LONG, B=2, T=LONG.n_positions)
     usual = new_model(LONG, B=1, T=LONG.n_positions, training=False)
     usual.load(noisy_weights(LONG, noise_seed=1))
-    tokens = np.random.default_rng(2).integers(0, LONG.vocab_size, (1, LONG.n_positions))
-    tokens = tokens.astype(np.int32)
+    decoders = [Decoder(m, batch=1, length=LONG.n_positions) for m in (model, usual)]
+    tokens = np.random.default_rng(2).integers(0, LONG.vocab_size, LONG.n_positions, np.int32)
     for n in range(1, LONG.n_positions + 1):
         device.launched.clear()
-        logits = model.forward(tokens[:, :n], last_only=True)
+        for decoder in decoders:
+            decoder.prefill([tokens[:n]])
         assert device.launched == [(n - 1) // 64]
-        assert logits.shape == (1, LONG.padded_vocab_size)
-        expected = usual.forward(tokens[:, :n], last_only=True)
+        logits, expected = (decoder.read_logits() for decoder in decoders)
         np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6)
     assert len(device.made) == 3
     assert usual.padded_length(5) == 5
-    texts = [list(generate(m, tokens[0, :3], max_tokens=140)) for m in (model, usual)]
-    assert texts[0] == texts[1]
+
+
+def test_every_new_token_is_one_graph() -> None:
+    """Also with another seed, and when the window slides, which is a prefill and a draw."""
+    model, device = graph_model(LONG, B=2, T=64)
+    usual = new_model(LONG, B=2, T=64, training=False)
+    usual.load(noisy_weights(LONG, noise_seed=1))
+    prompts = [np.arange(1, 31, dtype=np.int32), np.arange(40, 45, dtype=np.int32)]
+    decoders = [Decoder(m, batch=2, length=64) for m in (model, usual)]
+    for seed in (1, 2):
+        device.launched.clear()
+        sampling = Sampling(temperature=1.2, seed=seed)
+        rows, expected = (
+            list(generate(decoder, prompts, max_tokens=70, sampling=sampling))
+            for decoder in decoders
+        )
+        assert rows == expected
+        prefill, draw, step = 0, 1, 2
+        # The longer prompt leaves room for 34 tokens, and a window that has slid for 32.
+        slid = [prefill, draw, *[step] * 32]
+        assert device.launched == [prefill, draw, *[step] * 34, *slid, prefill, draw, step]
+    assert len(device.made) == 3
 
 
 def test_hellaswag_makes_few_graphs() -> None:
@@ -232,6 +254,20 @@ def test_an_async_read_keeps_the_values_of_when_it_began(dtype: str, device: str
         place.upload(x, np.full(4, i, np.float32))
         results.append(place.read_async(x))
     assert [result.result().tolist() for result in results] == [[i] * 4 for i in range(4)]
+
+
+def test_uploads_keep_few_bytes_of_host_memory() -> None:
+    """A model is read piece by piece; the host could not hold all pieces."""
+    device = object.__new__(CudaDevice)
+    waits: list[int] = []
+    stream = SimpleNamespace(synchronize=lambda: waits.append(len(device._uploading)))
+    device._cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream))
+    device._uploading, device._uploading_bytes = [], 0
+    piece = np.empty(MAX_UPLOADING_BYTES // 4, np.int8)
+    for held in (1, 2, 3, 4, 0, 1, 2):
+        device.upload(SimpleNamespace(set=lambda src: None), piece)
+        assert len(device._uploading) == held
+    assert waits == [5]
 
 
 @pytest.mark.parametrize("device", GPU)

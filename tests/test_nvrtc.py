@@ -5,18 +5,25 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from cupy_backends.cuda.libs import nvrtc
 from rich.console import Console
 
 from gpu_gpt2.config import GPT2Config, model_config
 from gpu_gpt2.device.cuda import DEFAULT_SHARED_BYTES
-from gpu_gpt2.device.nvrtc import compile_for
+from gpu_gpt2.device.nvrtc import OPTIONS, compile_for
 from gpu_gpt2.device.source import DTYPES, kernel_files, kernel_source
 from gpu_gpt2.errors import DeviceError, KernelError
-from gpu_gpt2.ops.kernels import FLASH_HEAD_SIZES, attention_decode_defines, flash_attention_defines
+from gpu_gpt2.ops.kernels import (
+    FLASH_HEAD_SIZES,
+    attention_decode_defines,
+    flash_attention_defines,
+    row_group_defines,
+)
 from gpu_gpt2.tools.bench.static import (
     ARCHITECTURES,
     HEAD_SIZES,
@@ -88,6 +95,13 @@ def test_kernels_with_compile_time_widths_compile_for_other_widths(C: int, n_hea
             assert (r.stack_bytes, r.spill_bytes) == (0, 0), (source, r)
 
 
+@pytest.mark.parametrize(("C", "dtype"), [(2048, "bf16"), (4096, "bf16"), (1025, "fp32")])
+def test_rmsnorm_of_long_rows_spills_no_registers(C: int, dtype: str) -> None:
+    defines = row_group_defines("rmsnorm_fwd", C, 8 if dtype == "bf16" else 1)
+    for r in compile_for(kernel_source("rmsnorm.cu", dtype, **defines), "sm_90"):
+        assert (r.stack_bytes, r.spill_bytes) == (0, 0), (defines, r)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rope_compiles_for_heads_of_no_whole_vectors(dtype: str) -> None:
     for r in compile_for(kernel_source("rope.cu", dtype, WIDTH=1), "sm_80"):
@@ -102,6 +116,22 @@ def test_decoding_for_groups_of_query_heads_spills_no_registers(head_size: int) 
         for r in compile_for(kernel_source("attention_decode.cu", "bf16", **defines), "sm_80"):
             assert (r.stack_bytes, r.spill_bytes) == (0, 0), (defines, r)
             assert r.shared_bytes <= DEFAULT_SHARED_BYTES, (defines, r)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("bf16", 8), ("fp16", 1)])
+def test_sampling_has_no_multiplication_that_may_be_fused_with_an_addition(
+    dtype: str, width: int
+) -> None:
+    """PTX's mul.rn and add.rn are never fused. mul multiplies by a power of two, which is exact."""
+    source = kernel_source("sample.cu", dtype, WIDTH=width)
+    program = nvrtc.createProgram(source.text, source.file, [], [])
+    nvrtc.compileProgram(program, [*source.options(), *OPTIONS, "-arch=compute_80"])
+    ptx = nvrtc.getPTX(program)
+    nvrtc.destroyProgram(program)
+    text = ptx.decode() if isinstance(ptx, bytes) else ptx
+    operations = re.findall(r"\b(?:fma|mad|add|mul|div)\.[\w.]*f32", text)
+    assert set(operations) == {"add.rn.ftz.f32", "mul.rn.ftz.f32", "mul.ftz.f32"}
+    assert operations.count("mul.ftz.f32") == text.count("cvt.rzi.ftz.u64.f32")
 
 
 def test_flash_attention_of_small_llamas_spills_no_registers() -> None:

@@ -1,7 +1,6 @@
 """The NumPy ops against finite differences in float64: the root of all other evidence."""
 
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -391,7 +390,7 @@ def test_blas_gets_its_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def sleep(item: int) -> None:
         time.sleep(0.01 * item)
 
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(reference, "_cores", lambda: 2)
     before = threads()
     done: list[int] = []
     with pytest.raises(ValueError, match="a row that cannot be"):
@@ -407,3 +406,32 @@ def test_blas_gets_its_threads_back(monkeypatch: pytest.MonkeyPatch) -> None:
     for caller in callers:
         caller.join()
     assert threads() == before
+
+
+@pytest.mark.parametrize("k", [1, 2, 40, 140, 141, 8999, 9000])
+def test_the_largest_ids_are_those_of_a_full_sort(k: int) -> None:
+    """Also where equal elements, at the place of the k-th largest, are all taken."""
+    row = np.round(rng(k).normal(size=9000) * 20).astype(np.float32)
+    expected = np.flatnonzero(row >= np.sort(row)[-k])
+    assert reference._largest_ids(row, k).tolist() == expected.tolist()
+
+
+def test_decoded_attention_does_not_depend_on_the_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sequences at the same position are computed together, in parts, with the same bits."""
+    monkeypatch.setattr(reference, "CACHE_ELEMENTS", 3 * 2 * 6 * 8)  # 3 sequences at position 5
+    B, H, G, S, D = 9, 4, 2, 16, 8
+    normal = rng(0).standard_normal
+    qkv, k, v = (
+        normal(shape, dtype=np.float32)
+        for shape in ((B, 1, H + 2 * G, D), (B, G, S, D), (B, G, S, D))
+    )
+    starts = np.array([5, 5, 5, 5, 9, 0, 0, 15, 20], np.int32)
+    together, alone = np.zeros((2, B, 1, H, D), np.float32)
+    OPS.attention_decode(together, qkv, k, v, starts)
+    for b in range(B):
+        i = slice(b, b + 1)
+        OPS.attention_decode(alone[i], qkv[i], k[i], v[i], starts[i])
+    assert np.array_equal(together, alone)
+    assert np.all(together.any(axis=(1, 2, 3)))

@@ -15,7 +15,7 @@ from gpu_gpt2.device.source import kernel_source, kernels_dir
 from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops import reference
 from gpu_gpt2.ops.cases import Case
-from gpu_gpt2.ops.table import MAX_VOCABULARY, Ops
+from gpu_gpt2.ops.table import MAX_VOCABULARY, Ops, sample_scalars
 
 KEY = (123, -456)
 KERNELS = kernels_dir()  # kernel_folder replaces it in a test
@@ -124,7 +124,7 @@ STEPS = np.repeat([2.0, 1.5, 1.0, 0.5], [1, 3, 2, 4])  # ties at every step
     ("logits", "temperature", "top_k", "top_p"),
     [
         *((STEPS, 1.0, k, 0.0) for k in (1, 2, 3, 4, 5, 6, 7, 9, 10, 11)),
-        *((STEPS, 1.0, 0, p) for p in (0.05, 0.2, 0.25, 0.6, 0.8, 0.95, 0.999, 1.0, 2.0)),
+        *((STEPS, 1.0, 0, p) for p in (1e-30, 0.05, 0.2, 0.25, 0.6, 0.8, 0.95, 0.999, 1.0, 2.0)),
         *((STEPS, 0.7, 5, p) for p in (0.1, 0.5, 0.9)),
         (-STEPS - 7, 1.3, 6, 0.55),  # negative logits
         (np.array([1.0, -0.0, 0.0, -1.0]), 1.0, 2, 0.0),  # 0 and -0 are equal
@@ -286,6 +286,24 @@ def test_weights_are_the_same_integers_as_in_numpy(
         np.testing.assert_array_equal(found, expected)
         exact = 2.0**40 * np.exp2((row.astype(np.float64) - row.max()) * np.float32(scale))
         np.testing.assert_allclose(found, exact, rtol=4e-6, atol=1.0)
+
+
+def test_weights_do_not_depend_on_numbers_that_gpus_take_for_zero() -> None:
+    """Below 2^-126 a GPU takes inputs and results for 0 (CuPy compiles with -ftz=true)."""
+
+    def flushed(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)
+
+    rng = np.random.default_rng(0)
+    scale = sample_scalars(4000, 1e-300, 0, 0.0).scale
+    for exponent in range(-149, -90):  # of the largest logit
+        exponents = rng.integers(-149, exponent + 1, 4000)
+        row = np.ldexp(rng.choice([-1.0, 1.0], 4000) * rng.uniform(1, 2, 4000), exponents)
+        row = row.astype(np.float32)
+        exact = reference._integer_weights(row, row.max(), scale)
+        differences = flushed(flushed(row) - flushed(row.max()))
+        on_gpu = reference._integer_weights(differences, np.float32(0), scale)
+        np.testing.assert_array_equal(on_gpu, exact)
 
 
 TOKENS_AT = """

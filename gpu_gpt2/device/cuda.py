@@ -33,6 +33,7 @@ AMPERE: Final = 80  # compute capability 8.0: bfloat16 and mma.m16n8k16 on tenso
 VOLTA: Final = 70  # compute capability 7.0: float16 on tensor cores
 FLUSH_BYTES: Final = 512 << 20  # several times the largest L2 cache, to empty it
 DEFAULT_SHARED_BYTES: Final = 48 * 1024  # dynamic shared memory that needs no permission
+MAX_UPLOADING_BYTES: Final = 256 << 20  # host arrays kept for copies before `upload` waits for them
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class CudaDevice(Device):
         self._graph_error = ""
         self._in_graph = False  # the current work belongs to a graph, whether captured or not
         self._uploading: list[npt.NDArray[Any]] = []  # host arrays that a copy may still read
+        self._uploading_bytes = 0
         # Host arrays that a copy may still write, with the event at the end of the copy.
         self._reading: list[tuple[Any, npt.NDArray[Any]]] = []
 
@@ -138,10 +140,13 @@ class CudaDevice(Device):
         src = np.ascontiguousarray(src)
         dst.set(src)
         self._uploading.append(src)
+        self._uploading_bytes += src.nbytes
+        if self._uploading_bytes > MAX_UPLOADING_BYTES:
+            self.synchronize()  # the pieces of a large model can be freed
 
     def download(self, src: Array) -> npt.NDArray[Any]:
         host: npt.NDArray[Any] = self._cupy.asnumpy(src)  # waits for everything before it
-        self._uploading.clear()
+        self._forget_uploads()
         return host
 
     def host_empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -156,7 +161,7 @@ class CudaDevice(Device):
 
     def download_into(self, dst: npt.NDArray[Any], src: Array) -> None:
         src.get(out=dst)  # waits for everything before it
-        self._uploading.clear()
+        self._forget_uploads()
 
     def address(self, array: Array) -> int:
         return int(array.data.ptr)
@@ -298,7 +303,12 @@ class CudaDevice(Device):
 
     def synchronize(self) -> None:
         self._cupy.cuda.get_current_stream().synchronize()
+        self._forget_uploads()
+
+    def _forget_uploads(self) -> None:
+        """Frees the host arrays of uploads, after the device has run all that was enqueued."""
         self._uploading.clear()
+        self._uploading_bytes = 0
 
     def release_memory(self) -> None:
         self._cupy.get_default_memory_pool().free_all_blocks()

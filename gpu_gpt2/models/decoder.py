@@ -113,7 +113,7 @@ class Decoder:
         """Draws the next `tokens` from `logits` on the device, and advances `starts`."""
         self._set_key(sampling.seed)
         self._run(("sample", _constants(sampling)), lambda decoder: decoder._sample(sampling))
-        self._positions += 1
+        self._positions = self._positions + np.int32(1)
 
     def step(self, sampling: Sampling) -> None:
         """`decode` and then `sample`, as one CUDA graph."""
@@ -124,7 +124,7 @@ class Decoder:
             decoder._sample(sampling)
 
         self._run(("step", _constants(sampling)), work)
-        self._positions += 1
+        self._positions = self._positions + np.int32(1)
 
     def feed(self, tokens: Int32) -> None:
         """Sets the next token of each sequence, (B,) int32, as `sample` does."""
@@ -174,7 +174,7 @@ class Decoder:
             self._key_on_device = key
 
     def _set_positions(self, positions: Int32) -> None:
-        self._positions = positions
+        self._positions = positions  # never changed in place: the copy may still read it
         self.model.ops.device.upload(self.starts, positions)
 
     def _run(self, key: tuple[object, ...], work: Callable[[Decoder], None]) -> None:

@@ -166,7 +166,7 @@ class ReferenceOps(Ops):
     def embedding_fwd(
         self, x: NDArray, tokens: NDArray, starts: NDArray, wte: NDArray, wpe: NDArray
     ) -> None:
-        np.add(wte[tokens], wpe[_positions(starts, tokens.shape[1])], out=x)
+        np.add(wte[np.maximum(tokens, 0)], wpe[_positions(starts, tokens.shape[1])], out=x)
 
     def embedding_bwd(
         self, dwte: NDArray, dwpe: NDArray, dx: NDArray, tokens: NDArray, order: NDArray
@@ -177,7 +177,7 @@ class ReferenceOps(Ops):
     # --- token embedding without positions ---
 
     def token_embedding_fwd(self, x: NDArray, tokens: NDArray, wte: NDArray) -> None:
-        x[...] = wte[tokens]
+        x[...] = wte[np.maximum(tokens, 0)]
 
     def token_embedding_bwd(
         self, dwte: NDArray, dx: NDArray, tokens: NDArray, order: NDArray
@@ -542,9 +542,15 @@ class ReferenceOps(Ops):
 
         def work(rows: slice) -> None:
             for b, start in enumerate(starts[rows].tolist(), rows.start):
-                low, high, *_ = philox((start & MASK, b, 0, 0), words)
                 row = logits[b, :vocab_size].astype(np.float32, copy=False)
-                tokens[b] = _drawn_token(row, settings, high << 32 | low)
+                likeliest = int(row.argmax())  # that of a NaN, if there is one
+                if not math.isfinite(row[likeliest]):
+                    tokens[b] = -1
+                elif settings.scale == 0:
+                    tokens[b] = likeliest
+                else:
+                    low, high, *_ = philox((start & MASK, b, 0, 0), words)
+                    tokens[b] = _drawn_token(row, row[likeliest], settings, high << 32 | low)
 
         _by_rows(logits, work)
 
@@ -869,14 +875,10 @@ def _add_losses(losses: NDArray, x: NDArray, targets: NDArray) -> NDArray:
     return total
 
 
-def _drawn_token(row: NDArray, settings: SampleScalars, random_bits: int) -> int:
-    """Returns the token that `sample` draws from a row of logits (V,) float32, or -1."""
-    first = int(row.argmax())  # of the first NaN if there is one
-    largest = row[first]
-    if not math.isfinite(largest):
-        return -1
-    if settings.scale == 0:
-        return first
+def _drawn_token(
+    row: NDArray, largest: np.float32, settings: SampleScalars, random_bits: int
+) -> int:
+    """Returns the token that `sample` draws from a row of logits (V,) float32 at random."""
     ids = None
     if settings.top_k:
         ids = _largest_ids(row, settings.top_k)

@@ -57,6 +57,9 @@ MUON_EPS: Final = 1e-7
 # Most columns that `sample` draws from: so many weights of at most 2^40 sum to at most 2^62.
 MAX_VOCABULARY: Final = 2**22
 LOG2_E: Final = 1.0 / math.log(2.0)
+# Largest scale of `sample`. GPUs take float32 numbers below 2^-126 for 0. Up to this scale that
+# changes no weight: logits so close that it could change their difference have equal weights.
+MAX_SAMPLE_SCALE: Final = 2.0**75
 
 ROW_TEXT: Final = re.compile(r"(\w+(?:, \w+)*) \(([^)]+)\) (X|float32|int32|int8|any)(?: (\+?=))?")
 
@@ -233,13 +236,13 @@ def sample_scalars(vocab_size: int, temperature: float, top_k: int, top_p: float
             raise ConfigError(f"sample: {name} = {value} must be a finite number >= 0")
     scale = 0.0
     if temperature > 0:
-        # Neither 0 nor infinite in float32, however extreme the temperature is.
-        finite = np.finfo(np.float32)
-        scale = float(np.float32(np.clip(LOG2_E / temperature, finite.tiny, finite.max)))
+        # Not 0 in float32, however high the temperature is.
+        smallest = np.finfo(np.float32).tiny
+        scale = float(np.float32(np.clip(LOG2_E / temperature, smallest, MAX_SAMPLE_SCALE)))
     return SampleScalars(
         scale=scale,
         top_k=top_k if top_k < vocab_size else 0,
-        share=int(top_p * 2.0**63) if top_p < 1 else 0,
+        share=max(1, int(top_p * 2.0**63)) if 0 < top_p < 1 else 0,
     )
 
 
@@ -260,7 +263,7 @@ class Ops(ABC):
     )
     @abstractmethod
     def embedding_fwd(self, x: Array, tokens: Array, starts: Array, wte: Array, wpe: Array) -> None:
-        """x = wte[tokens] + wpe[starts + t]; tokens are in [0, V).
+        """x = wte[tokens] + wpe[starts + t]; tokens are in [0, V), and one below 0 counts as 0.
 
         starts[b] is the position of the first token of sequence b: 0 in training. wpe has a row for
         every position.
@@ -288,7 +291,7 @@ class Ops(ABC):
     @tensors("x (B, T, C) X =", "tokens (B, T) int32", "wte (Vp, C) X")
     @abstractmethod
     def token_embedding_fwd(self, x: Array, tokens: Array, wte: Array) -> None:
-        """x = wte[tokens]; tokens are in [0, V)."""
+        """x = wte[tokens]; tokens are in [0, V), and one below 0 counts as 0."""
 
     @tensors(
         "dwte (Vp, C) float32 +=",
