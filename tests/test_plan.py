@@ -207,7 +207,7 @@ def test_refuses_other_sizes(text: str) -> None:
 
 def test_batch_size_auto_fills_the_memory_with_a_divisor_of_the_step() -> None:
     values = {
-        "dtype": "fp32", "seq_len": 16, "total_batch_tokens": 16 * 30,
+        "dtype": "fp32", "seq_len": 16, "total_batch_tokens": 16 * 30, "optimizer": "adamw",
     }  # fmt: skip
     config = model_config("nano", 257)
     memory = planned_bytes(config, "fp32", 12, 16, 3)
@@ -219,6 +219,11 @@ def test_batch_size_auto_fills_the_memory_with_a_divisor_of_the_step() -> None:
     large = SimpleNamespace(free_memory=10**9, is_gpu=False)
     assert _fitting(values, config, None, large) == {"batch_size": 30, "recompute": 0}
     assert _fitting(values, config, 2, large)["recompute"] == 2
+    # Muon's state is smaller by more than its scratch.
+    muon = planned_bytes(config, "fp32", 15, 16, 3, optimizer="muon")
+    gpu = SimpleNamespace(free_memory=int(muon / 0.95) + 100, is_gpu=True)
+    assert _fitting(values | {"optimizer": "muon"}, config, 3, gpu)["batch_size"] == 15
+    assert _fitting(values, config, 3, gpu)["batch_size"] < 15
     with pytest.raises(
         ConfigError, match="--total-batch-tokens 100 is not a multiple of --seq-len"
     ):
