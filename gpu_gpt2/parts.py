@@ -24,6 +24,7 @@ from gpu_gpt2.open_model import open_model
 from gpu_gpt2.ops import ops_for
 from gpu_gpt2.tokenizer import vocab_size_of
 from gpu_gpt2.training import checkpoint
+from gpu_gpt2.training.muon import OPTIMIZERS
 from gpu_gpt2.training.optimizer import AdamW
 from gpu_gpt2.training.sinks import Sink, TensorBoardSink, WandbSink
 
@@ -104,7 +105,7 @@ def model_and_optimizer(
         max_seq_len=config.seq_len,
         recompute=config.recompute,
     )
-    optimizer = AdamW(
+    optimizer = OPTIMIZERS[config.optimizer](
         model,
         beta1=config.beta1,
         beta2=config.beta2,

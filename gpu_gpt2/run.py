@@ -27,7 +27,6 @@ from gpu_gpt2.evaluate import hellaswag_accuracy, validation_loss
 from gpu_gpt2.generate import generate
 from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.decoder import Decoder, Sampling
-from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.model import check_seq_len
 from gpu_gpt2.plot import PLOT_FILE, plot_runs
 from gpu_gpt2.summary import run_summary
@@ -88,6 +87,7 @@ class Run:
             config.batch_size,
             config.seq_len,
             config.recompute,
+            optimizer=config.optimizer,
             host_copies=not device.is_gpu,
         )
         console.print(
@@ -135,7 +135,7 @@ class Run:
                 CheckpointSaver(
                     self._run_dir,
                     self.model.ops.device,
-                    parameter_count(self.model.config),
+                    [array.size for array in self.optimizer.saved_arrays],
                     self.data.tokenizer,
                 )
             )
@@ -384,7 +384,7 @@ class Run:
 
     def _start_saving(self) -> None:
         optimizer = self.optimizer
-        weights, m, v = self._saver.host_copies(optimizer.master, optimizer.m, optimizer.v)
+        weights, m, v = self._saver.host_copies(*optimizer.saved_arrays)
         if not np.isfinite(weights).all():
             raise self._diverged(f"step {self.step}: a weight is no longer a finite number")
         state = checkpoint.TrainingState(

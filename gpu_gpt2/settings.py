@@ -251,6 +251,7 @@ def _fitting(
         device.free_memory,
         headroom=int(HEADROOM * device.free_memory),
         recompute=recompute,
+        optimizer=values["optimizer"],
         host_copies=not device.is_gpu,
         sequences=total // T,
     )

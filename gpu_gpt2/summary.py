@@ -6,6 +6,7 @@ from gpu_gpt2.config import ModelConfig, TrainConfig
 from gpu_gpt2.data.dataset import Dataset
 from gpu_gpt2.models.families import decayed_count, parameter_count
 from gpu_gpt2.models.size import flops_per_token, parameter_groups
+from gpu_gpt2.training.muon import muon_count
 
 
 def run_summary(config: TrainConfig, model: ModelConfig, data: Dataset) -> str:
@@ -21,9 +22,10 @@ def run_summary(config: TrainConfig, model: ModelConfig, data: Dataset) -> str:
     heads = f"{model.n_head}"
     if model.kv_heads != model.n_head:
         heads += f" ({model.kv_heads} of keys and values)"
+    muon = f", {short(muon_count(model))} updated by Muon" if config.optimizer == "muon" else ""
     return (
         f"{model.title} {name}: {n:,} parameters, {config.dtype} on {config.device}\n"
-        f"  {groups}; {short(decayed_count(model))} with weight decay\n"
+        f"  {groups}; {short(decayed_count(model))} with weight decay{muon}\n"
         f"  layers {model.n_layer}, channels {model.n_embd}, heads {heads}, context "
         f"{model.n_positions}\n"
         f"{data.name}: {train_tokens:,} tokens to train on, {len(data.val):,} held out, "

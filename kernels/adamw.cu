@@ -15,7 +15,7 @@
 // adamw            master, m, v (n) float32, updated;         grad (n), factors (5) float32
 //                  param (n) X = master rounded to X
 //
-// The structs below name the elements of factors, report and counts.
+// The structs below name the elements of report and counts, factors.cuh those of factors.
 //
 // All values that differ from step to step come from device memory, so that every step is the same
 // launches with the same arguments, as a CUDA graph needs it. The host writes nothing but lr.
@@ -53,8 +53,9 @@
 // i + threads ...; then block_sum. Lane i of the first warp has the values i, i + 32, i + 64 and
 // i + 96 of a window. Mean and variance are sums in float64: each lane over its values, oldest
 // first, then pairs of lanes.
-// adamw: thread i of the grid updates elements 4i to 4i + 3, as float4 vectors; arrays begin at
-// multiples of 16 bytes. No shared memory, no sums.
+// adamw: thread i of the grid updates elements 4i to 4i + 3, as vectors if all arrays begin at
+// multiples of four elements (ALIGNED). Parts of an arena may begin elsewhere. No shared memory, no
+// sums.
 // Grid and block: `prepare_update` and `adamw` in gpu_gpt2/ops/kernels.py.
 //
 // Cost of adamw per element: 16 bytes read, 12 written, and X where X is not float32: 30 bytes in
@@ -64,18 +65,11 @@
 // rule of outliers, the outlier detector of llm.c (llmc/outlier_detector.h), whose running sums are
 // replaced by two passes over the window.
 
+#include "factors.cuh"
+
 #define WINDOW 128            // values of a window, as in llm.c
 #define LOWEST_SCALE 1.0f     // lowest loss scale; below 1 it would lose small gradients
 #define NO_ZSCORE __int_as_float(0x7fc00000)  // NaN, which NVRTC has no name for
-
-// factors: the scalars of the next update, from prepare_update to adamw.
-struct Factors {
-    float apply;        // 1, or 0 if the step makes no update: adamw then changes nothing
-    float grad_factor;  // min(1, max_norm / norm) / loss_scale
-    float lr;           // learning rate
-    float c1;           // 1 - beta1^t
-    float c2;           // 1 - beta2^t
-};
 
 // report: results for the host, which reads them after it has queued later launches.
 struct Report {
@@ -226,6 +220,11 @@ extern "C" __global__ void prepare_update(float* factors, float* report, float* 
     made->halted = halted || (halt != 0 && diverged) ? 1.0f : 0.0f;
 }
 
+// 1 if four elements can be loaded and stored as one vector, 0 if an array is not aligned to that.
+#ifndef ALIGNED
+#define ALIGNED 1
+#endif
+
 // A float4 vector whose components can be reached by index.
 struct __align__(16) Vector {
     float at[4];
@@ -236,7 +235,7 @@ struct __align__(16) Vector {
 
 __device__ inline Vector load_vector(const float* x, int count) {
     Vector vector = {};
-    if (count == 4) {
+    if (ALIGNED && count == 4) {
         vector = *(const Vector*)x;
     } else {
         for (int k = 0; k < 4; k++) {
@@ -247,7 +246,7 @@ __device__ inline Vector load_vector(const float* x, int count) {
 }
 
 __device__ inline void store_vector(float* x, Vector vector, int count) {
-    if (count == 4) {
+    if (ALIGNED && count == 4) {
         *(Vector*)x = vector;
     } else {
         for (int k = 0; k < 4; k++) {
@@ -289,7 +288,7 @@ extern "C" __global__ void adamw(float* master, float* m, float* v, floatX* para
     store_vector(v + i, v4, count);
     store_vector(master + i, w4, count);
 #if FLOATX != FP32
-    if (count == 4) {
+    if (ALIGNED && count == 4) {
         *(uint2*)(param + i) = make_uint2(pack(w4.at[0], w4.at[1]), pack(w4.at[2], w4.at[3]));
     } else {
         for (int k = 0; k < 4; k++) {

@@ -27,7 +27,8 @@ from safetensors.numpy import load_file, save_file
 from gpu_gpt2.config import DEFAULTS, GPT2Config
 from gpu_gpt2.errors import CheckpointError, DataError, UserError
 from gpu_gpt2.formats import hf
-from gpu_gpt2.models.families import parameter_count
+from gpu_gpt2.models.arena import element_count
+from gpu_gpt2.models.families import parameter_count, parameters
 from gpu_gpt2.models.weights import Arena, load_arena, named
 from gpu_gpt2.training import checkpoint, manifest
 from gpu_gpt2.training.checkpoint import (
@@ -37,6 +38,7 @@ from gpu_gpt2.training.checkpoint import (
     TrainingState,
 )
 from gpu_gpt2.training.manifest import MANIFEST_FILE, Digests
+from gpu_gpt2.training.muon import Muon
 from gpu_gpt2.training.optimizer import UpdateState
 
 MODEL = GPT2Config(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
@@ -503,7 +505,7 @@ def edit_optimizer(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], 
 
 
 def age(folder: Path, version: int) -> None:
-    """Makes a checkpoint of version 1 or 2 from one of version 3.
+    """Makes a checkpoint of version 1 or 2 from one of today.
 
     Version 1 has "counts" instead of "update", and in it "in_a_row" instead of "good_steps".
     """
@@ -540,7 +542,7 @@ def test_settings_that_old_versions_lack_keep_the_run_as_it_was(
     assert checkpoint.load(folder).train.save_every == 77
 
 
-def test_version_3_must_have_every_setting(run_dir: Path) -> None:
+def test_the_newest_version_must_have_every_setting(run_dir: Path) -> None:
     folder = checkpoint.latest(run_dir)
     train = TRAIN.to_dict()
     del train["beta2"]
@@ -548,6 +550,28 @@ def test_version_3_must_have_every_setting(run_dir: Path) -> None:
     seal(folder)
     with pytest.raises(CheckpointError, match="missing training settings: beta2"):
         checkpoint.load(folder)
+
+
+def test_the_optimizer_of_version_3_is_adamw(run_dir: Path) -> None:
+    folder = checkpoint.latest(run_dir)
+    train = TRAIN.to_dict()
+    del train["optimizer"]
+    edit_training(train=train, format_version=3)(folder)
+    seal(folder)
+    assert_loads_as(folder, state_at(10))
+    assert checkpoint.saved_settings(folder) == TRAIN
+
+
+def test_a_checkpoint_of_muon_has_no_second_moments_of_its_matrices(tmp_path: Path) -> None:
+    whole, config = state_at(10), replace(TRAIN, optimizer="muon")
+    without = element_count(Muon.second_moments(MODEL))
+    state = replace(whole, train=config, v=whole.v[:without])
+    folder = checkpoint.save(tmp_path, state, Tokenizer())
+    assert_loads_as(folder, state)
+    names = load_file(folder / OPTIMIZER_FILE).keys()
+    tensors = {spec.name for spec in parameters(MODEL)}
+    matrices = {"qkvw", "attprojw", "fcw", "fcprojw"}
+    assert names == {f"m.{n}" for n in tensors} | {f"v.{n}" for n in tensors - matrices}
 
 
 def truncate_optimizer(folder: Path) -> None:
@@ -563,7 +587,7 @@ def other_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (edit_training(format_version=4), "training.json: format_version is 4, expected 3;"),
+        (edit_training(format_version=5), "training.json: format_version is 5, expected 4;"),
         (edit_training(step="10"), "training.json: step is missing or not of type int"),
         (edit_training(step=-1), "training.json: step and tokens must not be negative"),
         (edit_training(tokens=True), "training.json: tokens is missing or not of type int"),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from cupy_backends.cuda.libs import cublas as cupy_cublas
 from devices import every_device
@@ -16,7 +17,7 @@ from models import TINY, new_model, noisy_weights, random_batch, training_step
 
 from gpu_gpt2.config import GPT2Config, ModelConfig
 from gpu_gpt2.device import cublas, open_device
-from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32
+from gpu_gpt2.device.base import BFLOAT16, FLOAT16, FLOAT32, INT32, Array
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.device.cublas import Cublas
 from gpu_gpt2.device.cuda import MAX_UPLOADING_BYTES, CudaDevice
@@ -30,7 +31,7 @@ from gpu_gpt2.models.decoder import Decoder, Sampling
 from gpu_gpt2.models.init import initial_weights
 from gpu_gpt2.models.model import SHAPES_KEPT, Model
 from gpu_gpt2.ops.reference import ReferenceOps
-from gpu_gpt2.training.optimizer import AdamW
+from gpu_gpt2.training.muon import OPTIMIZERS
 
 LONG = GPT2Config(vocab_size=67, n_positions=140, n_embd=32, n_layer=2, n_head=2)
 B, T = 2, 11
@@ -39,10 +40,10 @@ STEPS = 4
 GPU = [pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 
 
-def trained(device: str, dtype: str) -> tuple[list[float], bytes]:
+def trained(device: str, dtype: str, name: str) -> tuple[list[float], bytes]:
     """Losses of STEPS steps and of other passes in between, and the weights."""
     model = new_model(TINY, device, dtype, B=B, T=T)
-    optimizer = AdamW(model, weight_decay=0.1)
+    optimizer = OPTIMIZERS[name](model, weight_decay=0.1)
     optimizer.load(initial_weights(TINY, 0))
     rng = np.random.default_rng(2)
     losses = []
@@ -58,14 +59,15 @@ def trained(device: str, dtype: str) -> tuple[list[float], bytes]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("device", GPU)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_graphs_give_what_single_launches_give(
-    dtype: str, device: str, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 3 and 4 are replays."""
-    losses, weights = trained(device, dtype)
-    assert (losses, weights) == trained(device, dtype)
+    losses, weights = trained(device, dtype, name)
+    assert (losses, weights) == trained(device, dtype, name)
     monkeypatch.setattr(CudaDevice, "graph", lambda self, work: work)
-    expected, _ = trained(device, dtype)  # cupy.matmul may choose other algorithms
+    expected, _ = trained(device, dtype, name)  # cupy.matmul may choose other algorithms
     np.testing.assert_allclose(losses, expected, rtol=1e-2)
 
 
@@ -78,6 +80,11 @@ class GraphDevice(CpuDevice):
         self.made: list[Callable[[], None]] = []
         self.launched: list[int] = []
         self.waits = 0
+        self.allocated = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        self.allocated += 1
+        return super().empty(shape, dtype)
 
     def synchronize(self) -> None:
         self.waits += 1
@@ -93,11 +100,13 @@ class GraphDevice(CpuDevice):
         return launch
 
 
-def test_every_shape_of_batch_has_its_own_graphs_which_are_made_once() -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_shape_of_batch_has_its_own_graphs_which_are_made_once(name: str) -> None:
     device = GraphDevice()
     model = families.new_model(TINY, ReferenceOps(device), max_batch=B, max_seq_len=T)
-    optimizer = AdamW(model)
+    optimizer = OPTIMIZERS[name](model)
     optimizer.load(initial_weights(TINY, 0))
+    allocated = device.allocated
     rng = np.random.default_rng(2)
     for shape, micro_steps, expected in (
         ((B, T), 3, [0, 1, 1, 2]),  # the first micro-step, the others, the update
@@ -111,6 +120,7 @@ def test_every_shape_of_batch_has_its_own_graphs_which_are_made_once() -> None:
         assert math.isfinite(training_step(model, optimizer, batches, 1e-3).loss)
         assert device.launched == expected
     assert len(device.made) == 7
+    assert device.allocated == allocated
 
 
 def graph_model(config: ModelConfig, *, B: int, T: int) -> tuple[Model, GraphDevice]:

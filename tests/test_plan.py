@@ -44,7 +44,7 @@ from gpu_gpt2.training.memory import (
     parse_bytes,
     planned_bytes,
 )
-from gpu_gpt2.training.optimizer import AdamW
+from gpu_gpt2.training.muon import OPTIMIZERS
 
 SMALL = GPT2Config(vocab_size=67, n_positions=16, n_embd=32, n_layer=3, n_head=2)
 # The packed rows of its queries, keys and values are narrower than the gate and up projection.
@@ -52,6 +52,9 @@ SMALL_LLAMA = LlamaConfig(
     vocab_size=67, n_positions=80, n_embd=32, n_layer=3, n_head=4, n_kv_head=2, n_inner=40,
     tie_word_embeddings=False,
 )  # fmt: skip
+
+
+RECOMPUTED = [(level, "adamw") for level in RECOMPUTE_LEVELS]
 
 
 def test_bytes_counted_by_hand() -> None:
@@ -67,6 +70,21 @@ def test_bytes_counted_by_hand() -> None:
     assert "master weights, float32" not in dict(memory_plan(config, "fp32", 3, 2, 0).rows)
 
 
+def test_bytes_of_muon_counted_by_hand() -> None:
+    """Only m of the 12 C^2 elements of the matrices; X of the widest matrix, Gram of C x C."""
+    config = GPT2Config(vocab_size=128, n_positions=2, n_embd=16, n_layer=3, n_head=1)
+    adamw, muon = (
+        dict(memory_plan(config, "bf16", 3, 2, 0, optimizer=name, host_copies=True).rows)
+        for name in ("adamw", "muon")
+    )
+    saved = 4 * 3 * 12 * 16 * 16
+    assert adamw["optimizer state, float32"] - muon["optimizer state, float32"] == saved
+    assert adamw["checkpoint copies"] - muon["checkpoint copies"] == saved
+    assert muon["optimizer scratch"] == 2 * 2 * 64 * 16 + (2 + 4 + 2) * 16 * 16
+    del adamw["optimizer state, float32"], adamw["checkpoint copies"]
+    assert adamw.items() <= muon.items()
+
+
 def test_the_angles_of_rope_are_counted_for_the_length_of_the_sequences() -> None:
     rows = dict(memory_plan(SMALL_LLAMA, "bf16", 3, 20, 0).rows)
     assert rows["angles of RoPE, float32"] == 20 * 8 * 4
@@ -76,8 +94,10 @@ def test_the_angles_of_rope_are_counted_for_the_length_of_the_sequences() -> Non
     "config", [SMALL, SMALL_LLAMA, replace(SMALL_LLAMA, n_kv_head=4, n_inner=32)]
 )
 @pytest.mark.parametrize("dtype", X_DTYPES)
-@pytest.mark.parametrize("recompute", RECOMPUTE_LEVELS)
-def test_the_plan_is_what_is_allocated(recompute: int, dtype: str, config: ModelConfig) -> None:
+@pytest.mark.parametrize(("recompute", "optimizer"), [(0, "muon"), *RECOMPUTED])
+def test_the_plan_is_what_is_allocated(
+    recompute: int, optimizer: str, dtype: str, config: ModelConfig
+) -> None:
     allocated = []
 
     class Counting(EmulatorDevice):
@@ -92,9 +112,9 @@ def test_the_plan_is_what_is_allocated(recompute: int, dtype: str, config: Model
     ops = ops_for(Counting(), dtype)
     T = config.n_positions
     model = new_model(config, ops, max_batch=3, max_seq_len=T, recompute=recompute)
-    AdamW(model)
+    OPTIMIZERS[optimizer](model)
     Decoder(model, batch=1, length=T)
-    planned = planned_bytes(config, dtype, 3, T, recompute)
+    planned = planned_bytes(config, dtype, 3, T, recompute, optimizer=optimizer)
     # Besides, the optimizer has the two windows of its spike detector and the decoder the logits
     # of one token, and both have a few numbers.
     windows = 2 * WINDOW * FLOAT32.itemsize + config.padded_vocab_size * X_DTYPES[dtype].itemsize
@@ -187,7 +207,7 @@ def test_refuses_other_sizes(text: str) -> None:
 
 def test_batch_size_auto_fills_the_memory_with_a_divisor_of_the_step() -> None:
     values = {
-        "dtype": "fp32", "seq_len": 16, "total_batch_tokens": 16 * 30,
+        "dtype": "fp32", "seq_len": 16, "total_batch_tokens": 16 * 30, "optimizer": "adamw",
     }  # fmt: skip
     config = model_config("nano", 257)
     memory = planned_bytes(config, "fp32", 12, 16, 3)
@@ -199,6 +219,11 @@ def test_batch_size_auto_fills_the_memory_with_a_divisor_of_the_step() -> None:
     large = SimpleNamespace(free_memory=10**9, is_gpu=False)
     assert _fitting(values, config, None, large) == {"batch_size": 30, "recompute": 0}
     assert _fitting(values, config, 2, large)["recompute"] == 2
+    # Muon's state is smaller by more than its scratch.
+    muon = planned_bytes(config, "fp32", 15, 16, 3, optimizer="muon")
+    gpu = SimpleNamespace(free_memory=int(muon / 0.95) + 100, is_gpu=True)
+    assert _fitting(values | {"optimizer": "muon"}, config, 3, gpu)["batch_size"] == 15
+    assert _fitting(values, config, 3, gpu)["batch_size"] < 15
     with pytest.raises(
         ConfigError, match="--total-batch-tokens 100 is not a multiple of --seq-len"
     ):

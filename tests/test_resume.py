@@ -69,10 +69,18 @@ ACCUMULATED = {
 
 
 @every_device
-@pytest.mark.parametrize(("model", "recompute"), [("nano", 0), ("nano", 3), ("llama:nano", 3)])
-def test_two_resumes_change_no_bit(model: str, dtype: str, device: str, recompute: int) -> None:
+@pytest.mark.parametrize(
+    ("model", "recompute", "optimizer"),
+    [
+        *(("nano", 0, "adamw"), ("nano", 3, "adamw"), ("llama:nano", 3, "adamw")),
+        *(("nano", 0, "muon"), ("llama:nano", 0, "muon")),
+    ],
+)
+def test_two_resumes_change_no_bit(
+    model: str, dtype: str, device: str, recompute: int, optimizer: str
+) -> None:
     more = {**ACCUMULATED, "dtype": dtype, "device": device, "recompute": recompute}
-    more["model"] = model
+    more |= {"model": model, "optimizer": optimizer}
     if device == "emulator":
         more |= {"seq_len": 8, "total_batch_tokens": 32, "steps": 5, "eval_every": 0}
     more["lr_schedule"] = "constant"  # the parts are cut by --steps, on which the others depend
@@ -147,6 +155,11 @@ def test_resuming_from_an_older_checkpoint_sets_the_newer_ones_aside(run: Run) -
         ("--lr", "0.5", "--lr is 0.003 in the run, 0.5 was given; leave out --lr"),
         ("--model", "d12", "--model is 'nano' in the run, 'd12' was given; leave out --model"),
         ("--init-from", "run", "--init-from is '' in the run, 'run' was given; leave out --init"),
+        (
+            "--optimizer",
+            "muon",
+            "--optimizer is 'adamw' in the run, 'muon' was given",
+        ),
         ("--n-layer", "5", "--n-layer is 0 in the run, 5 was given; leave out --n-layer"),
     ],
 )

@@ -25,7 +25,6 @@ from gpu_gpt2.models.weights import named
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.checkpoint import Retention, TrainingState
 from gpu_gpt2.training.memory import (
-    HOST_COPIES,
     best_fit,
     largest_batch,
     memory_plan,
@@ -36,6 +35,7 @@ from gpu_gpt2.training.saver import CheckpointSaver
 
 MODEL = GPT2Config(vocab_size=257, n_positions=17, n_embd=48, n_layer=2, n_head=3)
 N = parameter_count(MODEL)
+SIZES = (N, N, N)  # of weights, m and v
 TRAIN = train_settings(data="python-docs", seq_len=16, run_dir="run")
 NEWEST_TWO = Retention()
 
@@ -64,8 +64,8 @@ def no_space() -> None:
 
 
 def arenas(seed: int) -> np.ndarray:
-    """(HOST_COPIES, N) float32 as the arrays of a checkpoint: weights, m and v."""
-    values = np.random.default_rng(seed).standard_normal((HOST_COPIES, N), np.float32)
+    """(3, N) float32 as the arrays of a checkpoint: weights, m and v."""
+    values = np.random.default_rng(seed).standard_normal((len(SIZES), N), np.float32)
     named(MODEL, values[0])["wte"][MODEL.vocab_size :] = 0
     return values
 
@@ -92,7 +92,7 @@ def test_arrays_may_change_while_they_are_saved(device: str, tmp_path: Path) -> 
     place, tokenizer = open_device(device), SlowTokenizer()
     before, after = arenas(1), arenas(2)
     arrays = [upload(place, values, FLOAT32) for values in before]
-    with CheckpointSaver(tmp_path, place, N, tokenizer) as saver:
+    with CheckpointSaver(tmp_path, place, SIZES, tokenizer) as saver:
         folder = saver.start(state_of(5, saver.host_copies(*arrays)), NEWEST_TWO)
         assert tokenizer.reached.wait(30)
         assert folder == tmp_path / "step_00000005"
@@ -123,7 +123,7 @@ def test_a_download_into_host_memory_waits_and_takes_one_shape_and_dtype(device:
 def test_no_memory_is_allocated_by_a_save(tmp_path: Path) -> None:
     tokenizer = SlowTokenizer()
     tokenizer.go_on.set()
-    with CheckpointSaver(tmp_path, CpuDevice(), N, tokenizer) as saver:
+    with CheckpointSaver(tmp_path, CpuDevice(), SIZES, tokenizer) as saver:
         first = saver.host_copies(*arenas(1))
         saver.start(state_of(1, first), NEWEST_TWO)
         second = saver.host_copies(*arenas(2))
@@ -133,7 +133,7 @@ def test_no_memory_is_allocated_by_a_save(tmp_path: Path) -> None:
 def test_two_saves_come_one_after_the_other(tmp_path: Path) -> None:
     tokenizer = SlowTokenizer()
     values = {1: arenas(1), 2: arenas(2), 3: arenas(3)}
-    with CheckpointSaver(tmp_path, CpuDevice(), N, tokenizer) as saver:
+    with CheckpointSaver(tmp_path, CpuDevice(), SIZES, tokenizer) as saver:
         saver.start(state_of(1, saver.host_copies(*values[1])), Retention(last=0))
         assert tokenizer.reached.wait(30)
         threading.Timer(0.3, tokenizer.go_on.set).start()
@@ -150,7 +150,7 @@ def test_two_saves_come_one_after_the_other(tmp_path: Path) -> None:
 def test_a_start_waits_for_the_save_before(tmp_path: Path) -> None:
     tokenizer = SlowTokenizer()
     copies = tuple(arenas(1))
-    with CheckpointSaver(tmp_path, CpuDevice(), N, tokenizer) as saver:
+    with CheckpointSaver(tmp_path, CpuDevice(), SIZES, tokenizer) as saver:
         saver.start(state_of(1, copies), NEWEST_TWO)
         threading.Timer(0.2, tokenizer.go_on.set).start()
         saver.start(state_of(2, copies), NEWEST_TWO)
@@ -160,7 +160,7 @@ def test_a_start_waits_for_the_save_before(tmp_path: Path) -> None:
 def test_the_retention_of_each_save_is_used(tmp_path: Path) -> None:
     tokenizer = SlowTokenizer()
     tokenizer.go_on.set()
-    with CheckpointSaver(tmp_path, CpuDevice(), N, tokenizer) as saver:
+    with CheckpointSaver(tmp_path, CpuDevice(), SIZES, tokenizer) as saver:
         for step in range(1, 5):
             saver.start(state_of(step, saver.host_copies(*arenas(1))), Retention(last=1, best=2))
     assert names(tmp_path) == ["step_00000002", "step_00000004"]
@@ -178,7 +178,7 @@ def test_a_full_disk_ends_the_training_at_the_next_step(tmp_path: Path) -> None:
     tokenizer = SlowTokenizer(no_space)
     with (  # noqa: PT012 (the end of the inner `with` must pass the error on)
         pytest.raises(CheckpointError) as caught,
-        CheckpointSaver(tmp_path, CpuDevice(), N, tokenizer) as saver,
+        CheckpointSaver(tmp_path, CpuDevice(), SIZES, tokenizer) as saver,
     ):
         saver.start(state_of(7, saver.host_copies(*arenas(1))), NEWEST_TWO)
         saver.check()  # nothing has failed yet
@@ -203,7 +203,7 @@ def test_an_error_that_nobody_asked_for_is_raised_at_the_end(tmp_path: Path) -> 
     tokenizer.go_on.set()
     with (
         pytest.raises(CheckpointError, match="No space left on device"),
-        CheckpointSaver(tmp_path, CpuDevice(), N, tokenizer) as saver,
+        CheckpointSaver(tmp_path, CpuDevice(), SIZES, tokenizer) as saver,
     ):
         saver.start(state_of(7, saver.host_copies(*arenas(1))), NEWEST_TWO)
 
@@ -216,7 +216,7 @@ def test_an_exception_of_the_training_waits_for_the_save_and_is_not_hidden(
     threading.Timer(0.2, tokenizer.go_on.set).start()
     with (  # noqa: PT012
         pytest.raises(ZeroDivisionError),
-        CheckpointSaver(tmp_path, CpuDevice(), N, tokenizer) as saver,
+        CheckpointSaver(tmp_path, CpuDevice(), SIZES, tokenizer) as saver,
     ):
         folder = saver.start(state_of(7, saver.host_copies(*arenas(1))), NEWEST_TWO)
         raise ZeroDivisionError
@@ -226,7 +226,7 @@ def test_an_exception_of_the_training_waits_for_the_save_and_is_not_hidden(
 
 def test_an_interrupt_while_waiting_leaves_no_half_written_checkpoint(tmp_path: Path) -> None:
     tokenizer = SlowTokenizer()
-    waiting = CheckpointSaver(tmp_path, CpuDevice(), N, tokenizer)
+    waiting = CheckpointSaver(tmp_path, CpuDevice(), SIZES, tokenizer)
     waiting.start(state_of(7, waiting.host_copies(*arenas(1))), NEWEST_TWO)
     assert tokenizer.reached.wait(30)
     thread = waiting._thread
@@ -251,7 +251,7 @@ def test_the_host_memory_has_been_touched_before_the_first_save(tmp_path: Path) 
     """Memory that the system has yet to find would make the first copy slow, or fail there."""
     n, process = 12_000_000, psutil.Process()  # 48 MB each: too large to come from the heap
     before = process.memory_info().rss
-    saver = CheckpointSaver(tmp_path, CpuDevice(), n, SlowTokenizer())
+    saver = CheckpointSaver(tmp_path, CpuDevice(), (n, n, n), SlowTokenizer())
     taken = process.memory_info().rss - before
     assert taken > 0.9 * sum(buffer.nbytes for buffer in saver._buffers)
 
@@ -259,7 +259,7 @@ def test_the_host_memory_has_been_touched_before_the_first_save(tmp_path: Path) 
 def test_the_plan_of_a_run_on_the_host_counts_the_copies(tmp_path: Path) -> None:
     without = memory_plan(MODEL, "fp32", 2, 16, 0)
     plan = memory_plan(MODEL, "fp32", 2, 16, 0, host_copies=True)
-    saver = CheckpointSaver(tmp_path, CpuDevice(), N, SlowTokenizer())
+    saver = CheckpointSaver(tmp_path, CpuDevice(), SIZES, SlowTokenizer())
     copies = sum(buffer.nbytes for buffer in saver._buffers)
     assert plan.rows == (*without.rows, ("checkpoint copies", copies))
     assert planned_bytes(MODEL, "fp32", 2, 16, host_copies=True) == without.total + copies

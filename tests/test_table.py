@@ -176,7 +176,7 @@ def test_every_tensor_of_another_shape_or_dtype_is_refused(op: str) -> None:
 
 
 def test_small_arrays_are_the_structs_of_the_kernel() -> None:
-    text = (kernels_dir() / "adamw.cu").read_text()
+    text = "".join((kernels_dir() / file).read_text() for file in ("factors.cuh", "adamw.cu"))
     for names in (Factors, Report, Counts):
         body = re.search(rf"struct {names.__name__} {{(.*?)}};", text, re.DOTALL)
         assert body

@@ -43,6 +43,7 @@ def show_plan(
     recompute: Annotated[
         int | None, shared_option("recompute", show_default="the lowest level that suffices")
     ] = None,
+    optimizer: Annotated[str, shared_option("optimizer")] = "adamw",
 ) -> None:
     """Print the memory that training needs, and the largest batch that fits; needs no GPU."""
     config = model_config(model, n_layer=n_layer, n_head=n_head, n_embd=n_embd, context=context)
@@ -56,16 +57,26 @@ def show_plan(
     for title in ("recompute", "largest batch", "bytes per sequence"):
         levels.add_column(title, justify="right")
     for level in RECOMPUTE_LEVELS:
-        one, two = (planned_bytes(config, dtype, B, T, level) for B in (1, 2))
-        largest = largest_batch(config, dtype, T, level, usable)
+        one, two = (planned_bytes(config, dtype, B, T, level, optimizer=optimizer) for B in (1, 2))
+        largest = largest_batch(config, dtype, T, level, usable, optimizer=optimizer)
         levels.add_row(str(level), str(largest or "none"), format_bytes(two - one))
     console.print(levels)
 
     if batch_size is None:
-        chosen = best_fit(config, dtype, T, available, headroom=CUDA_OVERHEAD, recompute=recompute)
+        chosen = best_fit(
+            config,
+            dtype,
+            T,
+            available,
+            headroom=CUDA_OVERHEAD,
+            recompute=recompute,
+            optimizer=optimizer,
+        )
     else:
         tried = RECOMPUTE_LEVELS if recompute is None else (recompute,)
-        plans = [memory_plan(config, dtype, batch_size, T, level) for level in tried]
+        plans = [
+            memory_plan(config, dtype, batch_size, T, level, optimizer=optimizer) for level in tried
+        ]
         chosen = next((fit for fit in plans if fit.total <= usable), plans[-1])
     say(f"\nwith --batch-size {chosen.batch_size} --recompute {chosen.recompute}")
     console.print(plan_table(chosen))

@@ -24,7 +24,7 @@ _MODEL: Final = "Model and data"
 _DEVICE: Final = "Device, precision and memory"
 _LENGTH: Final = "Length and batch size"
 _SCHEDULE: Final = "Learning rate"
-_OPTIMIZER: Final = "Optimizer (AdamW)"
+_OPTIMIZER: Final = "Optimizer"
 _SAFETY: Final = "When numbers go wrong"
 _EVALUATION: Final = "Validation and samples"
 _RUN: Final = "Checkpoints and run folder"
@@ -203,9 +203,18 @@ class TrainConfig:
             resumable=True,
         ),
     )
+    optimizer: str = field(
+        default="adamw",
+        metadata=declare(
+            "Optimizer: adamw for all weights; or muon for the matrices of the layers, and adamw "
+            "for embeddings, biases and norms. The same --lr and --weight-decay suit both.",
+            _OPTIMIZER,
+            choices=("adamw", "muon"),
+        ),
+    )
     weight_decay: float = field(
         metadata=declare(
-            "AdamW weight decay of the matrices; biases and norms have none.",
+            "Weight decay of the matrices; biases and norms have none.",
             _OPTIMIZER,
             metavar="RATE",
             minimum=0,

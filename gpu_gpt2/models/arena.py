@@ -29,6 +29,7 @@ class TensorSpec:
     dtype: str = "X"
     init: str = ""  # initial values of a parameter: "normal", "residual", "ones" or "zeros"
     decay: bool = False  # AdamW's weight decay applies to this parameter
+    matrices: tuple[int, ...] = ()  # rows of each matrix in a layer's part: see layer_matrices
     stacked: bool = False  # the first dimension is the layer; it is 1 if layers share one buffer
     rows: int = 0  # rows in use where the first dimension is padded; 0 means all of them
     shares: str = ""  # the tensor whose memory this one uses while that one is not needed
@@ -36,6 +37,17 @@ class TensorSpec:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+
+def layer_matrices(
+    name: str, layers: int, rows: tuple[int, ...], columns: int, *, init: str
+) -> TensorSpec:
+    """Returns the tensor of matrices (out, in) that each layer has side by side, such as q, k, v.
+
+    `rows` are those of each matrix. Muon updates every one of them by itself.
+    """
+    shape = (layers, sum(rows), columns)
+    return TensorSpec(name, shape, init=init, decay=True, matrices=rows, stacked=True)
 
 
 def element_count(specs: Iterable[TensorSpec]) -> int:

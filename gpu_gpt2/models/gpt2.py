@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from gpu_gpt2.config import MAX_RECOMPUTE, GPT2Config
 from gpu_gpt2.device.base import Array
-from gpu_gpt2.models.arena import TensorSpec
+from gpu_gpt2.models.arena import TensorSpec, layer_matrices
 from gpu_gpt2.models.model import Model
 
 
@@ -26,10 +26,10 @@ class GPT2(Model):
         return (
             TensorSpec("wte", (Vp, C), init="normal", decay=True, rows=c.vocab_size),
             TensorSpec("wpe", (c.n_positions, C), init="normal", decay=True),
-            TensorSpec("qkvw", (L, 3 * C, C), init="normal", decay=True, stacked=True),
-            TensorSpec("attprojw", (L, C, C), init="residual", decay=True, stacked=True),
-            TensorSpec("fcw", (L, 4 * C, C), init="normal", decay=True, stacked=True),
-            TensorSpec("fcprojw", (L, C, 4 * C), init="residual", decay=True, stacked=True),
+            layer_matrices("qkvw", L, (C, C, C), C, init="normal"),
+            layer_matrices("attprojw", L, (C,), C, init="residual"),
+            layer_matrices("fcw", L, (4 * C,), C, init="normal"),
+            layer_matrices("fcprojw", L, (C,), 4 * C, init="residual"),
             TensorSpec("ln1w", (L, C), init="ones", stacked=True),
             TensorSpec("ln1b", (L, C), init="zeros", stacked=True),
             TensorSpec("qkvb", (L, 3 * C), init="zeros", stacked=True),

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpu_gpt2.config import MAX_RECOMPUTE, LlamaConfig
 from gpu_gpt2.device.base import FLOAT32, Array
-from gpu_gpt2.models.arena import TensorSpec
+from gpu_gpt2.models.arena import TensorSpec, layer_matrices
 from gpu_gpt2.models.model import Model
 from gpu_gpt2.models.rope import rope_angles
 
@@ -36,15 +36,15 @@ class Llama(Model):
         are the gate, then the up projection. "residual" initialises as in GPT-2.
         """
         L, C, F, Vp = c.n_layer, c.n_embd, c.n_inner, c.padded_vocab_size
-        packed = (c.n_head + 2 * c.n_kv_head) * c.head_size
+        keys = c.n_kv_head * c.head_size  # rows of the keys, and of the values
         head = TensorSpec("head", (Vp, C), init="normal", decay=True, rows=c.vocab_size)
         return (
             TensorSpec("wte", (Vp, C), init="normal", decay=True, rows=c.vocab_size),
             *(() if c.tie_word_embeddings else (head,)),
-            TensorSpec("qkvw", (L, packed, C), init="normal", decay=True, stacked=True),
-            TensorSpec("attprojw", (L, C, C), init="residual", decay=True, stacked=True),
-            TensorSpec("fcw", (L, 2 * F, C), init="normal", decay=True, stacked=True),
-            TensorSpec("fcprojw", (L, C, F), init="residual", decay=True, stacked=True),
+            layer_matrices("qkvw", L, (C, keys, keys), C, init="normal"),
+            layer_matrices("attprojw", L, (C,), C, init="residual"),
+            layer_matrices("fcw", L, (F, F), C, init="normal"),
+            layer_matrices("fcprojw", L, (C,), F, init="residual"),
             TensorSpec("ln1w", (L, C), init="ones", stacked=True),
             TensorSpec("ln2w", (L, C), init="ones", stacked=True),
             TensorSpec("lnfw", (C,), init="ones"),

@@ -372,6 +372,31 @@ def adamw(g: Maker, n: int, decayed: int) -> Call:
     )
 
 
+def muon_momentum(g: Maker, O: int, I: int, apply: int) -> Call:
+    """With apply = 0 the gradient is NaN, which must neither be read nor enter m."""
+    factors = Factors(apply=float(apply), grad_factor=0.3, lr=1e-2, c1=1.0, c2=1.0)
+    grad = g.normal(O, I) if apply else np.full((O, I), np.nan)
+    scalars = {"momentum": 0.9}
+    return g.call(grad=grad, factors=np.array(factors), scalars=scalars, exact=not apply)
+
+
+def muon_polynomial(g: Maker, K: int) -> Call:
+    """The Gram matrix of rows of norm 1, of which a few are not orthogonal."""
+    x = g.normal(K, K + 2)
+    gram = rounded(x @ x.T / np.square(x).sum(), g.x_dtype)
+    return g.call(gram=gram, square=gram @ gram)
+
+
+def muon_update(g: Maker, n: int) -> Call:
+    factors = Factors(apply=1.0, grad_factor=0.3, lr=1e-2, c1=1.0, c2=1.0)
+    return g.call(
+        master=g.normal(n, scale=0.02),
+        param="master" if g.x_dtype == FLOAT32 else np.full(n, np.nan),
+        factors=np.array(factors),
+        scalars={"scale": 5.0, "weight_decay": 0.1},
+    )
+
+
 def _adamw_settings(max_grad_norm: float, max_zscore: float = 0.0) -> AdamWSettings:
     return AdamWSettings(
         beta1=0.9,
@@ -526,6 +551,8 @@ ROPE_SIZES: Final = (
     *((1, 1, 3, 2, 1), (2, 7, 4, 6, 1), (1, 31, 9, 10, 3), (1, 129, 12, 34, 2)),
     *((3, 5, 15, 48, 3), (2, 33, 5, 64, 1), (1, 3, 40, 128, 4), (2, 2, 3, 12, 1)),
 )
+# Matrices of one block and of several, wide and tall.
+MATRICES: Final = ((1, 1), (7, 31), (33, 31), (129, 127), (1, 300), (3001, 33))
 LONG_ROW: Final = (2, 8200)  # several 16-byte vectors per thread
 LENGTHS: Final = ((1,), (31,), (257,), (1000,))
 CASES: Final[tuple[Case, ...]] = (
@@ -564,6 +591,9 @@ CASES: Final[tuple[Case, ...]] = (
         *((1, 0, 0), (31, 1, 2), (257, 0, 9), (3000, 1, 0)),
     ),
     *_cases(adamw, "n decayed", (1, 1), (31, 0), (258, 101), (1000, 1000), (1027, 1025)),
+    *_cases(muon_momentum, "O I apply", *((*size, 1) for size in MATRICES), (7, 31, 0)),
+    *_cases(muon_polynomial, "K", (1,), (7,), (31,), (33,), (129,), (300,)),
+    *_cases(muon_update, "n", *LENGTHS),
     *_cases(cast_to_float32, "n", *LENGTHS),
     *_cases(cast_to_bfloat16, "n", *LENGTHS),
     *_cases(cast_every_float16, "n", (2 * 0x7C01,)),
@@ -616,6 +646,9 @@ LARGE_CASES: Final[tuple[Case, ...]] = (
     *_cases("squared_norm", "n", (5_000_001,)),
     *_cases(prepare_update, "N clipped max_zscore", (65_536, 1, 0)),
     *_cases(adamw, "n decayed", (3_000_001, 2_000_001)),
+    *_cases(muon_momentum, "O I apply", (3072, 768, 1), (1000, 1601, 1)),
+    *_cases(muon_polynomial, "K", (768,), (1601,)),
+    *_cases(muon_update, "n", (3_000_001,)),
     *_cases(cast_to_bfloat16, "n", (3_000_001,)),
     *_cases(cast_to_float16, "n", (3_000_001,)),
     *_cases(matmul, "M K N accumulate", (512, 768, 2304, 0), (768, 4096, 768, 1)),

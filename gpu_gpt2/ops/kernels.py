@@ -20,6 +20,8 @@ from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.ops.table import (
     GROWTH_INTERVAL,
     MAX_SIZE,
+    MUON_COEFFICIENTS,
+    MUON_EPS,
     AdamWSettings,
     Ops,
     at_most,
@@ -48,7 +50,7 @@ SCRATCH_FLOATS: Final = 1 << 21  # float32 elements of scratch memory for partia
 # layernorm keeps four such sets (z, g, dw and db), that of RMSNorm three.
 CHANNELS_PER_THREAD: Final = 32
 
-NORM_BLOCKS: Final = 1024  # most blocks, and so partial sums, of squared_norm
+NORM_BLOCKS: Final = 1024  # most blocks, and so partial sums, of squared_norm and muon_momentum
 
 # Attention (kernels/attention.cu): 16 elements of a head per lane keep the backward pass within
 # registers, and two tiles of 16 rows of the largest head stay below the 48 KiB of shared memory
@@ -502,7 +504,50 @@ class KernelOps(Ops):
             settings.weight_decay,
         )
         grid = (_blocks(n, 4 * THREADS),)
-        self._launch("adamw", grid, (THREADS,), (*tensors, n, decayed, *scalars))
+        # A part of an arena may begin anywhere if C is odd, and then not with a vector of four
+        # elements. The address may decide because nothing is summed.
+        aligned = all(
+            self.device.address(tensor) % (4 * tensor.dtype.itemsize) == 0
+            for tensor in tensors[:-1]
+        )
+        defines = {} if aligned else {"ALIGNED": 0}
+        self._launch("adamw", grid, (THREADS,), (*tensors, n, decayed, *scalars), **defines)
+
+    # --- Muon ---
+
+    def muon_momentum(
+        self, x: Array, m: Array, grad: Array, factors: Array, momentum: float
+    ) -> None:
+        O, I = self._sizes("muon_momentum", "O I", x, m, grad, factors)
+        n = O * I
+        grid = (min(_blocks(n, 4 * THREADS), NORM_BLOCKS),)
+        partial = self._scratch[: grid[0]]
+        share = 1.0 - momentum
+        partial_args = (m, partial, grad, factors, n, share)
+        self._launch("muon_momentum_partial", grid, (THREADS,), partial_args)
+        args = (x, partial, m, grad, factors, n, share, MUON_EPS)
+        self._launch("muon_normalize", grid, (THREADS,), args)
+
+    def muon_polynomial(self, p: Array, gram: Array, square: Array) -> None:
+        (K,) = self._sizes("muon_polynomial", "K", p, gram, square)
+        at_most("muon_polynomial", "K", K, MAX_GRID[1] * THREADS)
+        threads = _row_threads(K, THREADS)
+        args = (p, gram, square, K, *MUON_COEFFICIENTS)
+        self._launch("muon_polynomial", (K, _blocks(K, threads)), (threads,), args)
+
+    def muon_update(
+        self,
+        master: Array,
+        param: Array,
+        x: Array,
+        factors: Array,
+        scale: float,
+        weight_decay: float,
+    ) -> None:
+        tensors = (master, param, x, factors)
+        (n,) = self._sizes("muon_update", "n", *tensors)
+        args = (*tensors, n, scale, weight_decay)
+        self._launch("muon_update", (_blocks(n, THREADS),), (THREADS,), args)
 
     # --- casts ---
 

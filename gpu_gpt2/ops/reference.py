@@ -26,6 +26,8 @@ from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.ops.table import (
     GROWTH_INTERVAL,
     MIN_LOSS_SCALE,
+    MUON_COEFFICIENTS,
+    MUON_EPS,
     SKIPPED,
     AdamWSettings,
     Counts,
@@ -700,6 +702,55 @@ class ReferenceOps(Ops):
         _by_blocks(decayed, 1, lambda i: work(i, decay))
         rest = master.size - decayed
         _by_blocks(rest, 1, lambda i: work(slice(decayed + i.start, decayed + i.stop), 1.0))
+
+    # --- Muon ---
+
+    def muon_momentum(
+        self, x: NDArray, m: NDArray, grad: NDArray, factors: NDArray, momentum: float
+    ) -> None:
+        f = Factors(*map(float, factors))
+        if not f.apply:
+            x.fill(0)
+            return
+
+        def work(i: slice) -> float:
+            u = grad[i] * f.grad_factor
+            u -= m[i]
+            u *= 1.0 - momentum
+            m[i] += u
+            u *= momentum  # m + momentum times what was added is m + (1 - momentum) (g - m)
+            u += m[i]
+            x[i] = u
+            return float(np.vdot(u, u))
+
+        x /= max(math.sqrt(sum(_by_rows(x, work))), MUON_EPS)
+
+    def muon_polynomial(self, p: NDArray, gram: NDArray, square: NDArray) -> None:
+        a, b, c = MUON_COEFFICIENTS
+        np.multiply(square, c, out=p)
+        p += b * gram
+        p.reshape(-1)[:: len(p) + 1] += a
+
+    def muon_update(
+        self,
+        master: NDArray,
+        param: NDArray,
+        x: NDArray,
+        factors: NDArray,
+        scale: float,
+        weight_decay: float,
+    ) -> None:
+        f = Factors(*map(float, factors))
+        if not f.apply:
+            return
+
+        def work(i: slice) -> None:
+            master[i] *= 1.0 - f.lr * weight_decay
+            master[i] -= f.lr * scale * x[i]
+            if param is not master:
+                param[i] = master[i]
+
+        _by_blocks(master.size, 1, work)
 
     # --- casts ---
 

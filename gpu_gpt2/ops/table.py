@@ -10,9 +10,9 @@ role. "mean, rstd (N) float32 =" stands for two tensors.
   the shapes.
 - Shape: B batch, T time, C channels, H query heads, D head size, G key/value heads, R = H + 2 G
   heads of a packed row of q, k and v, S positions of a KV cache, I and O columns of a linear
-  layer's input and output, F hidden width of Llama's MLP, J groups of an int8 row, V vocabulary,
-  Vp padded vocabulary, N = B * T rows, n elements of a flat array. A letter has one value in all
-  tensors of a call; `>= T` is any size from T on, and `B * T` a product.
+  layer's input and output, K the smaller of both, F hidden width of Llama's MLP, J groups of an
+  int8 row, V vocabulary, Vp padded vocabulary, N = B * T rows, n elements of a flat array. A letter
+  has one value in all tensors of a call; `>= T` is any size from T on, and `B * T` a product.
 - Pairs of RoPE are neighbours: elements 2 j and 2 j + 1 of a head.
 - dtype: X is that of activations and weights: float32, bfloat16 or float16. Saved statistics,
   losses and parameter gradients are float32 whatever X is, and sums are kept in float32. `any` is
@@ -50,6 +50,10 @@ SKIPPED: Final = ("", "loss spike", "gradient spike", "not finite", "halted")
 ANY: Final = tuple(X_DTYPES.values())  # the dtypes that "any" stands for
 # The dtypes that a row names themselves.
 FIXED_DTYPES: Final[dict[str, np.dtype[Any]]] = {"float32": FLOAT32, "int32": INT32, "int8": INT8}
+# Coefficients a, b and c of Muon's iteration, which turns each singular value s into a s + b s^3 +
+# c s^5, and the least norm that it divides by (Jordan et al. 2024; those of torch.optim.Muon).
+MUON_COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
+MUON_EPS: Final = 1e-7
 # Most columns that `sample` draws from: so many weights of at most 2^40 sum to at most 2^62.
 MAX_VOCABULARY: Final = 2**22
 LOG2_E: Final = 1.0 / math.log(2.0)
@@ -182,7 +186,7 @@ class AdamWSettings:
 
 
 class Factors(NamedTuple):
-    """The elements of `factors` (5): the scalars that `prepare_update` computes for `adamw`."""
+    """The elements of `factors` (5): the scalars of an update, which `prepare_update` computes."""
 
     apply: float  # 1, or 0 if the step makes no update
     grad_factor: float  # min(1, max_grad_norm / norm) / loss_scale
@@ -666,6 +670,50 @@ class Ops(ABC):
         master, m and v are updated; param = master rounded to X (with X = float32 param is master
         itself). Only the first `decayed` elements are decayed. `Factors` names the elements of
         factors; if apply is 0, nothing changes.
+        """
+
+    # --- Muon: kernels/muon.cu ---
+
+    @tensors(
+        "x (O, I) X =",
+        "m (O, I) float32 +=",
+        "grad (O, I) float32",
+        "factors (5) float32",
+    )
+    @abstractmethod
+    def muon_momentum(
+        self, x: Array, m: Array, grad: Array, factors: Array, momentum: float
+    ) -> None:
+        """x = the direction of Muon's update of a matrix, divided by its Frobenius norm.
+
+        m += (1 - momentum) (g - m) with g = grad times factors.grad_factor; then u = m + (1 -
+        momentum) (g - m), and x = u / max(norm of u, MUON_EPS). If factors.apply is 0, m stays as
+        it is and x = 0.
+        """
+
+    @tensors("p (K, K) X =", "gram (K, K) X", "square (K, K) float32")
+    @abstractmethod
+    def muon_polynomial(self, p: Array, gram: Array, square: Array) -> None:
+        """p = a I + b gram + c square, with a, b and c of MUON_COEFFICIENTS.
+
+        gram is x x^T and square is gram gram, so that p x = a x + b (x x^T) x + c (x x^T)^2 x.
+        """
+
+    @tensors("master (n) float32 +=", "param (n) X =", "x (n) X", "factors (5) float32")
+    @abstractmethod
+    def muon_update(
+        self,
+        master: Array,
+        param: Array,
+        x: Array,
+        factors: Array,
+        scale: float,
+        weight_decay: float,
+    ) -> None:
+        """master -= lr (scale x + weight_decay master); param = master rounded to X.
+
+        lr is factors.lr. With X = float32 param is master itself. If factors.apply is 0, nothing
+        changes.
         """
 
     # --- casts: kernels/cast.cu ---

@@ -1,9 +1,9 @@
 """Checkpoints of a run. Each is written whole or not at all, and read only if no bit is wrong.
 
 A checkpoint is the folder RUN/step_00000500: a Hugging Face folder with its tokenizer, plus
-optimizer.safetensors (m.* and v.* of every parameter), training.json, and manifest.json with the
-SHA-256 of every other file. It is written under a hidden name and renamed when every byte is on the
-disk, so a folder with the final name is complete.
+optimizer.safetensors (m.* of every parameter, v.* of those that have a second moment),
+training.json, and manifest.json with the SHA-256 of every other file. It is written under a hidden
+name and renamed when every byte is on the disk, so a folder with the final name is complete.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from gpu_gpt2.formats import hf
 from gpu_gpt2.formats.files import sync
 from gpu_gpt2.formats.hf import CONFIG_FILE, MODEL_FILE, read_json
 from gpu_gpt2.formats.safetensors import TensorFile, TensorWriter
+from gpu_gpt2.models.arena import element_count, flat_views
 from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.weights import Arena, FloatArray, load_arena, named
 from gpu_gpt2.training import manifest
 from gpu_gpt2.training.manifest import MANIFEST_FILE, Digests
+from gpu_gpt2.training.muon import OPTIMIZERS
 from gpu_gpt2.training.optimizer import UpdateState
 
 OPTIMIZER_FILE: Final = "optimizer.safetensors"
 TRAINING_FILE: Final = "training.json"
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 SET_ASIDE_FOLDER: Final = "set_aside"  # in a run: checkpoints that it no longer continues
 
 _WITHOUT_MANIFEST: Final = (1, 2)  # versions of training.json beside which there is no manifest
@@ -56,7 +58,11 @@ _ADVICE: Final[Mapping[int | None, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """Everything that survives a restart; arrays are parameter arenas (n,) float32 on the host."""
+    """Everything that survives a restart; arrays are parameter arenas float32 on the host.
+
+    `weights` and `m` are (n,); `v` holds only the tensors of which the optimizer of `train` keeps a
+    second moment.
+    """
 
     model: ModelConfig
     train: TrainConfig
@@ -174,7 +180,7 @@ def _read(folder: Path) -> TrainingState:
     """Reads a checkpoint; compares only training.json with the manifest. Raises UserError."""
     training, train, update = _checked_training(folder)
     source = hf.open_folder(folder)
-    m, v = _load_moments(folder / OPTIMIZER_FILE, source.config)
+    m, v = _load_moments(folder / OPTIMIZER_FILE, source.config, train.optimizer)
     return TrainingState(
         model=source.config,
         train=train,
@@ -235,7 +241,7 @@ def _read_training(folder: Path) -> dict[str, Any]:
             f"checkpoint of format_version {version!r} is intact; restore it from a copy, or use "
             f"another checkpoint"
         )
-    return _from_version_2(_from_version_1(training))
+    return _from_version_3(_from_version_2(_from_version_1(training)))
 
 
 def _from_version_1(training: dict[str, Any]) -> dict[str, Any]:
@@ -263,6 +269,16 @@ def _from_version_2(training: dict[str, Any]) -> dict[str, Any]:
             new["save_every"] = train["eval_every"]
         train = new | train
     return training | {"format_version": 3, "train": train}
+
+
+def _from_version_3(training: dict[str, Any]) -> dict[str, Any]:
+    """Returns a training.json of version 3, whose only optimizer was AdamW, as one of version 4."""
+    if training.get("format_version") != 3:
+        return training
+    train = training.get("train")
+    if isinstance(train, dict):
+        train = {"optimizer": "adamw"} | train
+    return training | {"format_version": 4, "train": train}
 
 
 def _intact_before(folder: Path) -> Path | None:
@@ -399,7 +415,7 @@ def _write(folder: Path, state: TrainingState, tokenizer: Tokenizer) -> None:
         hf.write_model(folder, Arena(state.model, state.weights, tokenizer.eot))
         tokenizer.save(folder)
         digests.start(folder.iterdir())
-        moments = _moments(state.model, state.m, state.v)
+        moments = _moments(state.model, state.train.optimizer, state.m, state.v)
         with (folder / OPTIMIZER_FILE).open("wb") as file:
             shapes = {name: tensor.shape for name, tensor in moments.items()}
             writer = TensorWriter(file, shapes, np.dtype(np.float32))
@@ -465,20 +481,24 @@ def _prune(run_dir: Path, written: Path, retention: Retention) -> None:
             shutil.rmtree(hidden)
 
 
-def _moments(model: ModelConfig, m: FloatArray, v: FloatArray) -> dict[str, FloatArray]:
+def _moments(
+    model: ModelConfig, optimizer: str, m: FloatArray, v: FloatArray
+) -> dict[str, FloatArray]:
     """Returns views of both arenas by their names on disk: m.wte, v.wte and so on."""
-    arenas = {"m": m, "v": v}
+    second = flat_views(OPTIMIZERS[optimizer].second_moments(model), v)
+    tensors = {"m": named(model, m), "v": vars(second)}
     return {
         f"{kind}.{name}": tensor
-        for kind, arena in arenas.items()
-        for name, tensor in named(model, arena).items()
+        for kind, moments in tensors.items()
+        for name, tensor in moments.items()
     }
 
 
-def _load_moments(path: Path, model: ModelConfig) -> tuple[FloatArray, FloatArray]:
+def _load_moments(path: Path, model: ModelConfig, optimizer: str) -> tuple[FloatArray, FloatArray]:
     file = TensorFile(path)
-    m, v = (np.zeros(parameter_count(model), np.float32) for _ in range(2))
-    tensors = _moments(model, m, v)
+    m = np.zeros(parameter_count(model), np.float32)
+    v = np.zeros(element_count(OPTIMIZERS[optimizer].second_moments(model)), np.float32)
+    tensors = _moments(model, optimizer, m, v)
     for name, tensor in tensors.items():
         file.check(name, tensor.shape)
         tensor[...] = file.read(name)

@@ -16,13 +16,11 @@ from gpu_gpt2.models.arena import bytes_of, element_count
 from gpu_gpt2.models.families import activations, constants, parameter_count
 from gpu_gpt2.models.kv_cache import cache_bytes
 from gpu_gpt2.ops.kernels import SCRATCH_FLOATS
+from gpu_gpt2.training.muon import OPTIMIZERS
 
 # Bytes that a process takes on a GPU beside its tensors: the CUDA context, cuBLAS with its
 # workspace, the compiled kernels. An estimate: the size depends on the GPU and on the versions.
 CUDA_OVERHEAD: Final = 768 << 20
-# Parameter arenas that training/saver.py copies to the host to write a checkpoint: the master
-# weights and both moments of AdamW.
-HOST_COPIES: Final = 3
 RECOMPUTE_LEVELS: Final = range(MAX_RECOMPUTE + 1)
 # Tokens in a micro-batch that keep a GPU busy. Beyond them a larger batch gains less than the
 # recomputation costs that makes it fit.
@@ -55,6 +53,7 @@ def memory_plan(
     seq_len: int,
     recompute: int,
     *,
+    optimizer: str = "adamw",
     host_copies: bool = False,
 ) -> MemoryPlan:
     """The memory that training on micro-batches of (batch_size, seq_len) tokens allocates.
@@ -65,12 +64,15 @@ def memory_plan(
     n, x = parameter_count(config), X_DTYPES[dtype]
     specs = activations(config, batch_size, seq_len, recompute=recompute)
     logits = tuple(spec for spec in specs if spec.name == "logits")
+    kind = OPTIMIZERS[optimizer]
+    state, scratch = n + element_count(kind.second_moments(config)), kind.scratch(config)
     rows = [("weights", n * x.itemsize)]
     if x != FLOAT32:
         rows.append(("master weights, float32", n * FLOAT32.itemsize))
     rows += [
         ("gradients, float32", n * FLOAT32.itemsize),
-        ("optimizer state, float32", 2 * n * FLOAT32.itemsize),
+        ("optimizer state, float32", state * FLOAT32.itemsize),
+        ("optimizer scratch", bytes_of(scratch, x)),
         ("logits", bytes_of(logits, x)),
         ("other activations", bytes_of(specs, x) - bytes_of(logits, x)),
         ("angles of RoPE, float32", element_count(constants(config, seq_len)) * FLOAT32.itemsize),
@@ -78,7 +80,7 @@ def memory_plan(
         ("kernel scratch", SCRATCH_FLOATS * FLOAT32.itemsize),
     ]
     if host_copies:
-        rows.append(("checkpoint copies", HOST_COPIES * n * FLOAT32.itemsize))
+        rows.append(("checkpoint copies", (n + state) * FLOAT32.itemsize))  # weights and moments
     present = tuple((purpose, size) for purpose, size in rows if size)
     return MemoryPlan(batch_size=batch_size, recompute=recompute, rows=present)
 
@@ -90,10 +92,19 @@ def planned_bytes(
     seq_len: int,
     recompute: int = 0,
     *,
+    optimizer: str = "adamw",
     host_copies: bool = False,
 ) -> int:
     """The total of `memory_plan` in bytes."""
-    plan = memory_plan(config, dtype, batch_size, seq_len, recompute, host_copies=host_copies)
+    plan = memory_plan(
+        config,
+        dtype,
+        batch_size,
+        seq_len,
+        recompute,
+        optimizer=optimizer,
+        host_copies=host_copies,
+    )
     return plan.total
 
 
@@ -105,17 +116,24 @@ def largest_batch(
     memory: int,
     sequences: int | None = None,
     *,
+    optimizer: str = "adamw",
     host_copies: bool = False,
 ) -> int:
     """The largest batch size whose plan fits into `memory` bytes, or 0 if none does.
 
     `sequences` is the number of sequences in an optimizer step: the batch size then divides it.
-    `host_copies` is as for `memory_plan`.
+    `optimizer` and `host_copies` are as for `memory_plan`.
     """
 
     def fits(batch_size: int) -> bool:
         needed = planned_bytes(
-            config, dtype, batch_size, seq_len, recompute, host_copies=host_copies
+            config,
+            dtype,
+            batch_size,
+            seq_len,
+            recompute,
+            optimizer=optimizer,
+            host_copies=host_copies,
         )
         return needed <= memory
 
@@ -141,13 +159,14 @@ def best_fit(
     headroom: int = 0,
     recompute: int | None = None,
     sequences: int | None = None,
+    optimizer: str = "adamw",
     host_copies: bool = False,
 ) -> MemoryPlan:
     """The plan with the best batch size and recompute level for `memory` less `headroom` bytes.
 
     The level is the lowest whose largest batch holds ENOUGH_TOKENS; if no level's does, it is the
-    lowest of those with the largest batch. `recompute` fixes the level, and `sequences` and
-    `host_copies` are as for `largest_batch`. Raises ConfigError if nothing fits.
+    lowest of those with the largest batch. `recompute` fixes the level, and `sequences`,
+    `optimizer` and `host_copies` are as for `largest_batch`. Raises ConfigError if nothing fits.
     """
     levels = RECOMPUTE_LEVELS if recompute is None else (recompute,)
     best = (0, levels[-1])
@@ -159,13 +178,22 @@ def best_fit(
             level,
             memory - headroom,
             sequences,
+            optimizer=optimizer,
             host_copies=host_copies,
         )
         if batch_size > best[0]:
             best = batch_size, level
         if batch_size * seq_len >= ENOUGH_TOKENS:
             break
-    fit = memory_plan(config, dtype, max(1, best[0]), seq_len, best[1], host_copies=host_copies)
+    fit = memory_plan(
+        config,
+        dtype,
+        max(1, best[0]),
+        seq_len,
+        best[1],
+        optimizer=optimizer,
+        host_copies=host_copies,
+    )
     check_fits(fit, memory, headroom=headroom)
     return fit
 

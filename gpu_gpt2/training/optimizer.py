@@ -11,10 +11,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from gpu_gpt2.config import DEFAULTS
+from gpu_gpt2.config import DEFAULTS, ModelConfig
 from gpu_gpt2.device.base import FLOAT16, FLOAT32, Array, AsyncRead
 from gpu_gpt2.errors import ConfigError
-from gpu_gpt2.models.families import parameter_count
+from gpu_gpt2.models.arena import TensorSpec, element_count
+from gpu_gpt2.models.families import parameter_count, parameters
 from gpu_gpt2.models.model import Model
 from gpu_gpt2.ops.table import (
     MIN_LOSS_SCALE,
@@ -117,8 +118,9 @@ class PendingStep:
 class AdamW:
     """Optimizer state and float32 master weights of a model, on its device.
 
-    `m`, `v` and `master` are (n,) float32 arenas in the order of gpt2.parameters; with float32
-    weights, `master` is the model's own arena. `loss_scale` (1,) float32, by which the model must
+    `m` and `master` are (n,) float32 arenas in the order of gpt2.parameters, and `v` is one of the
+    tensors in `second_moments`, which are all; with float32 weights, `master` is the model's own
+    arena. `loss_scale` (1,) float32, by which the model must
     multiply the loss, is 1 unless the weights are float16.
 
     A step makes no update if its loss or its gradient norm is not finite, or if the z-score of one
@@ -155,7 +157,7 @@ class AdamW:
         device = model.ops.device
         n = parameter_count(model.config)
         self.m = device.zeros((n,), FLOAT32)
-        self.v = device.zeros((n,), FLOAT32)
+        self.v = device.zeros((element_count(self.second_moments(model.config)),), FLOAT32)
         if model.x_dtype == FLOAT32:
             self.master: Array = model.param_arena
         else:
@@ -172,13 +174,28 @@ class AdamW:
         self._graphs: dict[tuple[int, int, int], Callable[[], None]] = {}
         self.load_state(UpdateState(updates=0, good_steps=0, loss_scale=INITIAL_LOSS_SCALE))
 
+    @property
+    def saved_arrays(self) -> tuple[Array, Array, Array]:
+        """The arrays of a checkpoint: master weights, m and v."""
+        return self.master, self.m, self.v
+
+    @staticmethod
+    def second_moments(config: ModelConfig) -> tuple[TensorSpec, ...]:
+        """Returns the parameters of a model of which the optimizer keeps a second moment."""
+        return parameters(config)
+
+    @staticmethod
+    def scratch(config: ModelConfig) -> tuple[TensorSpec, ...]:
+        """Returns the tensors that an update needs besides the optimizer state."""
+        return ()
+
     def load(
         self,
         weights: npt.NDArray[np.float32],
         m: npt.NDArray[np.float32] | None = None,
         v: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        """Sets master weights, and the model's with them, from host arenas (n,) float32."""
+        """Sets master weights, and the model's with them, and moments from host arenas float32."""
         device = self.model.ops.device
         device.upload(self.master, weights)
         if self.master is not self.model.param_arena:
@@ -247,13 +264,24 @@ class AdamW:
             1.0 / (losses.size * micro_steps),
             self.settings,
         )
-        ops.adamw(
-            self.master,
-            self.m,
-            self.v,
-            model.param_arena,
-            model.grad_arena,
+        self._update_weights()
+
+    def _update_weights(self) -> None:
+        """Enqueues the update of all weights with the scalars in `_factors`."""
+        self._adamw(slice(None), self.v, self.decayed)
+
+    def _adamw(self, part: slice, v: Array, decayed: int) -> None:
+        """Updates a part of the arenas, whose first `decayed` elements have weight decay."""
+        model = self.model
+        master = self.master[part]
+        param = master if self.master is model.param_arena else model.param_arena[part]
+        model.ops.adamw(
+            master,
+            self.m[part],
+            v,
+            param,
+            model.grad_arena[part],
             self._factors,
-            self.decayed,
+            decayed,
             self.settings,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -11,7 +12,6 @@ from gpu_gpt2.device.base import FLOAT32, Array, Device
 from gpu_gpt2.models.weights import FloatArray
 from gpu_gpt2.training import checkpoint
 from gpu_gpt2.training.checkpoint import Retention, Tokenizer, TrainingState
-from gpu_gpt2.training.memory import HOST_COPIES
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,12 @@ class CheckpointSaver:
     every later call raises its error.
     """
 
-    def __init__(self, run_dir: Path, device: Device, n: int, tokenizer: Tokenizer) -> None:
-        """Allocates HOST_COPIES arrays (n,) float32 in host memory, or raises DeviceError."""
+    def __init__(
+        self, run_dir: Path, device: Device, sizes: Sequence[int], tokenizer: Tokenizer
+    ) -> None:
+        """Allocates one float32 array of each size in host memory, or raises DeviceError."""
         self._run_dir, self._device, self._tokenizer = run_dir, device, tokenizer
-        self._buffers = [device.host_empty((n,), FLOAT32) for _ in range(HOST_COPIES)]
+        self._buffers = [device.host_empty((n,), FLOAT32) for n in sizes]
         for buffer in self._buffers:
             buffer.fill(0)  # the system provides memory at the first write, so write now
         self._thread: threading.Thread | None = None
@@ -56,7 +58,7 @@ class CheckpointSaver:
             logger.error("%s", self._error)
 
     def host_copies(self, *arrays: Array) -> tuple[FloatArray, ...]:
-        """Returns host copies of device arrays (n,) float32, which the next call overwrites.
+        """Returns host copies of device arrays of the sizes; the next call overwrites them.
 
         Waits for the save in progress first, because that save reads the same host memory.
         """

@@ -118,7 +118,7 @@ def _case(
 def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     """The ops of GPT-2's training step, in its order, at batches of (B, T), then other ops.
 
-    The others are those of Llama and those of generation.
+    The others are those of Muon, of Llama and of generation.
 
     Arrays live until the next case is asked for.
     """
@@ -129,6 +129,7 @@ def cases(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
     yield from _classifier(ops, c, B, T)
     yield from _matmuls(ops, c, B * T)
     yield from _optimizer(ops, c)
+    yield from _muon(ops, c)
     yield from _token_embedding(ops, c, B, T)
     yield from _rmsnorm(ops, c, B * T)
     yield from _rope(ops, c, B, T)
@@ -248,6 +249,18 @@ def _optimizer(ops: Ops, c: ModelConfig) -> Iterator[BenchCase]:
     yield _case(ops, "adamw", master, m, v, param, grad, factors, n // 2, settings)
     if separate:
         yield _case(ops, "cast", param, master)
+
+
+def _muon(ops: Ops, c: ModelConfig) -> Iterator[BenchCase]:
+    """Yields Muon's ops at the largest matrix of a layer, w (4C, C), without their matmuls."""
+    new = Tensors(ops)
+    O, C = 4 * c.n_embd, c.n_embd
+    x, m, grad, factors = new(O, C), new.float32(O, C), new.float32(O, C), new.positive(5)
+    yield _case(ops, "muon_momentum", x, m, grad, factors, 0.95)
+    yield _case(ops, "muon_polynomial", new(C, C), new(C, C), new.float32(C, C))
+    master = new.float32(O * C)
+    param = new(O * C) if new.X != FLOAT32 else master
+    yield _case(ops, "muon_update", master, param, x.reshape(-1), factors, 1.0, 0.1)
 
 
 def _token_embedding(ops: Ops, c: ModelConfig, B: int, T: int) -> Iterator[BenchCase]:
