@@ -51,9 +51,9 @@ def generate(
         raise ConfigError(f"max_tokens must be 0 or more, not {max_tokens}")
     if max_tokens == 0:
         return
-    texts = [np.asarray(prompt, np.int32) for prompt in prompts]
+    texts = [np.asarray(prompt, np.int32).tolist() for prompt in prompts]
     ended = [False] * len(texts)
-    decoder.prefill(texts)
+    decoder.prefill(prompts)
     if isinstance(sampling, Sampling):
         steps = _on_device(decoder, sampling, texts, max_tokens)
     else:
@@ -64,7 +64,7 @@ def generate(
                 "the model's weights are damaged: its logits are not finite numbers"
             )
         for i, token in enumerate(tokens):
-            texts[i] = np.append(texts[i], np.int32(token))
+            texts[i].append(token)
         yield [None if end else token for end, token in zip(ended, tokens, strict=True)]
         ended = [end or token in stop for end, token in zip(ended, tokens, strict=True)]
         if all(ended):
@@ -72,7 +72,7 @@ def generate(
 
 
 def _on_device(
-    decoder: Decoder, sampling: Sampling, texts: list[Int32], max_tokens: int
+    decoder: Decoder, sampling: Sampling, texts: list[list[int]], max_tokens: int
 ) -> Iterator[list[int]]:
     """Yields tokens that the device draws; the caller appends them to `texts`."""
     is_async = decoder.model.ops.device.is_async
@@ -94,7 +94,10 @@ def _on_device(
 
 
 def _on_host(
-    decoder: Decoder, samplers: Sequence[HostSampler], texts: list[Int32], max_tokens: int
+    decoder: Decoder,
+    samplers: Sequence[HostSampler],
+    texts: list[list[int]],
+    max_tokens: int,
 ) -> Iterator[list[int]]:
     """Yields tokens that the samplers choose; the caller appends them to `texts`."""
     for left in reversed(range(max_tokens)):
@@ -112,7 +115,8 @@ def _on_host(
             decoder.decode()
 
 
-def _slide(decoder: Decoder, texts: Sequence[Int32]) -> None:
+def _slide(decoder: Decoder, texts: Sequence[list[int]]) -> None:
     """Reads the last half of the cache's length of each text again, from position 0."""
-    tails = [text[-max(1, decoder.length // 2) :] for text in texts]
+    kept = max(1, decoder.length // 2)
+    tails = [np.array(text[-kept:], np.int32) for text in texts]
     decoder.prefill(tails, window=decoder.window + 1)

@@ -27,7 +27,7 @@ def open_model(name: str | Path) -> WeightSource:
     such as d12.
     """
     path = Path(name)
-    if path.is_file() or path.suffix in _SUFFIXES:
+    if path.is_file() or (path.suffix in _SUFFIXES and not path.is_dir()):
         return _open_file(path)
     if not path.exists() and (str(name) in MODELS or _NAME.fullmatch(str(name))):
         return InitialWeights(config=model_config(str(name)), seed=DEFAULTS["seed"])
@@ -69,10 +69,10 @@ def _open_file(path: Path) -> WeightSource:
         return hf.open_file(path)
     if hf.is_pickle(path):
         raise hf.refuse_pickle(path)
-    if path.suffix == ".bin":
+    if path.suffix == ".bin" or magic_of(path) in KINDS or llama2c.is_llama2c(path):
         return _open_bin(path)
     raise DataError(
-        f"{path}: not a model by its name; expected a run or checkpoint of gpu-gpt2, a Hugging "
+        f"{path} is no model; expected a run or checkpoint of gpu-gpt2, a Hugging "
         f"Face folder, a .safetensors file or a .bin file of llm.c or llama2.c"
     )
 

@@ -264,7 +264,10 @@ class Run:
         return bool(self._examples) and due and not self._stop.requested and not recorded
 
     def sample(self) -> None:
-        """Prints a text that the model generates from the prompt, if a sample is due."""
+        """Prints a text that the model generates from the prompt, if a sample is due.
+
+        A signal to stop breaks it off, and nothing is printed.
+        """
         if not self._sample_due():
             return
         config, tokenizer = self.config, self.data.tokenizer
@@ -279,7 +282,12 @@ class Run:
                 max_tokens=config.sample_tokens,
                 sampling=Sampling(seed=config.seed + self.step),
             )
-            tokens = [token for (token,) in drawn if token is not None]
+            tokens = []
+            for (token,) in drawn:
+                if self._stop.requested:
+                    return
+                if token is not None:
+                    tokens.append(token)
             self.log.sample(self.step, config.sample_prompt + tokenizer.decode(tokens))
             self._sampled = self.step
 

@@ -47,16 +47,24 @@ class Llama2cSampler:
         top_p: the probability mass of the nucleus; 0 or less, or 1 or more, turn the nucleus off.
         seed: 1 to 2**64 - 1.
         """
-        self._temperature = np.float32(temperature)
+        with np.errstate(over="ignore"):  # it becomes infinite, and all tokens equally likely
+            self._temperature = np.float32(temperature)
         self._top_p = np.float32(top_p)
         self._rng = Xorshift64Star(seed)
 
     def choose(self, logits: FloatArray) -> int:
-        """Returns the token that is drawn from logits (V,)."""
+        """Returns the token that is drawn from logits (V,).
+
+        A temperature so low that logits overflow acts as 0. llama2.c then computes with NaNs.
+        """
         if self._temperature == 0:
             return int(logits.argmax())
-        p = _softmax(logits / self._temperature)
         coin = self._rng.uniform()
+        with np.errstate(over="ignore"):
+            scaled = logits / self._temperature
+        if not np.isfinite(scaled).all():
+            return int(logits.argmax())
+        p = _softmax(scaled)
         if not 0 < self._top_p < 1:
             return _first_above(np.cumsum(p), coin)
         return self._from_nucleus(p, coin)

@@ -289,8 +289,8 @@ def test_out_of_memory_is_said_in_one_line(run: Run, monkeypatch: pytest.MonkeyP
     code, _, err = run("generate", "x")
     assert code == 1
     assert err == (
-        "gpu-gpt2: out of memory (8 GiB for an array); use a smaller --batch-size, --seq-len or "
-        "--model\n"
+        "gpu-gpt2: out of memory (8 GiB for an array); use a smaller model, or smaller numbers for "
+        "--batch-size and --seq-len, or in generate for --num-samples and --max-tokens\n"
     )
 
 

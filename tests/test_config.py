@@ -145,6 +145,7 @@ def test_the_documentation_of_the_options_is_up_to_date() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
+        ({"n_positions": 1 << 31}, "n_positions must be at most 2,147,483,647, not 2147483648"),
         ({"n_layer": 0}, "n_layer must be a whole number >= 1, not 0"),
         ({"n_embd": 770}, "does not divide into n_head 12"),
         ({"n_embd": 768.0}, "n_embd must be a whole number"),

@@ -169,7 +169,7 @@ def test_a_new_model_by_name(run: Run) -> None:
         (("empty", "b", "--to", "hf"), "empty: no checkpoint here; make one with: gpu-gpt2"),
         (("full", "b", "--to", "hf"), "full is no run and no Hugging Face folder, but holds m.bin "
                                       "(1 such); name that file"),
-        (("text.txt", "b", "--to", "hf"), "text.txt: not a model by its name; expected a run or"),
+        (("text.txt", "b", "--to", "hf"), "text.txt is no model; expected a run or"),
         (("old.pt", "b", "--to", "hf"), "old.pt is a pickle, which can run any program when it is "
          "opened, so gpu-gpt2 does not; if you trust it, load it with PyTorch and save the model"),
         (("old", "b", "--to", "hf"), "old/weights.pt is a pickle, which can run any program"),

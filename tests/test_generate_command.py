@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from gpu_gpt2.cli.text import Stopwatch, show
 from gpu_gpt2.config import GPT2_VOCAB_SIZE, LlamaConfig
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.models.decoder import Sampling
-from gpu_gpt2.models.weights import Arena
+from gpu_gpt2.models.weights import Arena, named
 from gpu_gpt2.samplers import Llama2cSampler, LlmcSampler
 
 Run = Callable[..., tuple[int, str, str]]
@@ -375,3 +376,38 @@ def test_speed_excludes_the_first_token_of_each_sequence(monkeypatch: pytest.Mon
     watch.count(4)
     watch.count(2)
     assert watch.report() == "generated 10 tokens, 3.0 tokens/s"
+
+
+def test_damaged_weights_are_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's warnings of overflows are not shown."""
+    damaged = Arena(CONFIG, SOURCE.weights.copy())
+    named(CONFIG, damaged.weights)["lnfw"][:] = 3e38
+    monkeypatch.setattr(generate_module, "open_model", lambda name: damaged)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        code, _, err = run(*EMPTY_PROMPT)
+    assert code == 1
+    assert err == ("gpu-gpt2: the model's weights are damaged: its logits are not finite numbers\n")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "message"),
+    [
+        ("--prompt - <&-", 0, "prompt 1 tokens, generated 2 tokens"),
+        ("--output ids >&-", 0, "prompt 1 tokens, generated 2 tokens"),
+        (">/dev/full", 1, "gpu-gpt2: cannot write the output: No space left on device; make room "
+         "on the disk"),
+        ("--output json >/dev/full", 1, "gpu-gpt2: cannot write the output: No space left on "),
+    ],
+)  # fmt: skip
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full of Linux")
+def test_standard_streams_that_are_closed_or_full(
+    redirection: str, code: int, message: str
+) -> None:
+    command = f"{sys.executable} -m gpu_gpt2 generate nano --device cpu --max-tokens 2"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {redirection}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llama2c_models import A, B, model, model_file, tokenizer_file
+from llama2c_models import A, B, model, model_file, tokenizer_entries, tokenizer_file
 
 from gpu_gpt2 import convert
 from gpu_gpt2.data.dataset import prepare
 from gpu_gpt2.device import open_device
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats import files, hf, llama2c
+from gpu_gpt2.formats.llama2c_tokenizer import tokenizer_content
 from gpu_gpt2.formats.tokens import read_tokens
+from gpu_gpt2.models.batch import Batch
 from gpu_gpt2.models.families import new_model
 from gpu_gpt2.models.init import InitialWeights
 from gpu_gpt2.models.weights import Arena, load_arena
@@ -256,3 +258,37 @@ def test_a_run_keeps_its_tokenizer(run: Run) -> None:
     assert run("convert", "run", "a.bin", "--to", "llama2c-v2")[0] == 0
     assert load_arena(open_model("a.bin")).size == load_arena(open_model("run")).size
     assert Path("tokenizer.bin").is_file()
+
+
+def test_names_without_a_suffix_and_folders_with_one(run: Run) -> None:
+    """The first bytes tell the kind of a file; the name of a folder tells nothing."""
+    model_file(Path("model"))
+    assert open_model("model").config == A
+    assert run("convert", "model", "folder.bin", "--to", "hf")[0] == 0
+    assert open_model("folder.bin").config == A
+    assert run("convert", "folder.bin", "c", "--to", "llama2c-v1")[0] == 0
+    assert open_model("c").config == A
+
+
+def test_tokens_that_16_bits_do_not_hold_are_evaluated(run: Run) -> None:
+    """A vocabulary of more than 65,536 tokens, of which the text is one."""
+    V = 65_600
+    config = replace(A, vocab_size=V, n_embd=8, n_head=2, n_kv_head=1, n_inner=16)
+    entries = tokenizer_entries()
+    words = [word for word, _ in entries] + [b"w%d" % i for i in range(V - len(entries) - 1)]
+    scores = [score for _, score in entries] + [-1e6] * (V - len(entries))
+    Path("tokenizer.bin").write_bytes(tokenizer_content([*words, "é".encode() * 2], [*scores]))
+    source = InitialWeights(config=config, seed=0)
+    llama2c.write_model(Path("a.bin"), source, 0)
+    Path("text.txt").write_text("éé" * 6, "utf-8")
+    tokens = tokenizer_of(open_model("a.bin")).prompt_ids("éé" * 6)
+    assert tokens == [1, 272, *[V - 1] * 6]
+    model = new_model(
+        config, ops_for(open_device("cpu"), "fp32"), max_batch=1, max_seq_len=7, training=False
+    )
+    model.load(load_arena(source))
+    batch = Batch.of(np.array([tokens[:-1]], np.int32), np.array([tokens[1:]], np.int32))
+    expected = float(model.losses(batch).mean())
+    code, out, err = run("evaluate", "a.bin", "--data", "text.txt", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"loss {expected:.4f}  ")

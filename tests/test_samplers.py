@@ -158,3 +158,14 @@ def test_a_model_continues_as_in_llama2c(
     sampler = Llama2cSampler(temperature=temperature, top_p=top_p, seed=seed)
     drawn = generate(decoder, [np.array([1], np.int32)], max_tokens=S, sampling=[sampler])
     assert [token for (token,) in drawn] == [int(token) for token in tokens.split()]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_extreme_temperatures(top_p: float) -> None:
+    """One at which the logits overflow acts as 0; an infinite one makes all tokens as likely."""
+    for temperature in (1e-40, 1e-38):
+        sampler = Llama2cSampler(temperature=temperature, top_p=top_p, seed=42)
+        assert [sampler.choose(1e3 * LOGITS) for _ in range(5)] == [3] * 5
+    sampler = Llama2cSampler(temperature=1e300, top_p=top_p, seed=42)
+    assert {sampler.choose(LOGITS) for _ in range(100)} == set(range(8))

@@ -20,9 +20,11 @@ import transformers
 from models import new_model, quiet, train_settings
 
 from gpu_gpt2.config import TrainConfig
+from gpu_gpt2.device.base import AsyncRead
 from gpu_gpt2.device.cpu import CpuDevice
 from gpu_gpt2.errors import ConfigError, TrainingError
 from gpu_gpt2.formats.tokens import write_tokens
+from gpu_gpt2.models.decoder import Decoder
 from gpu_gpt2.models.families import parameter_count
 from gpu_gpt2.models.model import Model
 from gpu_gpt2.models.weights import load_arena
@@ -282,6 +284,23 @@ def test_an_interrupt_in_a_pause_does_not_save_twice(
     assert (outcome.step, outcome.interrupted) == (2, True)
     assert events[-1] == expected
     assert events.count("save") == 1
+
+
+def test_a_signal_ends_a_sample_early(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = 0
+    read_tokens = Decoder.read_tokens
+
+    def interrupts(self: Decoder) -> AsyncRead:
+        nonlocal drawn
+        drawn += 1
+        if drawn == 3:
+            signal.raise_signal(signal.SIGINT)
+        return read_tokens(self)
+
+    monkeypatch.setattr(Decoder, "read_tokens", interrupts)
+    outcome = train(settings(save_every=2, sample_every=2, sample_tokens=1000), quiet())
+    assert (outcome.step, outcome.interrupted, drawn) == (2, True, 3)
+    assert "sample" not in events
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import sys
 from typing import Final, NoReturn
 
@@ -56,6 +58,7 @@ app.add_typer(bench_app, name="bench", cls=GroupedCommands, rich_help_panel=_CHE
 
 def main() -> None:
     """Entry point of the command `gpu-gpt2`."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # text that the terminal has no letters for
@@ -65,7 +68,21 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except MemoryError as error:
-        _fail(f"out of memory ({error}); use a smaller --batch-size, --seq-len or --model")
+        _fail(
+            f"out of memory ({error}); use a smaller model, or smaller numbers for --batch-size "
+            f"and --seq-len, or in generate for --num-samples and --max-tokens"
+        )
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"cannot write the output: {error.strerror}; make room on the disk")
+
+
+def _open_closed_streams() -> None:
+    """Gives standard streams that the caller has closed an empty input and no output."""
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _log_to_console() -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Final
 import typer
 
 from gpu_gpt2.chat import BOS, EOS, Conversation, turn_text
-from gpu_gpt2.cli.common import INTERRUPTED, Device, Dtype
+from gpu_gpt2.cli.common import INTERRUPTED, Device, Dtype, overflow_is_silent
 from gpu_gpt2.cli.text import (
     Seed,
     Temperature,
@@ -101,7 +101,7 @@ def _show_answer(conversation: Conversation, turn: list[int], words: Tokenizer) 
     """Prints the answer to a turn as it comes, until it ends or Ctrl-C stops it."""
     show("Assistant: ")
     stream = TextStream(words, turn[-1])
-    with _ctrl_c() as pressed:
+    with _ctrl_c() as pressed, overflow_is_silent():
         for token in conversation.answer(turn):
             if token != EOS:
                 show(stream.add([token]))

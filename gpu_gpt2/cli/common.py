@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Final
 
 import typer
@@ -90,6 +92,17 @@ def progress(*columns: ProgressColumn) -> Progress:
 def show_table(table: Table) -> None:
     """A table at its full width: a narrow terminal breaks its lines, but nothing is cut off."""
     Console(width=max(console.width, WIDE)).print(table)
+
+
+@contextmanager
+def overflow_is_silent() -> Iterator[None]:
+    """Hides NumPy's warnings of overflows and NaNs inside, which damaged weights cause.
+
+    For a caller that reports a loss or logits that are not finite.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 def model_on_device(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from gpu_gpt2.cli.common import Device, Dtype, model_on_device, progress, say
+from gpu_gpt2.cli.common import Device, Dtype, model_on_device, overflow_is_silent, progress, say
 from gpu_gpt2.config import MAX_BATCH_TOKENS
 from gpu_gpt2.data.corpus import BUILT_IN, text_file
 from gpu_gpt2.data.dataset import matching_files, of_run
@@ -34,7 +33,7 @@ def evaluate(
         str,
         typer.Argument(
             help="Model to evaluate: a run, a checkpoint, a Hugging Face folder, a .safetensors "
-            "file or a .bin file of llm.c."
+            "file, or a .bin file of llm.c or llama2.c."
         ),
     ],
     data: Annotated[
@@ -76,10 +75,7 @@ def evaluate(
         tokenizer, texts = _run_data(model, source) if data is None else _given_data(data, source)
     longest = T if texts else max(map(row_length, examples))
     gpt2 = model_on_device(source, device, dtype, batch_size, longest)
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", RuntimeWarning
-        )  # an overflow gives a loss that is refused below
+    with overflow_is_silent():
         if texts:
             _print_loss(gpt2, texts, tokenizer, batch_size, T)
         if examples:
@@ -119,7 +115,7 @@ def _given_data(data: str, source: WeightSource) -> tuple[Tokenizer | None, Sequ
             files = [text_file(path) for path in paths]
             documents = ["".join((*file.train, *file.val)) for file in files]
         ids = [np.r_[tokenizer.eot, tokenizer.encode(text)] for text in documents]
-        return tokenizer, [np.concatenate(ids).astype(np.uint32)]
+        return tokenizer, [np.concatenate(ids).astype(np.int32)]
     texts = []
     for path in paths:
         texts.append(read_tokens(path))

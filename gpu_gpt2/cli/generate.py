@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import numpy as np
 import typer
 
-from gpu_gpt2.cli.common import INTERRUPTED, Device, Dtype
+from gpu_gpt2.cli.common import INTERRUPTED, Device, Dtype, overflow_is_silent
 from gpu_gpt2.cli.text import (
     DEFAULT,
     LLAMA2C,
@@ -153,18 +153,19 @@ def generate(
     watch = Stopwatch()
     printer.show()
     try:
-        for tokens in generate_tokens(
-            decoder,
-            [np.array(read, np.int32)] * num_samples,
-            max_tokens=most,
-            sampling=sampling,
-            stop=stop,
-        ):
-            watch.count(sum(token is not None for token in tokens))
-            for sample, token in zip(samples, tokens, strict=True):
-                if token is not None:
-                    sample.add(token)
-            printer.show()
+        with overflow_is_silent():
+            for tokens in generate_tokens(
+                decoder,
+                [np.array(read, np.int32)] * num_samples,
+                max_tokens=most,
+                sampling=sampling,
+                stop=stop,
+            ):
+                watch.count(sum(token is not None for token in tokens))
+                for sample, token in zip(samples, tokens, strict=True):
+                    if token is not None:
+                        sample.add(token)
+                printer.show()
     except KeyboardInterrupt:
         reason = CTRL_C
     for sample in samples:

@@ -9,6 +9,7 @@ from typing import ClassVar, Final
 from gpu_gpt2.errors import ConfigError
 
 VOCAB_PADDING: Final = 128  # wte is padded to a multiple of this many rows: full tiles
+MAX_SIZE: Final = 2**31 - 1  # files and kernels hold sizes and positions as int32
 MAX_HEAD_SIZE: Final = 256  # largest head that kernels/attention.cu holds in registers
 
 
@@ -39,6 +40,8 @@ class ModelConfig:
                     raise ConfigError(f"{field.name} must be a positive number, not {value!r}")
             elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{field.name} must be a whole number >= 1, not {value!r}")
+            elif value > MAX_SIZE:
+                raise ConfigError(f"{field.name} must be at most {MAX_SIZE:,}, not {value}")
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd {self.n_embd} does not divide into n_head {self.n_head} equal heads; "

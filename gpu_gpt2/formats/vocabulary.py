@@ -305,7 +305,7 @@ def _read(path: Path) -> bytes:
     except OSError as e:
         raise DataError(
             f"cannot read {path}: {e.strerror or e}; name a tokenizer.json, vocab.json with "
-            f"merges.txt, gpt2_tokenizer.bin or a folder with one of them"
+            f"merges.txt, gpt2_tokenizer.bin, tokenizer.bin or a folder with one of them"
         ) from e
     if len(content) > MAX_FILE_BYTES:
         raise DataError(
