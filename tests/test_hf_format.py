@@ -388,8 +388,9 @@ def test_a_flipped_bit_is_refused_or_harmless(
         arena = load_arena(source)
     except DataError as error:
         refusal = str(error)
-    if refusal is None:  # it was in the metadata, say, or in the dropout
-        assert replace(source.config, n_head=1) == replace(CONFIG, n_head=1)
+    if refusal is None:  # it was in the metadata, say, or in a number that no tensor tells
+        free = {"n_head": 1, "layer_norm_epsilon": 1.0}
+        assert replace(source.config, **free) == replace(CONFIG, **free)
         assert same_bits(arena, random_arena(CONFIG))
     else:
         assert refusal.startswith(str(folder))

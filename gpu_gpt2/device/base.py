@@ -76,7 +76,10 @@ class Device(ABC):
 
     @abstractmethod
     def upload(self, dst: Array, src: npt.NDArray[Any]) -> None:
-        """Copies a host array into `dst` of this device: same shape, same dtype."""
+        """Copies a host array into `dst` of this device: same shape, same dtype.
+
+        `src` must not change before `synchronize` or `download` returns: a GPU may read it late.
+        """
 
     @abstractmethod
     def download(self, src: Array) -> npt.NDArray[Any]:
