@@ -108,6 +108,12 @@ def test_rope_compiles_for_heads_of_no_whole_vectors(dtype: str) -> None:
         assert (r.stack_bytes, r.spill_bytes) == (0, 0), r
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adamw_compiles_for_parts_of_an_arena_that_are_not_aligned(dtype: str) -> None:
+    for r in compile_for(kernel_source("adamw.cu", dtype, ALIGNED=0), "sm_80"):
+        assert (r.stack_bytes, r.spill_bytes) == (0, 0), r
+
+
 @pytest.mark.parametrize("head_size", [33, 128])
 def test_decoding_for_groups_of_query_heads_spills_no_registers(head_size: int) -> None:
     width = 8 if head_size % 8 == 0 else 1

@@ -59,10 +59,9 @@ class Muon(AdamW):
     """AdamW whose matrices of layers are updated by Muon: no second moment, and orthogonal steps.
 
     Muon replaces the mean of a matrix's gradients by a matrix with the same singular vectors, whose
-    singular values are all close to 1. The matrices keep `m` only. X of the iteration is the dtype
-    of the model: no element of it is above 1, nor above 4 in the polynomial, so float16 has the
-    range for it, and it is more exact than bfloat16. The other settings are AdamW's; `beta1` and
-    `beta2` do not apply to the matrices.
+    singular values are all close to 1. The matrices keep `m` only. The iteration is computed in the
+    dtype of the model; float16 has the range for it (docs/numerics.md). The settings are AdamW's;
+    `beta1` and `beta2` do not apply to the matrices.
     """
 
     def __init__(self, model: Model, **settings: Any) -> None:
