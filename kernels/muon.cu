@@ -40,8 +40,8 @@
 // the update; 8 bytes per element of p. Memory binds. The matmuls of the five steps take
 // 10 min(O, I)^2 (2 max(O, I) + min(O, I)) flops, and most of the time.
 //
-// Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The mean of
-// the gradients, where they have a sum, is that of torch.optim.Muon; x is the same with both.
+// Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The mean
+// of the gradients, where they have a sum, is that of torch.optim.Muon; x is the same with both.
 
 #include "factors.cuh"
 
