@@ -78,7 +78,7 @@ def new_config(given: Mapping[str, Any], preset: Mapping[str, Any], run_dir: Pat
     if values["init_from"]:
         model, longest = _start_from(values, chosen)
     else:
-        if is_path(values["tokenizer"]):
+        if is_path(values["tokenizer"]) and os.path.exists(values["tokenizer"]):
             values["tokenizer"] = os.path.abspath(values["tokenizer"])
         model = _model(values)
         longest = model.n_positions

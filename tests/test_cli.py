@@ -54,6 +54,7 @@ def write_bad_inputs() -> None:
         (["--data", "beyond.bin", "--tokenizer", "gpt2"], r"beyond\.bin.*50257"),
         (["--data", "text.txt", "--tokenizer", "words"], "words"),
         (["--data", "text.txt", "--tokenizer", "bpe:12"], "bpe:12"),
+        (["--data", "text.txt", "--tokenizer", "bpe:x"], "unknown tokenizer 'bpe:x'; choose gpt2,"),
         (["--data", "text.txt", "--model", "gpt5"], "unknown model 'gpt5'; choose one of dN"),
         (["--data", "text.txt", "--steps", "9" * 20], "--steps means more than .* steps; ch"),
         (["--data", "text.txt", "--steps", f"{'9' * 400}epochs", *SMALL], "--steps means more"),
