@@ -1,4 +1,4 @@
-"""Train GPT-2 with CUDA C kernels you can read."""
+"""Train GPT-2 and Llama with CUDA C kernels you can read."""
 
 import os
 

@@ -35,7 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Train GPT-2 with CUDA C kernels you can read.",
+    help="Train GPT-2 and Llama with CUDA C kernels you can read.",
 )
 _TRAIN: Final = "Train a model and use it"
 _FILES: Final = "Data sets and model files"
