@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import llama2c_models
 import numpy as np
 import psutil
 import pytest
@@ -329,3 +330,14 @@ def test_the_command_takes_the_lowest_level_that_holds_a_given_batch() -> None:
     )
     assert fixed.returncode == 1
     assert "use a higher --recompute, or a smaller --batch-size" in fixed.stderr
+
+
+def test_the_command_plans_for_the_model_of_a_file(tmp_path: Path) -> None:
+    path = llama2c_models.model_file(tmp_path / "model.bin")
+    shown = run("plan", "--init-from", str(path), "--dtype", "fp32", "--memory", "2GB")
+    assert shown.returncode == 0, shown.stderr
+    assert f"{path} in fp32, sequences of 32 tokens" in shown.stdout
+    assert "angles of RoPE" in shown.stdout
+    refused = run("plan", "--init-from", str(path), "--model", "gpt2", "--n-layer", "3")
+    assert refused.returncode == 1
+    assert "has sizes of its own; leave out --model, --n-layer" in refused.stderr

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from gpu_gpt2.cli.common import ModelName, console, say, shared_option
-from gpu_gpt2.config import model_config
+from gpu_gpt2.cli.common import console, say, shared_option
+from gpu_gpt2.config import OPTIONS, model_config
+from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.model import check_seq_len
+from gpu_gpt2.open_model import open_model
 from gpu_gpt2.training.memory import (
     CUDA_OVERHEAD,
     RECOMPUTE_LEVELS,
@@ -28,7 +31,8 @@ def show_plan(
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory of the GPU, such as 8GB or 24GiB.")
     ] = "80GB",
-    model: ModelName = "gpt2",
+    init_from: Annotated[str, shared_option("init_from")] = "",
+    model: Annotated[str | None, shared_option("model", show_default="gpt2")] = None,
     n_layer: Annotated[int, shared_option("n_layer")] = 0,
     n_head: Annotated[int, shared_option("n_head")] = 0,
     n_embd: Annotated[int, shared_option("n_embd")] = 0,
@@ -46,13 +50,20 @@ def show_plan(
     optimizer: Annotated[str, shared_option("optimizer")] = "adamw",
 ) -> None:
     """Print the memory that training needs, and the largest batch that fits; needs no GPU."""
-    config = model_config(model, n_layer=n_layer, n_head=n_head, n_embd=n_embd, context=context)
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "context": context}
+    if init_from:
+        _check_no_sizes(init_from, {"model": model, **sizes})
+        config = open_model(init_from).config
+    else:
+        config = model_config(model or "gpt2", **sizes)
     T = config.n_positions if seq_len is None else seq_len
     check_seq_len(T, config)
     available = parse_bytes(memory)
     usable = available - CUDA_OVERHEAD
 
-    say(f"{model} in {dtype}, sequences of {T} tokens, a GPU of {format_bytes(available)}")
+    say(
+        f"{init_from or model or 'gpt2'} in {dtype}, sequences of {T} tokens, a GPU of {format_bytes(available)}"
+    )
     levels = Table(box=None)
     for title in ("recompute", "largest batch", "bytes per sequence"):
         levels.add_column(title, justify="right")
@@ -82,3 +93,11 @@ def show_plan(
     console.print(plan_table(chosen))
     say(f"and about {format_bytes(CUDA_OVERHEAD)} for CUDA and its libraries (an estimate)")
     check_fits(chosen, available, headroom=CUDA_OVERHEAD)
+
+
+def _check_no_sizes(init_from: str, sizes: Mapping[str, object]) -> None:
+    """Raises ConfigError for sizes that are given beside a model that has its own."""
+    if contradicting := [OPTIONS[name].flag for name, value in sizes.items() if value]:
+        raise ConfigError(
+            f"--init-from {init_from} has sizes of its own; leave out {', '.join(contradicting)}"
+        )

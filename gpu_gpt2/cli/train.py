@@ -66,7 +66,7 @@ def train(
     tokens_per_param: float | None,
     **options: Any,
 ) -> None:
-    """Train a GPT-2. Without options: 124M parameters on a GPU, a small model on a CPU."""
+    """Train a GPT-2 or a Llama. Without options: GPT-2 124M on a GPU, a small GPT-2 on a CPU."""
     given = {name: value for name, value in options.items() if value is not None}
     run_dir = Path(given.pop("run_dir")) if "run_dir" in given else None
     if tokens_per_param is not None:

@@ -63,8 +63,8 @@ class TrainConfig:
         default="",
         metadata=declare(
             "Model to start from, instead of random weights: a run, a checkpoint, a Hugging Face "
-            "folder, a .safetensors file or a .bin file of llm.c. The run takes over the sizes "
-            "and the tokenizer of the model.",
+            "folder, a .safetensors file, or a .bin file of llm.c or llama2.c. The run takes over "
+            "the sizes and the tokenizer of the model.",
             _MODEL,
             metavar="MODEL",
         ),
