@@ -61,9 +61,8 @@ def show_plan(
     available = parse_bytes(memory)
     usable = available - CUDA_OVERHEAD
 
-    say(
-        f"{init_from or model or 'gpt2'} in {dtype}, sequences of {T} tokens, a GPU of {format_bytes(available)}"
-    )
+    name = init_from or model or "gpt2"
+    say(f"{name} in {dtype}, sequences of {T} tokens, a GPU of {format_bytes(available)}")
     levels = Table(box=None)
     for title in ("recompute", "largest batch", "bytes per sequence"):
         levels.add_column(title, justify="right")
