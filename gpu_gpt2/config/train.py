@@ -17,7 +17,7 @@ from gpu_gpt2.config.option import Option, declare
 from gpu_gpt2.errors import ConfigError
 
 MAX_BATCH_TOKENS: Final = 1 << 30  # limit of one micro-batch: kernels count rows in 32 bits
-MAX_RECOMPUTE: Final = 3  # highest level of activation recomputation, defined in models/gpt2.py
+MAX_RECOMPUTE: Final = 3  # highest level of activation recomputation, defined in models/model.py
 MAX_SEED: Final = (1 << 32) - 1  # the Mersenne Twister is seeded with one 32-bit word
 
 _MODEL: Final = "Model and data"

@@ -43,7 +43,7 @@ class DebugState:
     targets: npt.NDArray[np.int32]  # (B, T)
     logits: FloatArray  # (B * T, V)
     loss: float  # nats per token
-    grads: Mapping[str, FloatArray]  # gradients by the names in gpt2.parameters, in its shapes
+    grads: Mapping[str, FloatArray]  # gradients by the names in families.parameters, in its shapes
 
 
 def read_debug_header(path: Path) -> Header:

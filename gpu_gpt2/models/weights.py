@@ -30,7 +30,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 class Piece:
     """A parameter tensor, or one layer of it."""
 
-    name: str  # name of the tensor in gpt2.parameters
+    name: str  # name of the tensor in families.parameters
     layer: int | None  # None if the tensor is not stacked
     shape: tuple[int, ...]  # (V, C) for wte, without padding rows
 
@@ -75,7 +75,7 @@ def gpt2_eot(config: ModelConfig) -> int | None:
 
 
 def pieces(config: ModelConfig) -> Iterator[Piece]:
-    """All pieces of a model, tensor by tensor in the order of gpt2.parameters."""
+    """All pieces of a model, tensor by tensor in the order of families.parameters."""
     for spec in parameters(config):
         if spec.stacked:
             for layer in range(config.n_layer):
@@ -91,7 +91,7 @@ def part_of(piece: Piece, named: dict[str, Weights]) -> Weights:
 
 
 def named(config: ModelConfig, arena: Weights) -> dict[str, Weights]:
-    """The tensors of a parameter arena (n,) by their names in gpt2.parameters, as views."""
+    """The tensors of a parameter arena (n,) by their names in families.parameters, as views."""
     return vars(flat_views(parameters(config), arena))
 
 

@@ -118,7 +118,7 @@ class PendingStep:
 class AdamW:
     """Optimizer state and float32 master weights of a model, on its device.
 
-    `m` and `master` are (n,) float32 arenas in the order of gpt2.parameters, and `v` is one of the
+    `m` and `master` are (n,) float32 arenas in the order of families.parameters, and `v` is one of the
     tensors in `second_moments`, which are all; with float32 weights, `master` is the model's own
     arena. `loss_scale` (1,) float32, by which the model must
     multiply the loss, is 1 unless the weights are float16.

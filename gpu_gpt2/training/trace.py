@@ -41,7 +41,7 @@ class BadTensor:
 
     op: str  # the op that wrote the tensor; "" for a weight
     kind: Kind
-    tensor: str  # name in gpt2.parameters or gpt2.activations
+    tensor: str  # name in families.parameters or families.activations
     layer: int | None  # None outside of the layers
     row: int
     column: int
