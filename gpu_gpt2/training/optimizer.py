@@ -118,10 +118,10 @@ class PendingStep:
 class AdamW:
     """Optimizer state and float32 master weights of a model, on its device.
 
-    `m` and `master` are (n,) float32 arenas in the order of families.parameters, and `v` is one of the
-    tensors in `second_moments`, which are all; with float32 weights, `master` is the model's own
-    arena. `loss_scale` (1,) float32, by which the model must
-    multiply the loss, is 1 unless the weights are float16.
+    `m` and `master` are (n,) float32 arenas in the order of families.parameters. `v` is an arena of
+    the tensors in `second_moments`: all of them here, fewer in a subclass. With float32 weights,
+    `master` is the model's own arena. `loss_scale` (1,) float32, by which the model must multiply
+    the loss, is 1 unless the weights are float16.
 
     A step makes no update if its loss or its gradient norm is not finite, or if the z-score of one
     of them is above `max_loss_zscore` or `max_grad_zscore` (0 turns a limit off). With `halt`, a
