@@ -7,15 +7,12 @@ program llama2.c, whose chat mode reads the same format.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 import numpy as np
 
 from gpu_gpt2.errors import CheckpointError
+from gpu_gpt2.formats.llama2c_tokenizer import EOS
 from gpu_gpt2.models.decoder import Decoder, Sampling
-
-BOS: Final = 1  # begins every turn of the user
-EOS: Final = 2  # ends every answer
 
 
 def turn_text(message: str, system: str = "") -> str:
@@ -31,7 +28,7 @@ class Conversation:
     def __init__(self, decoder: Decoder, sampling: Sampling) -> None:
         """decoder: of one sequence; it forgets what it has read before."""
         self._decoder, self._sampling = decoder, sampling
-        self._tokens = 0  # of all turns and answers, in the cache or sampled
+        self._tokens = 0  # number of tokens of all turns and answers so far
         self._newest = EOS  # the newest token of the answers; EOS if there is none
 
     @property

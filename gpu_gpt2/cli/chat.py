@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from gpu_gpt2.chat import BOS, EOS, Conversation, turn_text
+from gpu_gpt2.chat import Conversation, turn_text
 from gpu_gpt2.cli.common import INTERRUPTED, Device, Dtype, overflow_is_silent
 from gpu_gpt2.cli.text import (
     Seed,
@@ -26,12 +26,13 @@ from gpu_gpt2.cli.text import (
     vocabulary,
 )
 from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.formats.llama2c_tokenizer import BOS, EOS
 from gpu_gpt2.open_model import open_model
 from gpu_gpt2.text import TextStream
 from gpu_gpt2.tokenizer import Tokenizer
 from gpu_gpt2.training.checkpoint import trained_seq_len
 
-LLAMA2_MARKS: Final = ("[INST]", "<<SYS>>")  # which only the chat template of Llama 2 has both
+LLAMA2_MARKS: Final = ("[INST]", "<<SYS>>")  # only Llama 2's chat template contains both
 
 
 def chat(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -30,6 +30,7 @@ from gpu_gpt2.cli.text import (
     vocabulary,
 )
 from gpu_gpt2.errors import ConfigError, DataError
+from gpu_gpt2.formats.llama2c_tokenizer import BOS
 from gpu_gpt2.generate import generate as generate_tokens
 from gpu_gpt2.models.weights import WeightSource
 from gpu_gpt2.open_model import open_model
@@ -42,7 +43,6 @@ IDS: Final = "ids"
 JSON: Final = "json"
 OUTPUTS: Final = (TEXT, IDS, JSON)
 STANDARD_INPUT: Final = "-"
-LLAMA2C_BOS: Final = 1  # BOS of llama2.c, whatever the vocabulary is
 
 # Reasons why a sample ended, in --output json.
 STOP_TOKEN: Final = "stop token"
@@ -149,31 +149,47 @@ def generate(
     )
     printed_as_c = sampler == LLAMA2C and output == TEXT
     samples = [Sample(ids, words, stop, printed_as_c=printed_as_c) for _ in range(num_samples)]
-    printer = Printer(samples, output)
     watch = Stopwatch()
+    drawn = generate_tokens(
+        decoder,
+        [np.array(read, np.int32)] * num_samples,
+        max_tokens=most,
+        sampling=sampling,
+        stop=stop,
+    )
+    interrupted = _print_samples(samples, Printer(samples, output), watch, drawn, reason)
+    typer.echo(f"prompt {len(read):,} tokens, {watch.report()}", err=True)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _print_samples(
+    samples: Sequence[Sample],
+    printer: Printer,
+    watch: Stopwatch,
+    drawn: Iterator[list[int | None]],
+    reason: str,
+) -> bool:
+    """Prints the samples while their tokens are drawn; returns True if Ctrl-C ended that.
+
+    drawn: the tokens, as `generate` yields them. reason: why a sample ends that no token ends.
+    """
+    interrupted = False
     printer.show()
     try:
         with overflow_is_silent():
-            for tokens in generate_tokens(
-                decoder,
-                [np.array(read, np.int32)] * num_samples,
-                max_tokens=most,
-                sampling=sampling,
-                stop=stop,
-            ):
+            for tokens in drawn:
                 watch.count(sum(token is not None for token in tokens))
                 for sample, token in zip(samples, tokens, strict=True):
                     if token is not None:
                         sample.add(token)
                 printer.show()
     except KeyboardInterrupt:
-        reason = CTRL_C
+        interrupted = True
     for sample in samples:
-        sample.end(reason)
+        sample.end(CTRL_C if interrupted else reason)
     printer.finish()
-    typer.echo(f"prompt {len(read):,} tokens, {watch.report()}", err=True)
-    if reason == CTRL_C:
-        raise typer.Exit(INTERRUPTED)
+    return interrupted
 
 
 class Sample:
@@ -338,5 +354,5 @@ def _that_fit(ids: list[int], context: int, *, truncate: bool) -> list[int]:
 def _stop_ids(words: Tokenizer | None, *, as_llama2c: bool) -> frozenset[int]:
     """Returns the tokens that end a text; llama2.c's run ends only at BOS."""
     if as_llama2c:
-        return frozenset((words.eot if words else LLAMA2C_BOS,))
+        return frozenset((words.eot if words else BOS,))
     return words.stop_ids if words else frozenset()

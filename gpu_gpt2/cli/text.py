@@ -60,7 +60,7 @@ TopK = Annotated[
 TopP = Annotated[
     float | None,
     typer.Option(
-        help="Sample among the likeliest tokens whose probabilities together exceed this number; "
+        help="Sample among the likeliest tokens whose probabilities together reach this number; "
         "1, or no number, means among all.",
     ),
 ]
@@ -175,7 +175,7 @@ class Stopwatch:
     """Measures the speed of decoding: tokens after the first of each sequence."""
 
     def __init__(self) -> None:
-        self.tokens = 0  # of all sequences
+        self.tokens = 0  # number of generated tokens, all sequences together
         self._first = 0  # tokens that the prefill gave
         self._begin = self._end = 0.0
 

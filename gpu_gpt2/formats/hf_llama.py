@@ -58,7 +58,7 @@ class HFLlama(HFFamily):
 
     architecture = "LlamaForCausalLM"
     prefix = "model."
-    ignored = re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # in older files
+    ignored = re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # RoPE's frequencies
     supported = _SUPPORTED
 
     def stored(self, piece: Piece, config: LlamaConfig) -> tuple[StoredTensor, ...]:

@@ -43,7 +43,7 @@ VERSIONS: Final = (0, 1, 2)
 _INT8_VERSION: Final = 2
 _SIZES: Final = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab, seq
 _HEADER: Final = struct.Struct("<Ii7iBi")  # versions 1 and 2; in version 1 the last int is 0
-_HEADER_BYTES: Final = 256  # of versions 1 and 2: the header above, then zeros
+_HEADER_BYTES: Final = 256  # size of a header of versions 1 and 2, which ends with zeros
 _FLOAT32: Final = np.dtype("<f4")
 _INT8: Final = np.dtype(np.int8)
 
@@ -72,7 +72,7 @@ _PARTS: Final[Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where the tensors of a file lie."""
+    """The shapes and offsets of the tensors in a file of one version."""
 
     config: LlamaConfig
     version: int

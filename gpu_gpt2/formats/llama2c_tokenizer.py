@@ -22,7 +22,7 @@ BOS: Final = 1  # begins every text
 EOS: Final = 2
 FIRST_BYTE: Final = 3  # the id of byte 0
 FIRST_PIECE: Final = FIRST_BYTE + 256  # the first id that is not a special token or a byte
-SPACE_SCORE: Final = -1e9  # of the tokens that are made only of spaces: they merge last
+SPACE_SCORE: Final = -1e9  # score of a token made only of spaces, so low that it merges last
 TOKENIZER_BIN: Final = "tokenizer.bin"  # llama2.c's programs look for this name
 
 _HEADER: Final = struct.Struct("<I")

@@ -24,7 +24,7 @@ MAX_SEED: Final = 2**64 - 1  # the key of the random numbers has 64 bits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the device draws the next token: see Ops.sample. Raises ConfigError."""
+    """Settings of the draw of a token on the device: see Ops.sample. Raises ConfigError."""
 
     temperature: float = 0.8  # divisor of the logits; 0 takes the likeliest token
     top_k: int = 40  # draw among this many of the likeliest; 0 means all
@@ -66,7 +66,7 @@ class Decoder:
         self._rows = device.zeros((batch, 1), INT32)  # last row of each prompt in a prefill
         self._key = device.zeros((2,), INT32)  # key of the random numbers
         self._key_on_device = (0, 0)
-        self.window = 0  # see `prefill`
+        self.window = 0  # how often the window has moved: see `prefill`
         self._positions = np.zeros(batch, np.int32)  # `starts` after all that is enqueued
         self._graphs: dict[tuple[object, ...], Callable[[], None]] = {}
         self._step_views = model.views_of(batch, 1)

@@ -66,9 +66,6 @@ def activations(
     *,
     recompute: int = 0,
     training: bool = True,
-    with_logits: bool = True,
 ) -> tuple[TensorSpec, ...]:
     """Returns the other tensors of a pass over a batch (B, T): see Model.activations."""
-    return _MODELS[config.family].activations(
-        config, B, T, recompute=recompute, training=training, with_logits=with_logits
-    )
+    return _MODELS[config.family].activations(config, B, T, recompute=recompute, training=training)

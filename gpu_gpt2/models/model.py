@@ -151,7 +151,7 @@ class Model(ABC):
     @property
     @abstractmethod
     def head(self) -> Array:
-        """The weight (Vp, C) whose product with the last norm are the logits."""
+        """The weight (Vp, C) of the last matmul, which computes the logits."""
 
     def load(self, weights: npt.NDArray[np.float32]) -> None:
         """Sets all weights from a float32 parameter arena (n,) on the host, rounded to X."""

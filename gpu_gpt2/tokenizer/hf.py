@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 
 from gpu_gpt2.errors import DataError
 from gpu_gpt2.formats.hf import CONFIG_FILE, read_json
@@ -44,6 +43,9 @@ class HFTokenizer(Tokenizer):
 
     def __init__(self, path: Path, content: bytes) -> None:
         """content: the bytes of the tokenizer.json at `path`. DataError says what is wrong."""
+        # Imported here because few tokenizers need it and it is slow to load.
+        from tokenizers import Tokenizer as Library
+
         self._content = content
         try:
             settings = json.loads(content)
@@ -52,7 +54,7 @@ class HFTokenizer(Tokenizer):
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise no_tokenizer(path) from e
         try:
-            library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+            library = Library.from_str(content.decode("utf-8"))
         except Exception as e:  # the library raises Exception itself
             raise DataError(
                 f"{path}: the package tokenizers cannot read it: {str(e).splitlines()[0]}; the "
