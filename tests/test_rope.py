@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from gpu_gpt2.device.base import FLOAT32, INT32, X_DTYPES
+from gpu_gpt2.errors import ConfigError
 from gpu_gpt2.models.rope import rope_angles
 from gpu_gpt2.ops.cases import Case
 from gpu_gpt2.ops.reference import ReferenceOps
@@ -33,18 +34,38 @@ def test_values_keep_their_bits(dtype: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("R", "D", "kv_heads", "message"),
+    ("R", "D", "kv_heads", "error", "message"),
     [
-        (3, 5, 1, "rope_fwd: D = 5 is odd, but pairs of elements are rotated"),
-        (5, 4, 0, "rope_fwd: kv_heads 0 leaves 5 queries of 5 heads, expected a positive multiple"),
-        (4, 4, 2, "rope_fwd: kv_heads 2 leaves 0 queries of 4 heads"),
-        (7, 4, 2, "rope_fwd: kv_heads 2 leaves 3 queries of 7 heads"),
+        (3, 5, 1, ValueError, "rope_fwd: D = 5 is odd, but pairs of elements are rotated"),
+        (
+            5,
+            4,
+            0,
+            ConfigError,
+            "rope_fwd: rows of R = 5 heads do not fit H = 5 query heads and G = 0",
+        ),
+        (
+            4,
+            4,
+            2,
+            ConfigError,
+            "rope_fwd: rows of R = 4 heads do not fit H = 0 query heads and G = 2",
+        ),
+        (
+            7,
+            4,
+            2,
+            ConfigError,
+            "rope_fwd: rows of R = 7 heads do not fit H = 3 query heads and G = 2",
+        ),
     ],
 )
-def test_heads_that_cannot_be(R: int, D: int, kv_heads: int, message: str) -> None:
+def test_heads_that_cannot_be(
+    R: int, D: int, kv_heads: int, error: type[Exception], message: str
+) -> None:
     ops = make_ops("emulator", "fp32")
     qkv, angles = np.zeros((1, 1, R, D), np.float32), np.zeros((1, D), np.float32)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         ops.rope_fwd(qkv, np.zeros(1, np.int32), angles, kv_heads)
 
 

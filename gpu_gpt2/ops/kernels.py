@@ -615,12 +615,7 @@ class KernelOps(Ops):
         at_most(op, "R * D", R * D, MAX_SIZE)
         if D % 2:
             raise ValueError(f"{op}: D = {D} is odd, but pairs of elements are rotated")
-        queries = R - 2 * kv_heads
-        if kv_heads < 1 or queries < 1 or queries % kv_heads:
-            raise ValueError(
-                f"{op}: kv_heads {kv_heads} leaves {queries} queries of {R} heads, "
-                f"expected a positive multiple of kv_heads"
-            )
+        check_heads(op, R, R - 2 * kv_heads, kv_heads)
         width = self._width(D)
         pieces = (R - kv_heads) * D // max(width, 2)
         args = (qkv, starts, angles, T, R, D, kv_heads)
